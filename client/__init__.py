@@ -1,0 +1,30 @@
+"""The client: a ZODB storage whose data are in a zeolith server.
+
+::
+
+    import transaction
+    from zeolith.client import connection
+
+    conn = connection("127.0.0.1:8100")
+    conn.root()["visits"] = 1
+    transaction.commit()
+
+* ``storage``    ClientStorage, ZODB's interfaces
+* ``opening``    DB() and connection()
+* ``connector``  keeps a session: dials, adopts, listens, begins again
+* ``session``    one presence at one server: a stream and channels
+* ``channel``    one socket for calls
+* ``dial``       addresses and the hello
+* ``position``   the one who applies changes, in order
+* ``commit``     one transaction from begin to its end
+* ``stores``     what it wants to write
+* ``cache``      revisions and the snapshots they are good for
+* ``config``     the <zeolith> section of a ZODB configuration
+* ``uri``        zeolith:// for zodburi
+* ``errors``     what an application may have to catch
+"""
+
+from zeolith.client.opening import DB, connection
+from zeolith.client.storage import ClientStorage
+
+__all__ = ["DB", "ClientStorage", "connection"]

@@ -1,0 +1,167 @@
+"""The revisions a client has seen, in memory, with the snapshots they are good for.
+
+The rules (they hold for every cache that may stand here):
+
+* A revision is good for a snapshot ``before`` if tid < before <= end. One that is
+  *open* (end not known) is good only up to ``valid_through`` + 1: all changes up to
+  there have been applied to the cache, and none of them touched it.
+* An answer of the server is true *as of* a tid. It may be kept as open only if no
+  change after that tid, of those applied already, touched the object.
+* A change (oid, tid) closes what began before tid, and only that; applying it twice
+  is harmless.
+* Nothing here raises because of what it is given: a cache that fails would fail
+  after a commit.
+
+Threads: ``load`` takes no lock and may run anywhere, any time. Everything else takes
+the cache's own lock for a moment; ``apply`` and ``forget_all`` are called by the
+holder of the position's lock only.
+"""
+
+import threading
+
+from zeolith.client.tids import Z64, following
+
+DEFAULT_CACHE_BYTES = 20 * 1024 * 1024
+# What an entry costs beside its data: objects, tuple, dictionary slots (measured).
+ENTRY_BYTES = 400
+# How many changed oids are remembered to judge answers that are older than the last
+# change. An answer older than that is used once and not kept.
+RECENT_OIDS_MAX = 20_000
+
+
+class Entry:
+    """One revision. ``end`` is set at most once, by a change."""
+
+    __slots__ = ("data", "end", "oid", "tid", "was_used")
+
+    def __init__(self, oid: bytes, tid: bytes, end: bytes | None, data: bytes):
+        self.oid = oid
+        self.tid = tid
+        self.end = end
+        self.data = data
+        # Set by readers without a lock; gives a second chance at eviction.
+        self.was_used = False
+
+
+class MemoryCache:
+    """Revisions in memory, up to ``cache_bytes``."""
+
+    def __init__(self, cache_bytes: int = DEFAULT_CACHE_BYTES):
+        self.cache_bytes = cache_bytes
+        self.valid_through = Z64
+        self.hits = self.misses = 0
+        self._lock = threading.Lock()
+        # Tuples are replaced, never changed, so that readers need no lock. Newest
+        # revision first.
+        self._by_oid: dict[bytes, tuple[Entry, ...]] = {}
+        # In the order of eviction.
+        self._entries: dict[Entry, None] = {}
+        self._used_bytes = 0
+        # oid -> tid of its last change, for changes after _recent_since.
+        self._recent: dict[bytes, bytes] = {}
+        self._recent_since = Z64
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def used_bytes(self) -> int:
+        """What the entries take, by estimate."""
+        return self._used_bytes
+
+    def load(
+        self, oid: bytes, before: bytes
+    ) -> tuple[bytes, bytes, bytes | None] | None:
+        """``(data, tid, end)`` of the revision for snapshot ``before``, or None."""
+        # Read before the entries: an entry that is open afterwards was not touched by
+        # any change up to this tid.
+        valid_through = self.valid_through
+        for entry in self._by_oid.get(oid, ()):
+            if entry.tid < before:
+                end = entry.end
+                if before <= (following(valid_through) if end is None else end):
+                    entry.was_used = True
+                    self.hits += 1
+                    return entry.data, entry.tid, end
+                break
+        self.misses += 1
+        return None
+
+    def store(
+        self, oid: bytes, tid: bytes, end: bytes | None, data: bytes, as_of: bytes
+    ) -> None:
+        """Keep an answer of the server's that is true as of ``as_of``, if possible."""
+        size = len(data) + ENTRY_BYTES
+        if size > self.cache_bytes // 4:
+            return
+        with self._lock:
+            if end is None and as_of < self.valid_through:
+                if as_of < self._recent_since:
+                    return
+                if self._recent.get(oid, Z64) > as_of:
+                    return
+            have = self._by_oid.get(oid, ())
+            if any(entry.tid == tid for entry in have):
+                return
+            entry = Entry(oid, tid, end, data)
+            self._by_oid[oid] = tuple(
+                sorted((*have, entry), key=lambda each: each.tid, reverse=True)
+            )
+            self._entries[entry] = None
+            self._used_bytes += size
+            if self._used_bytes > self.cache_bytes:
+                self._evict()
+
+    def apply(self, tid: bytes, oids: list[bytes]) -> None:
+        """The change ``(tid, oids)``, the next one after ``valid_through``."""
+        with self._lock:
+            for oid in oids:
+                for entry in self._by_oid.get(oid, ()):
+                    if entry.end is None and entry.tid < tid:
+                        entry.end = tid
+            self._remember(tid, oids)
+            self.valid_through = tid
+
+    def forget(self, oid: bytes) -> None:
+        """Drop an object whose revisions turned out to be of no use."""
+        with self._lock:
+            for entry in self._by_oid.pop(oid, ()):
+                self._remove(entry)
+
+    def forget_all(self, valid_through: bytes) -> None:
+        """Start afresh: nothing before ``valid_through`` is known."""
+        with self._lock:
+            self._by_oid = {}
+            self._entries.clear()
+            self._recent.clear()
+            self._used_bytes = 0
+            self._recent_since = self.valid_through = valid_through
+
+    def _remember(self, tid: bytes, oids: list[bytes]) -> None:
+        if len(self._recent) + len(oids) > RECENT_OIDS_MAX:
+            self._recent.clear()
+            self._recent_since = tid
+        if len(oids) <= RECENT_OIDS_MAX:
+            self._recent.update(dict.fromkeys(oids, tid))
+
+    def _evict(self) -> None:
+        """Make room: first in, first out, but what was read gets a second round."""
+        goal = self.cache_bytes - self.cache_bytes // 20
+        while self._used_bytes > goal and self._entries:
+            entry = next(iter(self._entries))
+            del self._entries[entry]
+            if entry.was_used:
+                entry.was_used = False
+                self._entries[entry] = None
+                continue
+            self._entries[entry] = None
+            rest = tuple(e for e in self._by_oid[entry.oid] if e is not entry)
+            if rest:
+                self._by_oid[entry.oid] = rest
+            else:
+                del self._by_oid[entry.oid]
+            self._remove(entry)
+
+    def _remove(self, entry: Entry) -> None:
+        del self._entries[entry]
+        self._used_bytes -= len(entry.data) + ENTRY_BYTES

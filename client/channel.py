@@ -1,0 +1,100 @@
+"""One socket to the server, used by one thread at a time, without any other thread.
+
+A call is one send and, usually, one receive; nobody else is woken. The socket blocks,
+with a time limit in the kernel (``SO_RCVTIMEO``), for Python's own time-outs cost a
+poll before every receive. While a call is under way the server sends heartbeats, so a
+receive that times out means that the network or the server is gone, however long the
+call may take.
+"""
+
+import errno
+import socket
+import struct
+import time
+from typing import Any
+
+from zeolith.client.errors import ChannelLost
+from zeolith.protocol import errors
+from zeolith.protocol.connection import Connection
+from zeolith.protocol.messages import Failure, Message, Reply
+
+RECEIVE_BYTES = 64 * 1024
+_SILENT = (errno.EAGAIN, errno.EWOULDBLOCK)
+
+_monotonic = time.monotonic
+
+
+def limit_silence(sock: socket.socket, timeout_s: float) -> None:
+    """Make ``sock`` block, but no receive or send longer than ``timeout_s``."""
+    sock.settimeout(None)
+    timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+
+def shut_down(sock: socket.socket) -> None:
+    """End both directions of ``sock``, so that whoever waits on it wakes."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.EBADF):
+            raise
+
+
+class Channel:
+    """A socket for calls; its owner is the thread that borrowed it."""
+
+    def __init__(self, sock: socket.socket, connection: Connection):
+        self._socket = sock
+        self._connection = connection
+        self.is_lost = False
+
+    def call(self, method: str, *args: Any) -> Any:
+        """The value of ``method``.
+
+        Raises what the server raised, LocalProtocolError for what cannot be sent,
+        or ChannelLost; then the channel is of no more use and it is not known whether
+        the server did it.
+        """
+        connection = self._connection
+        data = connection.request(method, list(args), _monotonic())
+        try:
+            self._socket.sendall(data)
+            while received := self._socket.recv(RECEIVE_BYTES):
+                for message in connection.receive_data(received, _monotonic()):
+                    if type(message) is Reply:
+                        return message.value
+                    self._look_at(message)
+                if connection.is_closed:
+                    break
+        except OSError as error:
+            raise self._lost(error) from error
+        raise self._lost(connection.error)
+
+    def send(self, data: bytes) -> None:
+        """Send a message that is not answered; raises ChannelLost."""
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def shut(self) -> None:
+        """Wake whoever waits on the socket; from any thread."""
+        self.is_lost = True
+        shut_down(self._socket)
+
+    def close(self) -> None:
+        """Let go of the socket; by its owner, or when it has none."""
+        self.is_lost = True
+        self._socket.close()
+
+    def _look_at(self, message: Message) -> None:
+        if isinstance(message, Failure):
+            raise errors.error_of(message.name, message.attributes, message.text)
+
+    def _lost(self, error: Exception | None) -> ChannelLost:
+        self.close()
+        if isinstance(error, OSError) and error.errno in _SILENT:
+            silence_s = self._connection.limits.heartbeat_timeout_s
+            return ChannelLost(f"the server was silent for {silence_s:g} s")
+        return ChannelLost(str(error or "the server closed the connection"))

@@ -1,0 +1,215 @@
+"""One transaction of a ClientStorage, from tpc_begin to its end.
+
+Each phase only knows its legal next steps; what is out of order is ZODB's
+StorageTransactionError. A transaction belongs to the session in which it began, and
+from vote to finish to one channel of it: if either is lost before finish was sent,
+nothing was committed and ClientDisconnected says so; if the answer to finish is lost,
+the server is asked what became of the transaction, and the truth is told.
+
+Used by the thread that commits; several transactions of one storage run side by side.
+"""
+
+import logging
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from ZODB.ConflictResolution import tryToResolveConflict
+from ZODB.POSException import ConflictError, StorageTransactionError
+
+from zeolith.client.channel import Channel
+from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcomeUnknown
+from zeolith.client.position import Change
+from zeolith.client.session import Session
+from zeolith.client.stores import Stores
+from zeolith.protocol.errors import ZeolithError
+
+if TYPE_CHECKING:
+    from zeolith.client.storage import ClientStorage
+
+logger = logging.getLogger(__name__)
+
+
+class Phase(Enum):
+    """Where a transaction stands."""
+
+    BEGUN = "begun"
+    VOTED = "voted"
+    ENDED = "ended"
+
+
+class _States:
+    """Three states of an object, as ZODB's conflict resolution asks a storage."""
+
+    def __init__(self, storage: "ClientStorage", states: dict[bytes, bytes]):
+        self._states = states
+        self._crs_transform_record_data = storage._crs_transform_record_data
+        self._crs_untransform_record_data = storage._crs_untransform_record_data
+
+    def loadSerial(self, _oid: bytes, serial: bytes) -> bytes:
+        return self._states[serial]
+
+
+class Commit:
+    """A transaction between tpc_begin and its end."""
+
+    def __init__(
+        self,
+        storage: "ClientStorage",
+        session: Session,
+        metadata: Any,
+        tid: bytes | None,
+        status: str,
+    ):
+        self._storage = storage
+        self._session = session
+        self._metadata = [
+            metadata.user,
+            metadata.description,
+            metadata.extension_bytes,
+            tid,
+            status,
+        ]
+        self.stores = Stores(storage.limits)
+        self.phase = Phase.BEGUN
+        self._channel: Channel | None = None
+        # The tid it will have, if the server told that with the vote.
+        self._tid: bytes | None = None
+        self._resolved: list[bytes] = []
+
+    # Vote
+
+    def vote(self) -> list[bytes]:
+        """Send everything; returns the oids that the server holds differently."""
+        if self._storage.current_session is not self._session:
+            raise ClientDisconnected(
+                "the connection was lost since the transaction began; nothing of it"
+                " was committed"
+            )
+        try:
+            self._channel = self._session.borrow()
+            for chunk in self.stores.spilled():
+                self._channel.send(chunk)
+            answer = self._call("vote", self._metadata, self.stores.operations)
+            while answer[0] == "conflicts":
+                answer = self._call("resolve", self._resolutions(answer[1]))
+        except ChannelLost as error:
+            self.end()
+            raise ClientDisconnected(f"{error}; nothing was committed") from error
+        except ConflictError as error:
+            if error.oid is not None:
+                # If it is our copy that is wrong, the next try must not use it again.
+                self._storage.cache.forget(error.oid)
+            self._abort_quietly()
+            raise
+        except BaseException:
+            self._abort_quietly()
+            raise
+        _voted, self._tid, self._resolved = answer
+        self.phase = Phase.VOTED
+        return self._resolved
+
+    def _resolutions(self, conflicts: list[list[bytes]]) -> list[list[bytes]]:
+        """Resolve with the application's classes; raises ConflictError."""
+        resolutions = []
+        for oid, committed_tid, old_tid, committed, old, new in conflicts:
+            states = _States(self._storage, {committed_tid: committed, old_tid: old})
+            resolved = tryToResolveConflict(
+                states, oid, committed_tid, old_tid, new, committed
+            )
+            resolutions.append([oid, resolved])
+        return resolutions
+
+    def _call(self, method: str, *args: Any) -> Any:
+        assert self._channel is not None
+        return self._channel.call(method, self.stores.id, *args)
+
+    # Finish
+
+    def finish(self, callback: Callable[[bytes], Any]) -> bytes:
+        """Commit; calls ``callback(tid)`` in its place among the changes."""
+        if self.phase is not Phase.VOTED:
+            raise StorageTransactionError("tpc_finish before tpc_vote")
+        position = self._storage.position
+        sent_at = position.begin_finish(self.stores.id)
+        try:
+            tid, before = self._call("finish", sent_at)
+        except ChannelLost as error:
+            position.give_up(self.stores.id)
+            tid, before = self._ask_for_outcome(sent_at, error), None
+        except BaseException:
+            position.give_up(self.stores.id)
+            self.end()
+            raise
+        changes = None if before is None else [Change(*each) for each in before]
+        since = changes[-1].tid if changes else sent_at
+        oids = list({*self.stores.oids, *self._resolved})
+        change = Change(since, tid, oids, self.stores.id)
+
+        def apply(tid: bytes) -> None:
+            self._fill_cache(tid)
+            callback(tid)
+
+        try:
+            position.finished(self._session, change, changes, apply)
+        finally:
+            self.end()
+        return tid
+
+    def _ask_for_outcome(self, sent_at: bytes, cause: ChannelLost) -> bytes:
+        """The tid of the transaction, if it was committed; else raises the truth."""
+        unknown = CommitOutcomeUnknown(
+            "the server was lost while it finished the transaction; it may have been"
+            f" committed{f' as {self._tid.hex()}' if self._tid else ''}: {cause}"
+        )
+        was = self._session.welcome
+        try:
+            outcome, tid = self._storage.call(
+                "outcome", self.stores.id, self._tid, sent_at
+            )
+            session = self._storage.current_session
+        except (ClientDisconnected, ZeolithError) as error:
+            self.end()
+            raise unknown from error
+        now = session.welcome if session is not None else {}
+        is_same = all(was[key] == now.get(key) for key in ("database_id", "epoch"))
+        if outcome == "committed":
+            return bytes(tid)
+        self.end()
+        if outcome == "not committed" and is_same:
+            raise ClientDisconnected(f"{cause}; nothing was committed") from cause
+        raise unknown from cause
+
+    def _fill_cache(self, tid: bytes) -> None:
+        """Keep what we have just written; never at the price of the commit."""
+        cache = self._storage.cache
+        resolved = set(self._resolved)
+        for oid, data in self.stores.kept.items():
+            if oid not in resolved:
+                cache.store(oid, tid, None, data, tid)
+
+    # The end
+
+    def abort(self) -> None:
+        """Give up, whatever the phase."""
+        self._abort_quietly()
+
+    def _abort_quietly(self) -> None:
+        channel = self._channel
+        if channel is not None and not channel.is_lost:
+            try:
+                channel.call("abort", self.stores.id)
+            except (ChannelLost, ZeolithError) as error:
+                # The server aborts what it loses sight of.
+                logger.debug("abort was not answered: %s", error)
+                channel.shut()
+        self.end()
+
+    def end(self) -> None:
+        """Give back what the transaction holds; may be called again."""
+        self.phase = Phase.ENDED
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            self._session.give_back(channel)
+        self.stores.close()
+        self._storage.forget_commit(self)

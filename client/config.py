@@ -1,0 +1,52 @@
+"""A ClientStorage from a ZConfig file.
+
+``%import zeolith.client`` makes ZConfig read component.xml beside this module, which
+adds the section ``<zeolith>`` to the storages of any ZODB configuration. ZConfig
+calls the datatypes here while it reads, and ``open()`` when the storage is wanted;
+both in the thread that reads the configuration.
+
+The keys of the section are the arguments of ClientStorage with ``-`` for ``_``, but
+for ``_ARGUMENT_OF_KEY`` and what ``NOT_IN_CONFIG`` leaves out.
+"""
+
+from typing import Any
+
+from ZConfig.datatypes import stock_datatypes
+from ZODB.config import BaseConfig
+
+from zeolith.client.storage import ClientStorage
+
+# Arguments of ClientStorage that no key sets, and why.
+NOT_IN_CONFIG = {
+    "ssl": "an ssl.SSLContext is made by a program, not written in a file",
+    "ssl_server_hostname": "means nothing without ssl",
+    "limits": "the bounds of the wire are the same for everybody",
+}
+_ARGUMENT_OF_KEY = {"server": "addr", "cache_path": "cache"}
+
+
+class ZeolithStorage(BaseConfig):
+    """The section ``<zeolith>``."""
+
+    def open(self) -> ClientStorage:
+        """The ClientStorage that the section describes."""
+        arguments: dict[str, Any] = {}
+        for attribute in self.config.getSectionAttributes():
+            value = getattr(self.config, attribute)
+            # A key that is not there leaves the argument to ClientStorage's default.
+            if value is not None:
+                arguments[_ARGUMENT_OF_KEY.get(attribute, attribute)] = value
+        return ClientStorage(**arguments)
+
+
+def seconds(text: str) -> float:
+    """``text`` as a time in seconds: ``30``, ``0.5``, ``30s``, ``2m``, ``1h 30m``."""
+    # ZConfig's datatype wants a unit everywhere, ours is seconds.
+    with_units = f"{text}s" if text[-1:].isdigit() else text
+    try:
+        value = float(stock_datatypes["timedelta"](with_units).total_seconds())
+    except (TypeError, ValueError, OverflowError):
+        value = -1.0
+    if value < 0 or not text.strip():
+        raise ValueError(f"{text!r} is not a time to wait: write 30, 0.5, 30s or 2m")
+    return value

@@ -1,0 +1,260 @@
+"""Keeps a storage connected: dials, adopts, listens, and begins again.
+
+One thread for each storage, named ``zeolith-<storage>``. It dials all addresses until
+one accepts, makes that session the storage's (``Position.adopt``, then ``current``),
+reads its stream until it is lost, and dials again. Only the session that was adopted
+last feeds the storage.
+
+A read-only fallback is a session like any other, except that a second, short-lived
+thread (``-upgrade``) looks for a server that takes writes; when it has one, the first
+thread goes on with that session.
+
+Everything that other threads ask (``session``, ``close``, ``new_addresses``) goes
+through one condition; nothing waits for the network while holding it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from zeolith.client.dial import Reached, Wish, delays, dial_any, is_refusal
+from zeolith.client.errors import ClientDisconnected
+from zeolith.client.position import Change, Position
+from zeolith.client.session import Session
+from zeolith.protocol.addresses import Address, format_address
+from zeolith.protocol.errors import HelloRefused, ZeolithError
+from zeolith.protocol.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+UPGRADE_INTERVAL_S = 1.0
+
+
+class Connector:
+    """The one who sees to it that there is a session."""
+
+    def __init__(
+        self,
+        addresses: list[Address],
+        position: Position,
+        *,
+        storage: str,
+        label: str | None,
+        is_read_only: bool,
+        falls_back: bool,
+        limits: Limits,
+        on_session: Callable[[Session], None],
+    ):
+        self._addresses = addresses
+        self._position = position
+        self._storage = storage
+        self._label = label
+        self._is_read_only = is_read_only
+        self._falls_back = falls_back
+        self._limits = limits
+        # Called with each session before it becomes the current one.
+        self._on_session = on_session
+        self._thread: threading.Thread | None = None
+        self._reset()
+        # Of the database, to know it again.
+        self._database_id: bytes | None = None
+        self._epoch: int | None = None
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._current: Session | None = None
+        # A writable session that waits to replace a read-only one.
+        self._better: Session | None = None
+        self._is_closed = False
+        # Why there is no session.
+        self._cause: BaseException | None = None
+
+    # For any thread
+
+    @property
+    def current(self) -> Session | None:
+        """The session now, if there is one."""
+        session = self._current
+        return session if session is not None and session.ended is None else None
+
+    def start(self) -> None:
+        """Begin to connect, in the background."""
+        self._thread = threading.Thread(
+            target=self._run, name=f"zeolith-{self._storage}", daemon=True
+        )
+        self._thread.start()
+
+    def session(self, timeout_s: float) -> Session:
+        """The session, waited for if need be; raises ClientDisconnected with the cause.
+
+        A server that refuses us for good is not waited for.
+        """
+        session = self._current
+        if session is not None and session.ended is None:
+            return session
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                if self._is_closed:
+                    raise ClientDisconnected("the storage is closed")
+                if self.current is not None:
+                    return self.current
+                if self._thread is None:
+                    # We are a forked child: the parent's thread is not here.
+                    self.start()
+                if is_refusal(self._cause):
+                    raise self._disconnected("refused") from self._cause
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise self._disconnected(
+                        f"no connection within {timeout_s:g} s"
+                    ) from self._cause
+                self._changed.wait(left_s)
+
+    def new_addresses(self, addresses: list[Address]) -> None:
+        """Connect to ``addresses`` from now on; a session elsewhere ends."""
+        with self._changed:
+            self._addresses = addresses
+            self._cause = None
+            self._changed.notify_all()
+            session = self.current
+        if session is not None and session.address not in addresses:
+            session.close("the storage was given a new address")
+
+    def close(self) -> None:
+        """End the session and the thread; nobody connects again."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            sessions = (self._current, self._better)
+        for session in sessions:
+            if session is not None:
+                session.close("the storage is closed")
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def forget(self) -> None:
+        """In a forked child: nothing of the parent's is ours; connect when asked to."""
+        for session in (self._current, self._better):
+            if session is not None:
+                session.forget()
+        is_closed = self._is_closed
+        self._reset()
+        self._is_closed = is_closed
+        self._thread = None
+
+    def _disconnected(self, what: str) -> ClientDisconnected:
+        where = ", ".join(map(format_address, self._addresses))
+        cause = self._cause
+        text = f": {getattr(cause, 'strerror', None) or cause}" if cause else ""
+        return ClientDisconnected(f"{where}: {what}{text}")
+
+    # The thread
+
+    def _run(self) -> None:
+        waits = delays()
+        while not self._is_closed:
+            try:
+                session = self._take_better() or self._dial()
+            except (OSError, ZeolithError) as error:
+                self._note(error)
+                self._pause(next(waits))
+                continue
+            waits = delays()
+            self._adopt(session)
+            if session.is_read_only and not self._is_read_only:
+                self._look_for_better()
+            reason = session.listen(self._position)
+            self._position.leave(session)
+            if not self._is_closed:
+                logger.warning(
+                    "storage %s: %s is lost: %s",
+                    self._storage,
+                    format_address(session.address),
+                    reason,
+                )
+                self._note(ConnectionError(reason))
+
+    def _dial(self) -> Session:
+        """A session at any address, a writable one first if we may write."""
+        try:
+            return self._session_of(self._reach(is_read_only=self._is_read_only))
+        except HelloRefused as refusal:
+            if refusal.reason != "read-only" or not self._falls_back:
+                raise
+        return self._session_of(self._reach(is_read_only=True))
+
+    def _reach(self, *, is_read_only: bool) -> Reached:
+        wish = Wish(
+            self._storage,
+            is_read_only,
+            self._label,
+            self._database_id,
+            self._epoch,
+            self._position.tid,
+        )
+        return dial_any(list(self._addresses), wish, self._limits)
+
+    def _session_of(self, reached: Reached) -> Session:
+        return Session(reached, self._limits)
+
+    def _adopt(self, session: Session) -> None:
+        welcome = session.welcome
+        changes = welcome["changes"]
+        self._position.adopt(
+            session,
+            welcome["last_tid"],
+            None if changes is None else [Change(*change) for change in changes],
+        )
+        self._database_id = welcome["database_id"]
+        self._epoch = welcome["epoch"]
+        self._on_session(session)
+        logger.info(
+            "storage %s: connected to %s%s",
+            self._storage,
+            format_address(session.address),
+            " (read-only)" if session.is_read_only else "",
+        )
+        with self._changed:
+            self._current = session
+            self._cause = None
+            self._changed.notify_all()
+        if self._is_closed:
+            session.close("the storage is closed")
+
+    def _note(self, error: Exception) -> None:
+        with self._changed:
+            self._cause = error
+            self._changed.notify_all()
+
+    def _pause(self, delay_s: float) -> None:
+        with self._changed:
+            if not self._is_closed:
+                self._changed.wait(delay_s)
+
+    # A better session than a read-only one
+
+    def _look_for_better(self) -> None:
+        threading.Thread(
+            target=self._upgrade, name=f"zeolith-{self._storage}-upgrade", daemon=True
+        ).start()
+
+    def _upgrade(self) -> None:
+        fallback = self._current
+        while fallback is not None and fallback.ended is None and not self._is_closed:
+            self._pause(UPGRADE_INTERVAL_S)
+            try:
+                better = self._session_of(self._reach(is_read_only=False))
+            except (OSError, ZeolithError):
+                continue
+            with self._changed:
+                self._better = better
+            fallback.close("a server that takes writes is there again")
+            return
+
+    def _take_better(self) -> Session | None:
+        with self._changed:
+            better, self._better = self._better, None
+        return better if better is not None and better.ended is None else None

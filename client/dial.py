@@ -1,0 +1,167 @@
+"""Reaching a server: addresses, the hello, and how long to wait before trying again.
+
+Blocking calls, each bounded; used by the connector's thread, and by any thread for
+one more channel of a session that is there already.
+"""
+
+import random
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
+
+from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence
+from zeolith.protocol import errors
+from zeolith.protocol.addresses import Address, format_address
+from zeolith.protocol.connection import Connection, Role
+from zeolith.protocol.limits import Limits
+from zeolith.protocol.messages import Failure, Welcome
+from zeolith.protocol.methods import VERSION
+
+CONNECT_TIMEOUT_S = 5.0
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 2.0
+
+
+class Wish(NamedTuple):
+    """What a client says of itself in the hello of a stream."""
+
+    storage: str
+    is_read_only: bool
+    label: str | None
+    database_id: bytes | None
+    epoch: int | None
+    position: bytes | None
+
+
+class Reached(NamedTuple):
+    """A server that accepted the hello."""
+
+    address: Address
+    socket: socket.socket
+    connection: Connection
+    welcome: dict[str, Any]
+
+
+def delays() -> Iterator[float]:
+    """Seconds to wait before each new attempt: growing, bounded, never in step."""
+    delay_s = RETRY_FIRST_S
+    while True:
+        yield delay_s * random.uniform(0.5, 1.0)
+        delay_s = min(delay_s * 2, RETRY_MAX_S)
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether trying again is of no use until somebody changes something."""
+    return isinstance(error, errors.HelloRefused) and error.reason != "stopping"
+
+
+def dial_any(addresses: list[Address], wish: Wish, limits: Limits) -> Reached:
+    """The first of ``addresses`` that accepts ``wish``; all are tried at once.
+
+    Raises the error of the last one tried, a refusal before a mere absence.
+    """
+    if len(addresses) == 1:
+        return dial(addresses[0], wish, limits)
+    reached: Reached | None = None
+    error: Exception | None = None
+    with ThreadPoolExecutor(len(addresses), "zeolith-dial") as pool:
+        dials = [pool.submit(dial, address, wish, limits) for address in addresses]
+        for done in as_completed(dials):
+            failure = done.exception()
+            if failure is not None:
+                if not isinstance(failure, Exception):
+                    raise failure
+                if error is None or is_refusal(failure):
+                    error = failure
+            elif reached is None:
+                reached = done.result()
+            else:
+                done.result().socket.close()
+    if reached is not None:
+        return reached
+    assert error is not None
+    raise error
+
+
+def dial(address: Address, wish: Wish, limits: Limits) -> Reached:
+    """Open a stream at ``address``; raises OSError or a ZeolithError."""
+    hello = _hello(
+        kind="stream",
+        storage=wish.storage,
+        read_only=wish.is_read_only,
+        label=wish.label,
+        database_id=wish.database_id,
+        epoch=wish.epoch,
+        position=wish.position,
+    )
+    return _greet(address, hello, limits)
+
+
+def dial_channel(address: Address, token: bytes, limits: Limits) -> Channel:
+    """Open one more channel of the session ``token``; raises as ``dial``."""
+    reached = _greet(address, _hello(kind="channel", session=token), limits)
+    limit_silence(reached.socket, limits.heartbeat_timeout_s)
+    return Channel(reached.socket, reached.connection)
+
+
+def _hello(**fields: Any) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "capabilities": [],
+        "storage": None,
+        "database_id": None,
+        "epoch": None,
+        "position": None,
+        "read_only": False,
+        "label": None,
+        "session": None,
+        **fields,
+    }
+
+
+def _greet(address: Address, hello: dict[str, Any], limits: Limits) -> Reached:
+    sock = _connect(address)
+    try:
+        connection = Connection(Role.CLIENT, time.monotonic(), limits)
+        limit_silence(sock, limits.hello_timeout_s)
+        sock.sendall(connection.hello(hello, time.monotonic()))
+        return Reached(address, sock, connection, _await_welcome(sock, connection))
+    except BlockingIOError:
+        sock.close()
+        raise TimeoutError(
+            f"{format_address(address)} did not answer the hello within"
+            f" {limits.hello_timeout_s:g} s"
+        ) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _await_welcome(sock: socket.socket, connection: Connection) -> dict[str, Any]:
+    while data := sock.recv(RECEIVE_BYTES):
+        for message in connection.receive_data(data, time.monotonic()):
+            if isinstance(message, Welcome):
+                return message.fields
+            if isinstance(message, Failure):
+                raise errors.error_of(message.name, message.attributes, message.text)
+        if connection.is_closed:
+            raise connection.error or errors.RemoteProtocolError("no welcome")
+    raise ConnectionResetError("the server closed the connection at the hello")
+
+
+def _connect(address: Address) -> socket.socket:
+    if isinstance(address, str):
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    sock = socket.create_connection(address, CONNECT_TIMEOUT_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return sock

@@ -1,0 +1,31 @@
+"""From an address to an open database, in one call."""
+
+import inspect
+from typing import Any
+
+import ZODB
+
+from zeolith.client.storage import ClientStorage
+
+_STORAGE_ARGUMENTS = frozenset(inspect.signature(ClientStorage).parameters) - {"addr"}
+
+
+def DB(addr: Any, **arguments: Any) -> ZODB.DB:
+    """A ZODB.DB over a ClientStorage.
+
+    Arguments that ClientStorage has go there, all others to ZODB.DB.
+    """
+    for_storage = {
+        name: arguments.pop(name) for name in _STORAGE_ARGUMENTS & arguments.keys()
+    }
+    storage = ClientStorage(addr, **for_storage)
+    try:
+        return ZODB.DB(storage, **arguments)
+    except BaseException:
+        storage.close()
+        raise
+
+
+def connection(addr: Any, **arguments: Any) -> Any:
+    """An open ZODB connection to a database of its own, which is closed with it."""
+    return DB(addr, **arguments).open_then_close_db_when_connection_closes()

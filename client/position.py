@@ -1,0 +1,259 @@
+"""The position of a storage in the list of changes, and the one applier.
+
+Changes reach a client by several ways at once: over the stream, with the answer to a
+finish, with the answer to a sync, with the welcome of a new session. All of them end
+here, under one lock, and are applied in tid order without a gap:
+
+1. The position moves over contiguous changes only; what comes too early waits.
+2. It reaches T only after the cache and the registered database have been told T, or,
+   for an own transaction, after its tpc_finish callback has returned. Readers of
+   ``tid`` who take the lock never see it earlier.
+3. A change of an own transaction that a thread is finishing is left to that thread;
+   the changes after it wait for it. If that thread loses its channel it gives the
+   change up (``give_up``), and it is applied like anybody's.
+4. Only the session that was adopted last may feed changes; what another one still
+   delivers is dropped.
+
+The lock is never held while somebody waits for the network: ``finished`` waits on the
+condition, which lets go of it.
+"""
+
+import logging
+import threading
+from bisect import insort
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+from zeolith.client.cache import MemoryCache
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """A session that feeds changes."""
+
+    def close(self, reason: str) -> None:
+        """End the session without waiting; a new one will be opened."""
+
+
+class Change(NamedTuple):
+    """One committed transaction: its predecessor, its tid, what it changed."""
+
+    since: bytes
+    tid: bytes
+    oids: list[bytes]
+    # The id its client chose; None where the server does not know it any more.
+    transaction: bytes | None
+
+
+class Position:
+    """Where a storage stands, and how it moves."""
+
+    def __init__(self, cache: MemoryCache):
+        self._cache = cache
+        self._condition = threading.Condition()
+        # None until the first session is adopted.
+        self._tid: bytes | None = None
+        # The ZODB database that wants to hear of changes.
+        self._listener: Any = None
+        # The session that feeds us.
+        self._source: Source | None = None
+        # What came and cannot be applied yet, in tid order.
+        self._pending: list[Change] = []
+        # The own transactions that a thread is finishing now.
+        self._finishing: set[bytes] = set()
+
+    @property
+    def tid(self) -> bytes | None:
+        """The last change applied. Waits for one that is being applied."""
+        with self._condition:
+            return self._tid
+
+    @property
+    def tid_now(self) -> bytes | None:
+        """The last change applied, without waiting: may be one behind."""
+        return self._tid
+
+    def register(self, listener: Any) -> None:
+        """Tell ``listener`` (a ZODB database) of changes from now on."""
+        with self._condition:
+            self._listener = listener
+
+    def adopt(
+        self, source: Source, last_tid: bytes, changes: Iterable[Change] | None
+    ) -> None:
+        """Follow ``source`` from now on.
+
+        ``changes`` are those since the position that the source was told in its
+        hello; None means that there is no way from there to ``last_tid``.
+        """
+        with self._condition:
+            self._source = source
+            self._pending.clear()
+            if self._tid is None:
+                self._tid = last_tid
+                self._cache.forget_all(last_tid)
+            elif changes is None:
+                self._start_afresh(last_tid)
+            else:
+                self._merge(changes)
+                self._advance()
+                if self._source is None:
+                    self._source = source
+                    self._start_afresh(last_tid)
+            self._condition.notify_all()
+
+    def leave(self, source: Source) -> None:
+        """``source`` is lost; nobody need wait for what it would have brought."""
+        with self._condition:
+            if self._source is source:
+                self._source = None
+                self._condition.notify_all()
+
+    def receive(self, source: Source, changes: Iterable[Change]) -> None:
+        """Changes have come over a stream."""
+        with self._condition:
+            if source is self._source:
+                self._merge(changes)
+                self._advance()
+                self._condition.notify_all()
+
+    def catch_up(
+        self, source: Source, last_tid: bytes, changes: Iterable[Change] | None
+    ) -> None:
+        """The answer to a sync; returns when ``last_tid`` is applied."""
+        with self._condition:
+            if source is self._source and changes is not None:
+                self._merge(changes)
+                self._advance()
+                self._condition.notify_all()
+            while source is self._source and self._at() < last_tid:
+                self._condition.wait()
+
+    # Own transactions
+
+    def begin_finish(self, transaction: bytes) -> bytes:
+        """A thread is about to finish ``transaction``; returns the position to send."""
+        with self._condition:
+            self._finishing.add(transaction)
+            return self._at()
+
+    def give_up(self, transaction: bytes) -> None:
+        """The thread that was finishing ``transaction`` has lost its channel."""
+        with self._condition:
+            self._finishing.discard(transaction)
+            self._advance()
+            self._condition.notify_all()
+
+    def finished(
+        self,
+        source: Source,
+        change: Change,
+        before: Iterable[Change] | None,
+        apply: Callable[[bytes], None],
+    ) -> None:
+        """An own transaction is committed: call ``apply(tid)`` in its place.
+
+        ``before`` are the changes between the position sent and this one; None if the
+        server has forgotten some, then they come over the stream. ``apply`` is called
+        exactly once, under the lock, when everything before the change was applied;
+        or, when the session is lost meanwhile, at once, and the next session brings
+        the change like anybody's.
+        """
+        with self._condition:
+            is_in_place = self._wait_for_turn(source, change, before)
+            if is_in_place:
+                del self._pending[0]
+                self._cache.apply(change.tid, change.oids)
+            try:
+                apply(change.tid)
+            finally:
+                if is_in_place:
+                    self._tid = change.tid
+                self._finishing.discard(change.transaction or b"")
+                self._advance()
+                self._condition.notify_all()
+
+    def _wait_for_turn(
+        self, source: Source, change: Change, before: Iterable[Change] | None
+    ) -> bool:
+        """Wait until ``change`` is the next one; false if it will not be, here."""
+        if before is not None and source is self._source:
+            self._merge(before)
+            self._merge([change])
+        while source is self._source and self._at() < change.tid:
+            self._advance()
+            pending = self._pending
+            if pending and pending[0].transaction == change.transaction:
+                return True
+            self._condition.notify_all()
+            self._condition.wait()
+        return False
+
+    # Under the lock
+
+    def _at(self) -> bytes:
+        assert self._tid is not None, "no session was ever adopted"
+        return self._tid
+
+    def _merge(self, changes: Iterable[Change]) -> None:
+        at = self._at()
+        known = {change.tid for change in self._pending}
+        for change in changes:
+            if change.tid > at and change.tid not in known:
+                insort(self._pending, change, key=_tid_of)
+
+    def _advance(self) -> None:
+        """Apply what can be applied; a gap ends the session that left it."""
+        pending = self._pending
+        while pending:
+            change = pending[0]
+            if change.tid > self._at():
+                if change.since > self._at():
+                    self._leave_gap(change)
+                    return
+                if change.transaction in self._finishing:
+                    return
+                self._apply(change)
+            del pending[0]
+
+    def _leave_gap(self, change: Change) -> None:
+        source, self._source = self._source, None
+        self._pending.clear()
+        reason = (
+            f"changes between {self._at().hex()} and {change.since.hex()} are missing"
+        )
+        logger.error("%s; the session is opened anew", reason)
+        if source is not None:
+            source.close(reason)
+
+    def _apply(self, change: Change) -> None:
+        self._cache.apply(change.tid, change.oids)
+        if self._listener is not None:
+            self._listener.invalidate(change.tid, change.oids)
+        self._tid = change.tid
+
+    def _start_afresh(self, last_tid: bytes) -> None:
+        before = self._at()
+        if last_tid < before:
+            logger.critical(
+                "the server's database ends at %s, before %s that we have seen: it"
+                " was restored from an older copy. Everything cached is dropped",
+                last_tid.hex(),
+                before.hex(),
+            )
+        else:
+            logger.warning(
+                "the server does not know what changed since %s: everything cached is"
+                " dropped",
+                before.hex(),
+            )
+        self._pending.clear()
+        self._cache.forget_all(last_tid)
+        if self._listener is not None:
+            self._listener.invalidateCache()
+        self._tid = last_tid
+
+
+def _tid_of(change: Change) -> bytes:
+    return change.tid

@@ -1,0 +1,175 @@
+"""One presence at one server: a stream that brings changes, and a pool of channels.
+
+A session begins when a stream is welcomed and ends with it, for good: what was begun
+in it never continues in another. The connector's thread reads the stream (``listen``);
+any thread borrows a channel. ``close`` may be called by anybody, at any time, and
+wakes everybody who waits on one of the sockets.
+"""
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence, shut_down
+from zeolith.client.dial import Reached, dial_channel
+from zeolith.client.errors import ChannelLost
+from zeolith.client.position import Change, Position
+from zeolith.protocol.connection import Connection
+from zeolith.protocol.errors import ZeolithError
+from zeolith.protocol.limits import Limits
+from zeolith.protocol.messages import Message, Notice
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """A stream and the channels that belong to it."""
+
+    def __init__(self, reached: Reached, limits: Limits):
+        self.address = reached.address
+        self.welcome = reached.welcome
+        # Why it ended; None while it lives.
+        self.ended: str | None = None
+        self._limits = limits
+        self._token: bytes = reached.welcome["session"]
+        self._stream = reached.socket
+        self._connection: Connection = reached.connection
+        self._lock = threading.Lock()
+        # The channels nobody uses now; list.append and list.pop are atomic.
+        self._idle: list[Channel] = []
+        self._channels: set[Channel] = set()
+        limit_silence(self._stream, limits.heartbeat_interval_s / 2)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the server takes no writes from this session."""
+        return bool(self.welcome["read_only"])
+
+    # Channels, for any thread
+
+    def borrow(self) -> Channel:
+        """A channel for the calling thread alone; raises ChannelLost."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._open_channel()
+
+    def give_back(self, channel: Channel) -> None:
+        """The calling thread needs ``channel`` no more."""
+        if channel.is_lost or self.ended is not None:
+            self._drop(channel)
+        else:
+            self._idle.append(channel)
+
+    @contextmanager
+    def channel(self) -> Iterator[Channel]:
+        """A channel for the time of a with block."""
+        channel = self.borrow()
+        try:
+            yield channel
+        finally:
+            self.give_back(channel)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """One call on any channel; see Channel.call."""
+        # Spelled out, for this is the hot path.
+        try:
+            channel = self._idle.pop()
+        except IndexError:
+            channel = self._open_channel()
+        try:
+            return channel.call(method, *args)
+        finally:
+            if channel.is_lost or self.ended is not None:
+                self._drop(channel)
+            else:
+                self._idle.append(channel)
+
+    def _open_channel(self) -> Channel:
+        if self.ended is not None:
+            raise ChannelLost(self.ended)
+        try:
+            channel = dial_channel(self.address, self._token, self._limits)
+        except (OSError, ZeolithError) as error:
+            self.close(str(error))
+            raise ChannelLost(str(error)) from error
+        with self._lock:
+            self._channels.add(channel)
+            is_late = self.ended is not None
+        if is_late:
+            self._drop(channel)
+            raise ChannelLost(self.ended)
+        return channel
+
+    def _drop(self, channel: Channel) -> None:
+        with self._lock:
+            self._channels.discard(channel)
+        channel.close()
+
+    # The stream, for the connector's thread
+
+    def listen(self, position: Position) -> str:
+        """Apply changes until the session ends; returns why it did.
+
+        Answers heartbeats, and ends the session when the server falls silent.
+        """
+        while self.ended is None:
+            try:
+                data = self._stream.recv(RECEIVE_BYTES)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
+                    self.close(str(error))
+                    break
+            else:
+                if not data:
+                    self.close("the server closed the connection")
+                    break
+                for message in self._connection.receive_data(data, time.monotonic()):
+                    self._heed(message, position)
+            self._beat()
+        with self._lock:
+            self._stream.close()
+        assert self.ended is not None
+        return self.ended
+
+    def _heed(self, message: Message, position: Position) -> None:
+        if isinstance(message, Notice):
+            changes = [Change(*change) for change in message.args[0]]
+            position.receive(self, changes)
+
+    def _beat(self) -> None:
+        due = self._connection.tick(time.monotonic())
+        if self._connection.is_closed:
+            self.close(str(self._connection.error))
+        elif due:
+            try:
+                self._stream.sendall(due)
+            except OSError as error:
+                self.close(str(error))
+
+    # The end, for any thread
+
+    def close(self, reason: str) -> None:
+        """End the session without waiting; only the first reason counts."""
+        with self._lock:
+            if self.ended is not None:
+                return
+            self.ended = reason
+            channels = tuple(self._channels)
+            shut_down(self._stream)
+        for channel in channels:
+            channel.shut()
+        while self._idle:
+            self._drop(self._idle.pop())
+
+    def forget(self) -> None:
+        """In a forked child: close our copies of the sockets, and nothing else."""
+        self.ended = "the process was forked"
+        self._lock = threading.Lock()
+        self._stream.close()
+        for channel in self._channels:
+            channel.close()

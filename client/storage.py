@@ -1,0 +1,535 @@
+"""ClientStorage: ZODB's storage interfaces over a session with a server.
+
+ZODB's spelling (``tpc_begin``, ``loadBefore``) lives here; what the methods do is in
+the modules they call. Any thread may call any method; the thread that calls does its
+own reading and writing, on a channel of its own.
+"""
+
+import logging
+import os
+import threading
+import time
+import weakref
+from base64 import decodebytes, encodebytes
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from persistent.TimeStamp import TimeStamp
+from ZODB import interfaces
+from ZODB._compat import loads
+from ZODB.ConflictResolution import ConflictResolvingStorage
+from ZODB.POSException import (
+    POSKeyError,
+    ReadOnlyError,
+    StorageTransactionError,
+    Unsupported,
+)
+from zope.interface import alsoProvides, implementer
+
+from zeolith.client.addressing import addresses_of
+from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
+from zeolith.client.commit import Commit, Phase
+from zeolith.client.connector import Connector
+from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
+from zeolith.client.position import Change, Position
+from zeolith.client.session import Session
+from zeolith.client.tids import MAX_TID, Z64
+from zeolith.protocol.limits import DEFAULT, Limits
+
+logger = logging.getLogger(__name__)
+
+NEW_OIDS = 100
+LOG_BATCH = 100
+# What we can do if the server's storage can.
+_OPTIONAL_INTERFACES = {"IStorageUndoable": interfaces.IStorageUndoable}
+
+
+@implementer(interfaces.IMultiCommitStorage, interfaces.IPrefetchStorage)
+class ClientStorage(ConflictResolvingStorage):
+    """A storage whose data are in a server.
+
+    ``addr`` is ``(host, port)``, a port, ``"host:port"``, a Unix socket's path, or a
+    list of these, all of the same database. ``wait_timeout`` (seconds) bounds every
+    wait for a connection, at the start (with ``wait``) and later; other arguments are
+    described in docs/reference.md. Raises ClientDisconnected with the cause if there
+    is no connection in time, at once if the server refuses, NotSupportedYet for an
+    argument of a release to come, ValueError for a wrong one.
+    """
+
+    def __init__(
+        self,
+        addr: Any,
+        storage: str = "1",
+        cache: str | None = None,
+        cache_size: int = DEFAULT_CACHE_BYTES,
+        name: str | None = None,
+        wait: bool = True,
+        wait_timeout: float = 30,
+        read_only: bool = False,
+        read_only_fallback: bool = False,
+        blob_dir: str | None = None,
+        shared_blob_dir: bool = False,
+        blob_cache_size: int | None = None,
+        blob_cache_size_check: int = 10,
+        client_label: str | None = None,
+        ssl: Any = None,
+        ssl_server_hostname: str | None = None,
+        server_sync: bool = False,
+        username: str | None = None,
+        password: str | None = None,
+        *,
+        limits: Limits = DEFAULT,
+    ):
+        _refuse_arguments_to_come(
+            cache=cache,
+            blob_dir=blob_dir,
+            shared_blob_dir=shared_blob_dir or None,
+            blob_cache_size=blob_cache_size,
+            ssl=ssl,
+            ssl_server_hostname=ssl_server_hostname,
+            username=username,
+            password=password,
+        )
+        addresses = addresses_of(addr)
+        self.limits = limits
+        self.__name__ = name or ", ".join(map(str, addresses))
+        self._storage = storage
+        self._wait_timeout_s = wait_timeout
+        self._is_read_only = bool(read_only)
+        self._server_sync = server_sync
+        self._is_closed = False
+        self.cache = MemoryCache(cache_size)
+        self.position = Position(self.cache)
+        self._commits: dict[Any, Commit] = {}
+        # The session that gave the oids, and those not used yet.
+        self._oids: tuple[Session | None, list[bytes]] = (None, [])
+        self._oids_lock = threading.Lock()
+        self._connector = Connector(
+            addresses,
+            self.position,
+            storage=storage,
+            label=client_label,
+            is_read_only=self._is_read_only,
+            falls_back=bool(read_only_fallback),
+            limits=limits,
+            on_session=self._welcome,
+        )
+        _storages.add(self)
+        self._connector.start()
+        if wait:
+            try:
+                self._connector.session(wait_timeout)
+            except BaseException:
+                self.close()
+                raise
+
+    # Connection
+
+    @property
+    def current_session(self) -> Session | None:
+        """The session now, if there is one."""
+        return self._connector.current
+
+    def is_connected(self) -> bool:
+        """Whether there is a session now."""
+        return self._connector.current is not None
+
+    def new_addr(self, addr: Any) -> None:
+        """Connect to ``addr`` (as for the constructor) from now on."""
+        self._connector.new_addresses(addresses_of(addr))
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A call that may be repeated: a lost connection is waited for and replaced.
+
+        Raises ClientDisconnected if there is none within ``wait_timeout``.
+        """
+        deadline: float | None = None
+        left_s = self._wait_timeout_s
+        while True:
+            session = self._connector.session(left_s)
+            try:
+                return session.call(method, *args)
+            except ChannelLost as error:
+                now = time.monotonic()
+                if deadline is None:
+                    deadline = now + self._wait_timeout_s
+                left_s = deadline - now
+                if left_s <= 0:
+                    raise ClientDisconnected(str(error)) from error
+
+    def sync(self, force: bool = True) -> None:
+        """With ``server_sync``: see everything committed before this call.
+
+        Without a connection the snapshot stays what it is.
+        """
+        session = self._connector.current
+        position = self.position.tid
+        if self._server_sync and session is not None and position is not None:
+            try:
+                last_tid, changes = session.call("changes_since", position)
+            except ChannelLost:
+                return
+            if changes is None:
+                session.close("the server forgot the changes since our position")
+                return
+            self.position.catch_up(
+                session, last_tid, [Change(*change) for change in changes]
+            )
+
+    def ping(self) -> None:
+        """A round trip to the server and back."""
+        self.call("ping")
+
+    def server_status(self) -> dict[str, Any]:
+        """What ``zeolith status`` shows."""
+        status: dict[str, Any] = self.call("status")
+        return status
+
+    def close(self) -> None:
+        """End the connection; what was begun and not finished is aborted."""
+        self._is_closed = True
+        for commit in tuple(self._commits.values()):
+            commit.abort()
+        self._connector.close()
+        _storages.discard(self)
+
+    def _welcome(self, session: Session) -> None:
+        for name in session.welcome["interfaces"]:
+            interface = _OPTIONAL_INTERFACES.get(name)
+            if interface is not None and not interface.providedBy(self):
+                alsoProvides(self, interface)
+
+    def _forget_parent(self) -> None:
+        """In a forked child; see _after_fork."""
+        self.position = Position(self.cache)
+        self._connector.forget()
+
+    # What it is
+
+    def getName(self) -> str:
+        """The name given, or the addresses."""
+        return self.__name__
+
+    def sortKey(self) -> str:
+        """The same for all storages of the same database, in every process."""
+        welcome = self._connector.session(self._wait_timeout_s).welcome
+        return f"zeolith:{welcome['database_id'].hex()}:{self._storage}"
+
+    def isReadOnly(self) -> bool:
+        """Whether writes are refused now; a fallback may end."""
+        session = self._connector.current
+        return self._is_read_only or (session is not None and session.is_read_only)
+
+    def supportsUndo(self) -> bool:
+        """Whether the server's storage can undo."""
+        session = self._connector.session(self._wait_timeout_s)
+        return bool(session.welcome["supports_undo"])
+
+    def __len__(self) -> int:
+        return int(self.call("info")[1])
+
+    def __bool__(self) -> bool:
+        # Or the truth of a storage would ask the server for its length.
+        return True
+
+    def getSize(self) -> int:
+        """The size of the database in bytes."""
+        return int(self.call("info")[0])
+
+    def registerDB(self, wrapper: Any) -> None:
+        """Tell ``wrapper`` of changes from now on."""
+        super().registerDB(wrapper)
+        self.position.register(wrapper)
+
+    def lastTransaction(self) -> bytes:
+        """The last transaction that this process has been told of completely."""
+        tid = self.position.tid
+        if tid is None:
+            self._connector.session(self._wait_timeout_s)
+            tid = self.position.tid
+        return tid or Z64
+
+    # Reading
+
+    def loadBefore(
+        self, oid: bytes, tid: bytes
+    ) -> tuple[bytes, bytes, bytes | None] | None:
+        """``(data, tid, end)`` of the last revision before ``tid``, or None."""
+        found = self.cache.load(oid, tid)
+        if found is not None:
+            return found
+        data, start, end, as_of = self.call("load", oid, tid)
+        if data is None:
+            return None
+        self.cache.store(oid, start, end, data, as_of)
+        return data, start, end
+
+    def load(self, oid: bytes, version: str = "") -> tuple[bytes, bytes]:
+        """The current record and its tid."""
+        found = self.loadBefore(oid, MAX_TID)
+        if found is None:
+            raise POSKeyError(oid)
+        return found[:2]
+
+    def load_many(
+        self, oids: Iterable[bytes], before: bytes
+    ) -> dict[bytes, tuple[bytes, bytes, bytes | None]]:
+        """``loadBefore`` for many oids, in one round trip for a megabyte.
+
+        What is not there is not in the result.
+        """
+        loaded = {}
+        wanted = []
+        for oid in dict.fromkeys(oids):
+            found = self.cache.load(oid, before)
+            if found is None:
+                wanted.append(oid)
+            else:
+                loaded[oid] = found
+        while wanted:
+            batch = wanted[: self.limits.load_many_max]
+            as_of, revisions = self.call("load_many", batch, before)
+            for oid, revision in zip(batch, revisions, strict=False):
+                if revision is not None:
+                    data, start, end = revision
+                    self.cache.store(oid, start, end, data, as_of)
+                    loaded[oid] = data, start, end
+            del wanted[: len(revisions)]
+        return loaded
+
+    def prefetch(self, oids: Iterable[bytes], tid: bytes) -> None:
+        """Have the revisions of ``oids`` in the cache."""
+        self.load_many(oids, tid)
+
+    def loadSerial(self, oid: bytes, serial: bytes) -> bytes:
+        """The record that transaction ``serial`` wrote."""
+        data: bytes = self.call("load_serial", oid, serial)
+        return data
+
+    def getTid(self, oid: bytes) -> bytes:
+        """The tid of the current record."""
+        tid: bytes = self.call("get_tid", oid)
+        return tid
+
+    def history(self, oid: bytes, size: int = 1) -> list[dict[str, Any]]:
+        """The last ``size`` revisions, newest first."""
+        return [
+            {**_log_entry(entry), "tid": entry[0]}
+            for entry in self.call("history", oid, size)
+        ]
+
+    def new_oid(self) -> bytes:
+        """An oid that was never given out."""
+        if self.isReadOnly():
+            raise ReadOnlyError("the storage is read-only")
+        session = self._connector.session(self._wait_timeout_s)
+        with self._oids_lock:
+            source, oids = self._oids
+            if source is session and oids:
+                return oids.pop()
+        # Not under the lock: two threads that find nothing both ask.
+        oids = list(reversed(self.call("new_oids", NEW_OIDS)))
+        oid: bytes = oids.pop()
+        with self._oids_lock:
+            self._oids = (session, oids)
+        return oid
+
+    # Committing
+
+    def tpc_begin(
+        self, transaction: Any, tid: bytes | None = None, status: str = " "
+    ) -> None:
+        """Begin; nothing is sent before the vote."""
+        if self.isReadOnly():
+            raise ReadOnlyError("the storage is read-only")
+        if transaction in self._commits:
+            raise StorageTransactionError("Duplicate tpc_begin for one transaction")
+        session = self._connector.session(self._wait_timeout_s)
+        self._commits[transaction] = Commit(self, session, transaction, tid, status)
+
+    def store(
+        self,
+        oid: bytes,
+        serial: bytes | None,
+        data: bytes,
+        version: str,
+        transaction: Any,
+    ) -> None:
+        """Write a record that was read as of ``serial`` (None: it is new)."""
+        assert not version, "versions are not supported"
+        self._begun(transaction).stores.store(oid, serial or Z64, data)
+
+    def checkCurrentSerialInTransaction(
+        self, oid: bytes, serial: bytes, transaction: Any
+    ) -> None:
+        """The transaction depends on ``oid`` not having changed since ``serial``."""
+        self._begun(transaction).stores.check(oid, serial)
+
+    def tpc_vote(self, transaction: Any) -> list[bytes]:
+        """Everything is checked and will be kept; returns resolved oids."""
+        return self._begun(transaction).vote()
+
+    def tpc_finish(
+        self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None
+    ) -> bytes:
+        """Commit; ``func(tid)`` is called before anybody here sees the transaction."""
+        return self._commit_of(transaction).finish(func)
+
+    def tpc_abort(self, transaction: Any) -> None:
+        """Forget the transaction; nothing, if it is none of ours."""
+        commit = self._commits.get(transaction)
+        if commit is not None:
+            commit.abort()
+
+    def tpc_transaction(self) -> Any:
+        """Any transaction between begin and end; there may be several."""
+        return next(iter(self._commits), None)
+
+    def forget_commit(self, commit: Commit) -> None:
+        """``commit`` has ended."""
+        for transaction, each in tuple(self._commits.items()):
+            if each is commit:
+                self._commits.pop(transaction, None)
+
+    def _commit_of(self, transaction: Any) -> Commit:
+        commit = self._commits.get(transaction)
+        if commit is None:
+            raise StorageTransactionError(self, transaction)
+        return commit
+
+    def _begun(self, transaction: Any) -> Commit:
+        if self.isReadOnly():
+            raise ReadOnlyError("the storage is read-only")
+        commit = self._commit_of(transaction)
+        if commit.phase is not Phase.BEGUN:
+            raise StorageTransactionError("the transaction has voted")
+        return commit
+
+    # Undo, and the log
+
+    def undo(self, transaction_id: bytes, transaction: Any) -> None:
+        """Undo a transaction, by its id in undoLog; the vote says what it touched."""
+        if self.isReadOnly():
+            raise ReadOnlyError("the storage is read-only")
+        if not self.supportsUndo():
+            raise Unsupported("the server's storage cannot undo")
+        self._begun(transaction).stores.undo(decodebytes(transaction_id + b"\n"))
+
+    def undoLog(
+        self,
+        first: int = 0,
+        last: int = -20,
+        filter: Callable[[dict[str, Any]], bool] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Undoable transactions from ``first`` to ``last``, newest first.
+
+        A negative ``last`` is a number of transactions. The filter runs here, so it
+        may be anything.
+        """
+        if last < 0:
+            last = first - last
+        found: list[dict[str, Any]] = []
+        number = 0
+        for description in self._undoable():
+            if number >= last:
+                break
+            if filter is None or filter(description):
+                if number >= first:
+                    found.append(description)
+                number += 1
+        return found
+
+    def undoInfo(
+        self,
+        first: int = 0,
+        last: int = -20,
+        specification: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """undoLog of the transactions that have all of ``specification``."""
+        if not specification:
+            return self.undoLog(first, last)
+        wanted = tuple(specification.items())
+
+        def fits(description: dict[str, Any]) -> bool:
+            # The specified value is on the left: it may be a ZopeUndo Prefix.
+            return all(
+                key in description and value == _as_type_of(value, description[key])
+                for key, value in wanted
+            )
+
+        return self.undoLog(first, last, fits)
+
+    def _undoable(self) -> Iterator[dict[str, Any]]:
+        before = None
+        while True:
+            entries = self.call("undo_log", before, LOG_BATCH)
+            for entry in entries:
+                tid = entry[0]
+                yield {**_log_entry(entry), "id": encodebytes(tid).rstrip()}
+            if len(entries) < LOG_BATCH:
+                return
+            before = entries[-1][0]
+
+    def pack(
+        self,
+        pack_time: float | None = None,
+        referencesf: Any = None,
+        wait: bool = True,
+        days: float = 0,
+    ) -> None:
+        """Pack to ``pack_time`` (seconds since the epoch; now), less ``days``.
+
+        The server finds references itself; ``referencesf`` is not needed, and packing
+        is always waited for.
+        """
+        moment = time.time() if pack_time is None else pack_time
+        session = self._connector.session(self._wait_timeout_s)
+        try:
+            session.call("pack", moment - days * 86400)
+        except ChannelLost as error:
+            raise ClientDisconnected(f"while packing: {error}") from error
+
+
+def _refuse_arguments_to_come(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise NotSupportedYet(
+                f"ClientStorage: {name} is not supported yet by this release of zeolith"
+            )
+
+
+def _log_entry(entry: Sequence[Any]) -> dict[str, Any]:
+    """A transaction of the log in ZODB's form."""
+    tid, user, description, extension, size = entry
+    described: dict[str, Any] = {
+        "time": TimeStamp(tid).timeTime(),
+        "user_name": user,
+        "description": description,
+        "size": size,
+    }
+    if extension:
+        try:
+            described.update(loads(extension))
+        except Exception as error:  # noqa: BLE001 - whatever a class may raise
+            logger.warning("the extension of %s is unreadable: %s", tid.hex(), error)
+    return described
+
+
+def _as_type_of(wanted: Any, value: Any) -> Any:
+    """``value`` as text if it is compared with text; ZODB has bytes there."""
+    if isinstance(value, bytes) and not isinstance(wanted, bytes):
+        return value.decode("utf-8", "replace")
+    return value
+
+
+# Storages of this process, so that a forked child can let go of its parent's sockets.
+_storages: "weakref.WeakSet[ClientStorage]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for storage in tuple(_storages):
+        storage._forget_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,94 @@
+"""What a transaction wants to write, on its way to the vote.
+
+Nothing is sent before the vote. Operations gather in memory; every
+``batch_bytes_max`` they are packed into a message and appended to a spill, which is
+memory first and then an unnamed temporary file, so a transaction may be larger than
+memory. Belongs to the thread that commits.
+"""
+
+import secrets
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+from ZODB.POSException import StorageError
+
+from zeolith.protocol.codec import encode
+from zeolith.protocol.limits import Limits
+from zeolith.protocol.messages import Notice
+
+TRANSACTION_ID_BYTES = 16
+SPILL_MEMORY_BYTES = 16 * 1024 * 1024
+# Records kept for the cache, so that an object just committed need not be loaded.
+KEPT_BYTES_MAX = 4 * 1024 * 1024
+_SEND_BYTES = 256 * 1024
+# What an operation takes on the wire beside its data.
+_OPERATION_BYTES = 64
+
+
+class Stores:
+    """The operations of one transaction, and the id that the client chose for it."""
+
+    def __init__(self, limits: Limits):
+        self.id = secrets.token_bytes(TRANSACTION_ID_BYTES)
+        # What is not spilled yet.
+        self.operations: list[list[Any]] = []
+        self.oids: set[bytes] = set()
+        # oid -> the record last stored, for the cache; empty if there are too many.
+        self.kept: dict[bytes, bytes] = {}
+        self._limits = limits
+        self._gathered_bytes = 0
+        self._kept_bytes = 0
+        self._spill: IO[bytes] | None = None
+
+    def store(self, oid: bytes, serial: bytes, data: bytes) -> None:
+        """Add a record; raises StorageError if it is too large for the wire."""
+        if len(data) + 1024 > self._limits.frame_bytes_max:
+            raise StorageError(
+                f"a record of {len(data)} bytes is too large to be sent"
+                f" (frame_bytes_max is {self._limits.frame_bytes_max});"
+                " keep large data in a blob"
+            )
+        self._add(["store", oid, serial, data], len(data))
+        self.oids.add(oid)
+        self._kept_bytes += len(data)
+        if self._kept_bytes <= KEPT_BYTES_MAX:
+            self.kept[oid] = data
+        else:
+            self.kept.clear()
+
+    def check(self, oid: bytes, serial: bytes) -> None:
+        """The transaction depends on ``oid`` being as of ``serial``."""
+        self._add(["check", oid, serial], 0)
+
+    def undo(self, tid: bytes) -> None:
+        """Undo what transaction ``tid`` did."""
+        self._add(["undo", tid], 0)
+
+    def spilled(self) -> Iterator[bytes]:
+        """The spilled messages, as bytes to be sent in this order."""
+        if self._spill is not None:
+            self._spill.seek(0)
+            while chunk := self._spill.read(_SEND_BYTES):
+                yield chunk
+
+    def close(self) -> None:
+        """Let go of the spill."""
+        if self._spill is not None:
+            self._spill.close()
+
+    def _add(self, operation: list[Any], data_bytes: int) -> None:
+        limit = self._limits.batch_bytes_max
+        if self.operations and self._gathered_bytes + data_bytes > limit:
+            self._spill_gathered()
+        self.operations.append(operation)
+        self._gathered_bytes += data_bytes + _OPERATION_BYTES
+
+    def _spill_gathered(self) -> None:
+        if self._spill is None:
+            self._spill = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - see close
+                SPILL_MEMORY_BYTES, prefix="zeolith-"
+            )
+        self._spill.write(encode(Notice("stage", [self.id, self.operations])))
+        self.operations = []
+        self._gathered_bytes = 0

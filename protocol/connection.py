@@ -1,0 +1,370 @@
+"""One socket's conversation, for either end, without the socket.
+
+A Connection is fed what a socket received and returns the messages in it; it turns
+what its owner wants to say into bytes. It knows the state of the conversation, the
+requests that are open, and when a heartbeat is due or overdue; time comes in as
+``now`` (seconds of any steady clock). It belongs to one thread at a time: the server's
+loop, or the client thread that holds the socket.
+
+Two rules (after h11): every change of state is a row of ``RECEIVING`` or ``SENDING``,
+and what is not in the tables is a protocol error, the peer's or ours.
+
+::
+
+              Hello              Welcome
+    OPENING ---------> GREETED ------------> STREAM   changes and heartbeats
+                          |        `-------> CHANNEL  requests and replies
+                          | Failure
+                          v                     | Goodbye, or an error
+                        CLOSED <----------------'
+"""
+
+from enum import Enum
+from typing import Any
+
+from zeolith.protocol import errors
+from zeolith.protocol.codec import decode, encode
+from zeolith.protocol.errors import LocalProtocolError, RemoteProtocolError
+from zeolith.protocol.frames import FrameReader
+from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.messages import (
+    Failure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Notice,
+    Reply,
+    Request,
+    Welcome,
+)
+from zeolith.protocol.methods import HELLO, METHODS, VERSION, WELCOME, check_fields
+
+
+class Role(Enum):
+    """Which end of the socket this is."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class SocketKind(Enum):
+    """What a socket is for; the Hello says it."""
+
+    STREAM = "stream"
+    CHANNEL = "channel"
+
+
+class State(Enum):
+    """Where the conversation stands."""
+
+    OPENING = "opening"
+    GREETED = "greeted"
+    STREAM = "stream"
+    CHANNEL = "channel"
+    CLOSED = "closed"
+
+
+_OPENED = {SocketKind.STREAM: State.STREAM, SocketKind.CHANNEL: State.CHANNEL}
+# A Welcome leads to the state that the Hello asked for.
+_AS_ASKED = State.OPENING
+
+_Table = dict[State, dict[type[Message], State]]
+_FROM_CLIENT: _Table = {
+    State.OPENING: {Hello: State.GREETED},
+    State.GREETED: {Goodbye: State.CLOSED},
+    State.STREAM: {Heartbeat: State.STREAM, Goodbye: State.CLOSED},
+    State.CHANNEL: {
+        Request: State.CHANNEL,
+        Notice: State.CHANNEL,
+        Heartbeat: State.CHANNEL,
+        Goodbye: State.CLOSED,
+    },
+    State.CLOSED: {},
+}
+_FROM_SERVER: _Table = {
+    State.OPENING: {Goodbye: State.CLOSED},
+    State.GREETED: {
+        Welcome: _AS_ASKED,
+        Failure: State.CLOSED,
+        Goodbye: State.CLOSED,
+    },
+    State.STREAM: {
+        Notice: State.STREAM,
+        Heartbeat: State.STREAM,
+        Goodbye: State.CLOSED,
+    },
+    State.CHANNEL: {
+        Reply: State.CHANNEL,
+        Failure: State.CHANNEL,
+        Heartbeat: State.CHANNEL,
+        Goodbye: State.CLOSED,
+    },
+    State.CLOSED: {},
+}
+RECEIVING = {Role.CLIENT: _FROM_SERVER, Role.SERVER: _FROM_CLIENT}
+SENDING = {Role.CLIENT: _FROM_CLIENT, Role.SERVER: _FROM_SERVER}
+
+HEARTBEAT = encode(Heartbeat())
+
+
+class Connection:
+    """The conversation on one socket, as its ``role`` sees it."""
+
+    def __init__(self, role: Role, now: float, limits: Limits = DEFAULT):
+        self.role = role
+        self.limits = limits
+        self.state = State.OPENING
+        # What the Hello asked for; None before it.
+        self.kind: SocketKind | None = None
+        # Why the conversation ended, for the owner's log and errors; None until then.
+        self.error: Exception | None = None
+        # Whether it ended with the peer's own word for it.
+        self.said_goodbye = False
+        # Requests sent (client) or received (server) that have no answer yet.
+        self.open_requests: set[int] = set()
+        # When this end last said something, and when it last heard something.
+        self.sent_at = self.rcvd_at = now
+        self._last_request = 0
+        # A client trusts the server it dialled with a long welcome.
+        self._reader = FrameReader(
+            limits.hello_frame_bytes_max
+            if role is Role.SERVER
+            else limits.frame_bytes_max
+        )
+        self._receiving = RECEIVING[role]
+        self._sending = SENDING[role]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the hello was accepted and the conversation goes on."""
+        return self.state is State.STREAM or self.state is State.CHANNEL
+
+    # Receiving
+
+    def receive_data(self, data: bytes, now: float) -> list[Message]:
+        """The messages that ``data`` completes, checked against state and table.
+
+        After an offence of the peer's the list ends before it, ``error`` says what it
+        was and ``is_closed`` is true: the owner sends ``farewell()`` and hangs up.
+        """
+        self.rcvd_at = now
+        if self.state is State.CLOSED:
+            return []
+        received: list[Message] = []
+        try:
+            for payload in self._reader.feed(data):
+                message = decode(payload)
+                self._accept(message)
+                received.append(message)
+                if self.is_closed:
+                    break
+        except RemoteProtocolError as error:
+            self._fail(error)
+        return received
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the conversation is over."""
+        return self.state is State.CLOSED
+
+    def _accept(self, message: Message) -> None:
+        kind = type(message)
+        try:
+            state = self._receiving[self.state][kind]
+        except KeyError:
+            raise RemoteProtocolError(
+                f"a {kind.__name__} is not expected in state {self.state.value}"
+            ) from None
+        if kind is Reply or kind is Failure:
+            self._accept_answer(message)  # type: ignore[arg-type]
+        elif kind is Request:
+            self._accept_request(message)  # type: ignore[arg-type]
+        elif kind is Notice:
+            self._check_call(message.method, message.args, False)  # type: ignore[union-attr]
+        elif kind is Hello:
+            self._accept_hello(message.fields)  # type: ignore[union-attr]
+        elif kind is Welcome:
+            check_fields("Welcome", message.fields, WELCOME)  # type: ignore[union-attr]
+        elif kind is Goodbye:
+            self.said_goodbye = True
+            self.error = RemoteProtocolError(f"{message.reason}: {message.text}")  # type: ignore[union-attr]
+        self._enter(state)
+
+    def _accept_answer(self, answer: Reply | Failure) -> None:
+        if self.state is State.GREETED:
+            assert isinstance(answer, Failure)
+            self.error = errors.error_of(answer.name, answer.attributes, answer.text)
+        elif answer.id not in self.open_requests:
+            raise RemoteProtocolError(f"an answer to request {answer.id}, never asked")
+        else:
+            self.open_requests.discard(answer.id)
+
+    def _accept_request(self, request: Request) -> None:
+        if request.id <= self._last_request:
+            raise RemoteProtocolError(
+                f"request {request.id} after request {self._last_request}"
+            )
+        self._last_request = request.id
+        if len(self.open_requests) >= self.limits.requests_open_max:
+            raise RemoteProtocolError(
+                f"more than {self.limits.requests_open_max} open requests"
+            )
+        self._check_call(request.method, request.args, True)
+        self.open_requests.add(request.id)
+
+    def _check_call(self, name: str, args: list[Any], answers: bool) -> None:
+        method = METHODS.get(name)
+        if method is None or method.answers is not answers:
+            raise RemoteProtocolError(f"there is no method {name[:40]!r}")
+        if (method.sender == "client") is not (self.role is Role.SERVER):
+            raise RemoteProtocolError(f"{name} is not sent by the {method.sender}")
+        method.check(args)
+
+    def _accept_hello(self, fields: dict[str, Any]) -> None:
+        if fields.get("version") != VERSION:
+            # Its other fields may be anything; the owner refuses it with a reason.
+            self.kind = SocketKind.STREAM
+            return
+        check_fields("Hello", fields, HELLO)
+        try:
+            self.kind = SocketKind(fields["kind"])
+        except ValueError:
+            raise RemoteProtocolError(
+                f"a Hello for a {fields['kind'][:20]!r}"
+            ) from None
+
+    def _enter(self, state: State) -> None:
+        if state is _AS_ASKED:
+            assert self.kind is not None
+            state = _OPENED[self.kind]
+            self._reader.frame_bytes_max = self.limits.frame_bytes_max
+        self.state = state
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self.state = State.CLOSED
+
+    # Sending: each method returns the bytes to send, and nothing else is sent
+
+    def hello(self, fields: dict[str, Any], now: float) -> bytes:
+        """Client: the first message; see methods.HELLO for ``fields``."""
+        self.kind = SocketKind(fields["kind"])
+        return self._send(Hello(fields), now)
+
+    def welcome(self, fields: dict[str, Any], now: float) -> bytes:
+        """Server: accept the peer; see methods.WELCOME for ``fields``."""
+        return self._send(Welcome(fields), now)
+
+    def refuse(self, error: Exception, now: float) -> bytes:
+        """Server: answer the Hello with ``error``; the conversation is over."""
+        return self._send(Failure(0, *errors.failure_of(error)), now)
+
+    def request(self, method: str, args: list[Any], now: float) -> bytes:
+        """Client: ask; the answer carries the id in ``last_request``."""
+        number = self._last_request + 1
+        sent = self._send(Request(number, method, args), now)
+        self._last_request = number
+        self.open_requests.add(number)
+        return sent
+
+    @property
+    def last_request(self) -> int:
+        """The id of the request that was last sent or received."""
+        return self._last_request
+
+    def reply(self, number: int, value: Any, now: float) -> bytes:
+        """Server: the value of request ``number``."""
+        sent = self._send(Reply(number, value), now)
+        self.open_requests.discard(number)
+        return sent
+
+    def failure(self, number: int, error: BaseException, now: float) -> bytes:
+        """Server: the error of request ``number``."""
+        sent = self._send(Failure(number, *errors.failure_of(error)), now)
+        self.open_requests.discard(number)
+        return sent
+
+    def notice(self, method: str, args: list[Any], now: float) -> bytes:
+        """Either end: a call without an answer."""
+        return self._send(Notice(method, args), now)
+
+    def sent_shared(self, now: float) -> None:
+        """The owner sends bytes that were encoded once for many connections."""
+        self.sent_at = now
+
+    def goodbye(self, reason: str, text: str, now: float) -> bytes:
+        """The last words; empty if the state knows none. The conversation is over."""
+        if Goodbye not in self._sending[self.state]:
+            self.state = State.CLOSED
+            return b""
+        return self._send(Goodbye(reason, text), now)
+
+    def farewell(self) -> bytes:
+        """The last words to a peer that broke the rules; state is CLOSED already."""
+        return encode(Goodbye("protocol", str(self.error)))
+
+    def _send(self, message: Message, now: float) -> bytes:
+        try:
+            state = self._sending[self.state][type(message)]
+        except KeyError:
+            raise LocalProtocolError(
+                f"a {type(message).__name__} cannot be sent in state {self.state.value}"
+            ) from None
+        data = encode(message)
+        if len(data) > self.limits.frame_bytes_max:
+            raise LocalProtocolError(
+                f"a message of {len(data)} bytes is too large for the wire"
+                f" (frame_bytes_max is {self.limits.frame_bytes_max})"
+            )
+        self._enter(state)
+        self.sent_at = now
+        return data
+
+    # Heartbeats
+
+    @property
+    def _must_beat(self) -> bool:
+        """Whether the peer waits for a sign of life from this end.
+
+        On a stream both ends do, always. On a channel it is the client that waits for
+        an answer: a channel nobody waits on may be silent for days.
+        """
+        if self.state is State.STREAM:
+            return True
+        return (
+            self.state is State.CHANNEL
+            and self.role is Role.SERVER
+            and bool(self.open_requests)
+        )
+
+    @property
+    def _must_hear(self) -> bool:
+        if self.state is State.STREAM:
+            return True
+        return (
+            self.state is State.CHANNEL
+            and self.role is Role.CLIENT
+            and bool(self.open_requests)
+        )
+
+    def tick(self, now: float) -> bytes:
+        """What is due at ``now``: a heartbeat to send, or nothing (b"").
+
+        A peer silent for too long ends the conversation: look at ``is_closed``. Call
+        it at least every half ``heartbeat_interval_s``.
+        """
+        limits = self.limits
+        if self.state in (State.OPENING, State.GREETED):
+            if now - self.rcvd_at > limits.hello_timeout_s:
+                self._fail(RemoteProtocolError("no hello in time"))
+            return b""
+        if self._must_hear and now - self.rcvd_at > limits.heartbeat_timeout_s:
+            self._fail(
+                RemoteProtocolError(f"silent for {limits.heartbeat_timeout_s:g} s")
+            )
+            return b""
+        if self._must_beat and now - self.sent_at >= limits.heartbeat_interval_s / 2:
+            self.sent_at = now
+            return HEARTBEAT
+        return b""

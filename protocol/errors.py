@@ -1,0 +1,258 @@
+"""The errors of the protocol, and the exceptions that may cross the wire.
+
+::
+
+    ZeolithError
+      ProtocolError              never raised itself; blame is in the class
+        LocalProtocolError         this end tried what the state forbids
+        RemoteProtocolError        the other end sent garbage, or too much, or too early
+      RemoteFailure              a method failed at the other end with an error that has
+                                 no class here: its name and text are all there is
+      HelloRefused               the server will not have this client: .reason says why
+
+An exception crosses the wire as ``(name, attributes, text)``. Only the names in
+``_CROSSING`` become exceptions of a class again, and each is rebuilt by code here,
+from attributes whose types are checked: nothing is ever imported, and no constructor
+chosen, by a name that came from a peer. Pure functions; any thread.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transaction.interfaces import TransientError
+from ZODB import POSException
+from ZODB.FileStorage.FileStorage import FileStorageError, FileStorageQuotaError
+
+
+class ZeolithError(Exception):
+    """Whatever zeolith itself has to complain about."""
+
+
+class ProtocolError(ZeolithError):
+    """The rules of the wire were broken; see the two subclasses for by whom."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This end tried to send what the state of the connection forbids."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The other end broke the rules; the connection is of no more use."""
+
+
+class RemoteFailure(ZeolithError, POSException.StorageError):
+    """A method failed at the other end with an error that has no class here."""
+
+    def __init__(self, name: str, text: str):
+        super().__init__(f"{name}: {text}" if text else name)
+        self.name = name
+        self.text = text
+
+
+class HelloRefused(ZeolithError):
+    """The server refuses this client, and will do so again if nothing changes.
+
+    ``reason`` is one of REFUSALS, the argument a sentence for a person.
+    """
+
+    REFUSALS = ("version", "storage", "read-only", "session", "stopping")
+
+    def __init__(self, reason: str, text: str):
+        super().__init__(text)
+        self.reason = reason
+
+
+class TransactionTimeout(POSException.StorageTransactionError, TransientError):
+    """The server aborted a voted transaction that took too long to finish.
+
+    Nothing of it was committed, so it may be tried again.
+    """
+
+
+class ShuttingDown(POSException.StorageError, TransientError):
+    """The server is stopping and takes no new transaction; nothing was committed."""
+
+
+Attributes = dict[str, Any]
+_Outbound = Callable[[Any], Attributes]
+_Inbound = Callable[[Attributes, str], Exception]
+
+
+def _nothing(_error: Exception) -> Attributes:
+    return {}
+
+
+def _oid_of(error: Exception) -> Attributes:
+    oid = error.args[0] if error.args else None
+    return {"oid": oid if isinstance(oid, bytes) else None}
+
+
+def _conflict_attributes(error: POSException.ConflictError) -> Attributes:
+    return {
+        "oid": error.oid,
+        "serials": list(error.serials) if error.serials else None,
+        "class_name": error.class_name,
+        "message": error.message,
+    }
+
+
+def _conflict(
+    build: Callable[..., POSException.ConflictError],
+) -> _Inbound:
+    def inbound(attributes: Attributes, _text: str) -> Exception:
+        serials = attributes.get("serials")
+        error = build(
+            message=_text_or_none(attributes, "message"),
+            oid=_bytes_or_none(attributes, "oid"),
+            serials=tuple(_all_bytes(serials)) if serials else None,
+        )
+        error.class_name = _text_or_none(attributes, "class_name")
+        return error
+
+    return inbound
+
+
+def _undo_attributes(error: POSException.UndoError) -> Attributes:
+    return {"reason": str(error._reason), "oid": error._oid}
+
+
+def _undo(attributes: Attributes, _text: str) -> Exception:
+    return POSException.UndoError(
+        _text_or_none(attributes, "reason"), _bytes_or_none(attributes, "oid")
+    )
+
+
+def _undo_errors_attributes(error: POSException.MultipleUndoErrors) -> Attributes:
+    # ZODB's own FileStorage gives (oid, reason) pairs where the class wants
+    # (reason, oid); the order is kept, only the reasons become text.
+    return {
+        "errors": [
+            [part if isinstance(part, bytes) else str(part) for part in pair]
+            for pair in error._errs
+        ]
+    }
+
+
+def _undo_errors(attributes: Attributes, text: str) -> Exception:
+    pairs = attributes.get("errors")
+    if not isinstance(pairs, list) or not pairs:
+        return POSException.UndoError(text)
+    return POSException.MultipleUndoErrors([(pair[0], pair[1]) for pair in pairs])
+
+
+def _with_text(build: Callable[[str], Exception]) -> _Inbound:
+    return lambda _attributes, text: build(text)
+
+
+def _with_oid(build: Callable[[Any], Exception]) -> _Inbound:
+    def inbound(attributes: Attributes, text: str) -> Exception:
+        oid = _bytes_or_none(attributes, "oid")
+        return build(text if oid is None else oid)
+
+    return inbound
+
+
+_CROSSING: dict[type[Exception], tuple[str, _Outbound, _Inbound]] = {
+    POSException.POSKeyError: (
+        "POSKeyError",
+        _oid_of,
+        _with_oid(POSException.POSKeyError),
+    ),
+    KeyError: ("KeyError", _nothing, _with_text(KeyError)),
+    POSException.ConflictError: (
+        "ConflictError",
+        _conflict_attributes,
+        _conflict(POSException.ConflictError),
+    ),
+    POSException.ReadConflictError: (
+        "ReadConflictError",
+        _conflict_attributes,
+        _conflict(POSException.ReadConflictError),
+    ),
+    POSException.UndoError: ("UndoError", _undo_attributes, _undo),
+    POSException.MultipleUndoErrors: (
+        "MultipleUndoErrors",
+        _undo_errors_attributes,
+        _undo_errors,
+    ),
+    HelloRefused: (
+        "HelloRefused",
+        lambda error: {"reason": error.reason},
+        lambda attributes, text: HelloRefused(
+            _text_or_none(attributes, "reason") or "session", text
+        ),
+    ),
+    ValueError: ("ValueError", _nothing, _with_text(ValueError)),
+    TypeError: ("TypeError", _nothing, _with_text(TypeError)),
+}
+_BY_TEXT_ALONE: tuple[type[Exception], ...] = (
+    POSException.POSError,
+    POSException.ReadOnlyError,
+    POSException.StorageError,
+    POSException.StorageTransactionError,
+    POSException.StorageSystemError,
+    POSException.Unsupported,
+    FileStorageError,
+    FileStorageQuotaError,
+    TransactionTimeout,
+    ShuttingDown,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+_CROSSING.update(
+    {each: (each.__name__, _nothing, _with_text(each)) for each in _BY_TEXT_ALONE}
+)
+_INBOUND = {name: inbound for name, _outbound, inbound in _CROSSING.values()}
+
+CROSSING_NAMES = tuple(sorted(_INBOUND))
+
+
+def failure_of(error: BaseException) -> tuple[str, Attributes, str]:
+    """``(name, attributes, text)`` that tells ``error`` to the other end.
+
+    The name is that of the nearest base class that may cross; an error of which no
+    base may cross keeps its own class's name and arrives as RemoteFailure. Its text
+    goes along, its attributes and traceback do not.
+    """
+    for each in type(error).__mro__:
+        if each in _CROSSING:
+            name, outbound, _inbound = _CROSSING[each]
+            return name, outbound(error), _text(error)
+    return type(error).__name__, {}, _text(error)
+
+
+def error_of(name: str, attributes: Attributes, text: str) -> Exception:
+    """The exception that the other end told with ``failure_of``; see RemoteFailure.
+
+    Raises RemoteProtocolError when the attributes are not of their types.
+    """
+    inbound = _INBOUND.get(name)
+    if inbound is None:
+        return RemoteFailure(name, text)
+    return inbound(attributes, text)
+
+
+def _text(error: BaseException) -> str:
+    if len(error.args) == 1 and isinstance(error.args[0], str):
+        return error.args[0]
+    return str(error)
+
+
+def _bytes_or_none(attributes: Attributes, key: str) -> bytes | None:
+    value = attributes.get(key)
+    if value is None or isinstance(value, bytes):
+        return value
+    raise RemoteProtocolError(f"a failure's {key} is not bytes")
+
+
+def _text_or_none(attributes: Attributes, key: str) -> str | None:
+    value = attributes.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    raise RemoteProtocolError(f"a failure's {key} is not text")
+
+
+def _all_bytes(values: Any) -> list[bytes]:
+    if isinstance(values, list) and all(isinstance(each, bytes) for each in values):
+        return values
+    raise RemoteProtocolError("a failure's serials are not a list of bytes")

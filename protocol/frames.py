@@ -1,0 +1,85 @@
+"""Length-prefixed frames: where one message ends and the next begins.
+
+::
+
+    +--------------------+---------------------+
+    | length, 4 bytes BE | payload, `length` B |     length >= 1
+    +--------------------+---------------------+
+
+One FrameReader belongs to one socket and is fed by whoever reads it. Its invariants:
+
+1. A frame longer than ``frame_bytes_max`` is refused when its length is read, before
+   any of it is kept.
+2. What is kept never exceeds what arrived: a length alone allocates nothing.
+3. Time is linear in the bytes fed, however they are cut (ZEO's ``data += fragment``
+   took 12.9 s for 64 MB).
+"""
+
+from struct import Struct
+
+from zeolith.protocol.errors import RemoteProtocolError
+
+_LENGTH = Struct(">I")
+PREFIX_BYTES = _LENGTH.size
+_unpack_length = _LENGTH.unpack_from
+
+
+def frame(payload: bytes) -> bytes:
+    """``payload`` as a frame, ready to be sent."""
+    return len(payload).to_bytes(4, "big") + payload
+
+
+class FrameReader:
+    """Cuts a stream of bytes into the payloads of its frames."""
+
+    __slots__ = ("_fragments", "_have_bytes", "_need_bytes", "frame_bytes_max")
+
+    def __init__(self, frame_bytes_max: int):
+        # May be raised by the owner once the peer is known.
+        self.frame_bytes_max = frame_bytes_max
+        # What came of a frame that is not whole; empty between frames.
+        self._fragments: list[bytes] = []
+        self._have_bytes = 0
+        # How many bytes until something can be done: a prefix, or a whole frame.
+        self._need_bytes = PREFIX_BYTES
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads that ``data`` completes, in order.
+
+        Raises RemoteProtocolError for a frame of length 0 or beyond the limit. The
+        reader is of no use afterwards.
+        """
+        if self._have_bytes:
+            self._fragments.append(data)
+            self._have_bytes += len(data)
+            if self._have_bytes < self._need_bytes:
+                return []
+            data = b"".join(self._fragments)
+            self._fragments.clear()
+            self._have_bytes = 0
+        return self._cut(data)
+
+    def _cut(self, data: bytes) -> list[bytes]:
+        payloads = []
+        start, end = 0, len(data)
+        while True:
+            body = start + PREFIX_BYTES
+            if body > end:
+                self._need_bytes = PREFIX_BYTES
+                break
+            (length,) = _unpack_length(data, start)
+            if not 0 < length <= self.frame_bytes_max:
+                raise RemoteProtocolError(
+                    f"a frame of {length} bytes, where 1 to {self.frame_bytes_max}"
+                    " are allowed"
+                )
+            if body + length > end:
+                self._need_bytes = PREFIX_BYTES + length
+                break
+            start = body + length
+            payloads.append(data[body:start])
+        if start < end:
+            rest = data[start:] if start else data
+            self._fragments.append(rest)
+            self._have_bytes = len(rest)
+        return payloads

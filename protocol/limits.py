@@ -1,0 +1,46 @@
+"""Every bound that a peer can run into, by name.
+
+A server or a client may be given other limits (tests do); ``DEFAULT`` is what runs
+in production. Pure data, shared by all threads.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds of one end of the wire. Sizes in bytes, times in seconds."""
+
+    # Before the hello is accepted nothing is known about the peer; a hello with the
+    # longest names we allow takes less than 2 KiB.
+    hello_frame_bytes_max: int = 16 * 1024
+    # The largest record that fits is this less 1 KiB of envelope; ZODB warns at 16 MB.
+    frame_bytes_max: int = 256 * 1024 * 1024
+    # From accepting a socket to its hello.
+    hello_timeout_s: float = 10.0
+    # Requests of one socket that are not answered yet.
+    requests_open_max: int = 1000
+    # Frames larger than this are not put together from many stores by the client.
+    batch_bytes_max: int = 1024 * 1024
+    # Records of one transaction that a server keeps in memory until the vote.
+    transaction_bytes_max: int = 2 * 1024 * 1024 * 1024
+    # What may wait for a peer that does not read before it is disconnected.
+    output_bytes_max: int = 64 * 1024 * 1024
+    # Each end says something at least this often on a socket that has reason to live.
+    heartbeat_interval_s: float = 5.0
+    # A peer that was silent for so long is gone.
+    heartbeat_timeout_s: float = 20.0
+    # Oids handed out by one request.
+    new_oids_max: int = 10_000
+    # Records loaded, and transactions listed, by one request.
+    load_many_max: int = 10_000
+    log_entries_max: int = 1000
+
+    def __post_init__(self) -> None:
+        assert self.hello_frame_bytes_max <= self.frame_bytes_max < 2**32
+        assert self.batch_bytes_max <= self.frame_bytes_max
+        # Two beats may be lost to a stalled machine before the third one counts.
+        assert self.heartbeat_timeout_s >= 3 * self.heartbeat_interval_s
+
+
+DEFAULT = Limits()

@@ -1,0 +1,239 @@
+"""The table of everything that can be asked over the wire; a table, no behaviour.
+
+``METHODS`` says of each method: its arguments, who may send it, whether it is
+answered, what it does to the database (reads, writes, administers: what a role will
+be allowed), and whether it needs a session. The server checks every request against
+it before any code of a method runs; ``README.md`` is checked against it by a test.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from zeolith.protocol.errors import RemoteProtocolError
+
+VERSION = 1
+
+
+class Effect(Enum):
+    """What a method does to a database."""
+
+    READS = "reads"
+    WRITES = "writes"
+    ADMINISTERS = "administers"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of argument: how the specification calls it, and its check."""
+
+    name: str
+    accepts: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    arguments: tuple[tuple[str, Kind], ...]
+    effect: Effect
+    answers: bool = True
+    needs_session: bool = True
+    sender: str = "client"
+
+    def check(self, args: list[Any]) -> None:
+        """Raise RemoteProtocolError unless ``args`` fit the table."""
+        if len(args) != len(self.arguments):
+            raise RemoteProtocolError(
+                f"{self.name} takes {len(self.arguments)} arguments, not {len(args)}"
+            )
+        for value, (name, kind) in zip(args, self.arguments, strict=True):
+            if not kind.accepts(value):
+                raise RemoteProtocolError(
+                    f"{self.name}: {name} must be {kind.name},"
+                    f" not {type(value).__name__}"
+                )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is bytes and len(value) == 8
+
+
+def _is_operation(value: Any) -> bool:
+    if type(value) is not list or not value or type(value[0]) is not str:
+        return False
+    fields = OPERATIONS.get(value[0])
+    return fields is not None and (
+        len(value) == len(fields) + 1
+        and all(
+            kind.accepts(each) for each, kind in zip(value[1:], fields, strict=True)
+        )
+    )
+
+
+def optional(kind: Kind) -> Kind:
+    """A kind that also accepts nil."""
+    return Kind(
+        f"{kind.name} or nil", lambda value: value is None or kind.accepts(value)
+    )
+
+
+def list_of(kind: Kind) -> Kind:
+    """A list in which each element is of ``kind``."""
+    return Kind(
+        f"list of {kind.name}",
+        lambda value: type(value) is list and all(map(kind.accepts, value)),
+    )
+
+
+OID = Kind("oid", _is_id)
+TID = Kind("tid", _is_id)
+BYTES = Kind("bytes", lambda value: type(value) is bytes)
+TEXT = Kind("text", lambda value: type(value) is str)
+COUNT = Kind("count", lambda value: type(value) is int and value >= 0)
+BOOL = Kind("bool", lambda value: type(value) is bool)
+TIME = Kind(
+    "time", lambda value: type(value) in (int, float) and 0 <= value < 4_000_000_000
+)
+TRANSACTION_ID = Kind(
+    "transaction id", lambda value: type(value) is bytes and len(value) == 16
+)
+TOKEN = Kind("token", lambda value: type(value) is bytes and len(value) == 16)
+
+# What a transaction is made of, in the order in which the application did it.
+OPERATIONS: dict[str, tuple[Kind, ...]] = {
+    "store": (OID, TID, BYTES),
+    "check": (OID, TID),
+    "undo": (TID,),
+}
+OPERATION = Kind("operation", _is_operation)
+RESOLUTION = Kind(
+    "[oid, bytes]",
+    lambda value: (
+        type(value) is list
+        and len(value) == 2
+        and _is_id(value[0])
+        and type(value[1]) is bytes
+    ),
+)
+# user, description, extension bytes, tid (to keep that of a copied transaction), status
+METADATA_FIELDS = (BYTES, BYTES, BYTES, optional(TID), TEXT)
+METADATA = Kind(
+    "metadata",
+    lambda value: (
+        type(value) is list
+        and len(value) == len(METADATA_FIELDS)
+        and all(kind.accepts(v) for v, kind in zip(value, METADATA_FIELDS, strict=True))
+    ),
+)
+_LIST_OF_OIDS = list_of(OID)
+_OPTIONAL_TRANSACTION_ID = optional(TRANSACTION_ID)
+# since, tid, oids, the id that its client chose
+CHANGE = Kind(
+    "change",
+    lambda value: (
+        type(value) is list
+        and len(value) == 4
+        and _is_id(value[0])
+        and _is_id(value[1])
+        and _LIST_OF_OIDS.accepts(value[2])
+        and _OPTIONAL_TRANSACTION_ID.accepts(value[3])
+    ),
+)
+
+# The fields of a Hello; those of a channel are the last.
+HELLO: dict[str, Kind] = {
+    "version": COUNT,
+    "capabilities": list_of(TEXT),
+    "kind": TEXT,
+    "storage": optional(TEXT),
+    "database_id": optional(BYTES),
+    "epoch": optional(COUNT),
+    "position": optional(TID),
+    "read_only": BOOL,
+    "label": optional(TEXT),
+    "session": optional(TOKEN),
+}
+WELCOME: dict[str, Kind] = {
+    "version": COUNT,
+    "capabilities": list_of(TEXT),
+    "session": optional(TOKEN),
+    "database_id": optional(BYTES),
+    "epoch": optional(COUNT),
+    "last_tid": optional(TID),
+    "changes": optional(list_of(CHANGE)),
+    "size": optional(COUNT),
+    "length": optional(COUNT),
+    "name": optional(TEXT),
+    "interfaces": list_of(TEXT),
+    "supports_undo": BOOL,
+    "read_only": BOOL,
+    "role": TEXT,
+}
+
+_R, _W, _A = Effect.READS, Effect.WRITES, Effect.ADMINISTERS
+
+_TABLE = (
+    Method("ping", (), _R, needs_session=False),
+    Method("status", (), _R, needs_session=False),
+    Method("load", (("oid", OID), ("before", TID)), _R),
+    Method("load_many", (("oids", list_of(OID)), ("before", TID)), _R),
+    Method("load_serial", (("oid", OID), ("tid", TID)), _R),
+    Method("get_tid", (("oid", OID),), _R),
+    Method("history", (("oid", OID), ("size", COUNT)), _R),
+    Method("undo_log", (("before", optional(TID)), ("size", COUNT)), _R),
+    Method("info", (), _R),
+    Method("changes_since", (("position", TID),), _R),
+    Method(
+        "outcome",
+        (
+            ("transaction", TRANSACTION_ID),
+            ("tid", optional(TID)),
+            ("position", TID),
+        ),
+        _R,
+    ),
+    Method("new_oids", (("count", COUNT),), _W),
+    Method(
+        "stage",
+        (("transaction", TRANSACTION_ID), ("operations", list_of(OPERATION))),
+        _W,
+        answers=False,
+    ),
+    Method(
+        "vote",
+        (
+            ("transaction", TRANSACTION_ID),
+            ("metadata", METADATA),
+            ("operations", list_of(OPERATION)),
+        ),
+        _W,
+    ),
+    Method(
+        "resolve",
+        (("transaction", TRANSACTION_ID), ("resolutions", list_of(RESOLUTION))),
+        _W,
+    ),
+    Method("finish", (("transaction", TRANSACTION_ID), ("position", TID)), _W),
+    Method("abort", (("transaction", TRANSACTION_ID),), _W),
+    Method("pack", (("time", TIME),), _A),
+    Method(
+        "changes", (("changes", list_of(CHANGE)),), _R, answers=False, sender="server"
+    ),
+)
+
+METHODS = {method.name: method for method in _TABLE}
+
+
+def check_fields(what: str, fields: dict[str, Any], kinds: dict[str, Kind]) -> None:
+    """Raise RemoteProtocolError unless ``fields`` has each of ``kinds``.
+
+    Fields that are not in ``kinds`` are of a later version and ignored.
+    """
+    for name, kind in kinds.items():
+        if name not in fields:
+            raise RemoteProtocolError(f"a {what} without {name}")
+        if not kind.accepts(fields[name]):
+            raise RemoteProtocolError(f"a {what} whose {name} is not {kind.name}")

@@ -1,0 +1,178 @@
+"""The ``zeolith`` command.
+
+Exit codes: 0 it worked; 1 it could not be done (no answer, an address in use, a file
+that is locked); 2 the command line or the configuration is wrong. A mistake of the
+operator's is one line on standard error, never a traceback.
+"""
+
+import json
+import logging
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from zeolith.protocol.addresses import Address, format_address, parse_address
+from zeolith.server import config, daemon, probe
+from zeolith.server.listener import ListenError
+from zeolith.storage.opening import OpeningError
+
+_ANSWER_TIMEOUT_S = 5.0
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _AddressType(click.ParamType[Address]):
+    name = "address"
+
+    def convert(self, value: Any, _parameter: Any, _context: Any) -> Address:
+        try:
+            return parse_address(value)
+        except ValueError as error:
+            self.fail(str(error))
+
+
+_ADDRESS = _AddressType()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="zeolith")
+def main() -> None:
+    """zeolith: a client-server object database for Python."""
+
+
+@main.command()
+@click.option("-C", "--configure", "path", metavar="FILE", help="Configuration file.")
+@click.option(
+    "--address",
+    "addresses",
+    multiple=True,
+    type=_ADDRESS,
+    help="Without a file: host:port or a socket's path; may be repeated.",
+)
+@click.option(
+    "--path", "data_path", metavar="DATA.FS", help="Without a file: the data."
+)
+@click.option("--blob-dir", metavar="DIR", help="Without a file: where blobs are.")
+def serve(
+    path: str | None,
+    addresses: tuple[Address, ...],
+    data_path: str | None,
+    blob_dir: str | None,
+) -> None:
+    """Serve storages until told to stop (SIGTERM, or Ctrl-C)."""
+    if bool(path) == bool(data_path):
+        raise click.UsageError(
+            "give either a configuration file (-C) or the data (--path)"
+        )
+    if path and (addresses or blob_dir):
+        raise click.UsageError("--address and --blob-dir belong to --path, not to -C")
+    logging.basicConfig(format=_LOG_FORMAT, level=logging.INFO, stream=sys.stderr)
+    try:
+        if path:
+            options = config.read_file(path)
+        else:
+            assert data_path
+            options = config.quick_options(list(addresses), data_path, blob_dir)
+        daemon.run(options, click.echo, lambda: _reread(path))
+    except config.ConfigError as error:
+        _exit(2, error)
+    except (OpeningError, ListenError) as error:
+        _exit(1, error)
+
+
+@main.command("check-config")
+@click.option("-C", "--configure", "path", metavar="FILE", required=True)
+def check_config(path: str) -> None:
+    """Say whether a configuration file can be used; opens nothing."""
+    try:
+        options = config.read_file(path)
+    except config.ConfigError as error:
+        _exit(2, error)
+    for address in options.addresses:
+        click.echo(f"address {format_address(address)}")
+    for name in options.storages:
+        click.echo(f"storage {name}")
+
+
+@main.command()
+@click.argument("address", type=_ADDRESS)
+@click.option(
+    "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
+)
+def ping(address: Address, timeout: float) -> None:
+    """Say whether a server answers at ADDRESS: exit code 0 if so, 1 if not."""
+    _ask(address, "ping", timeout)
+    click.echo(f"{format_address(address)} answers")
+
+
+@main.command()
+@click.argument("address", type=_ADDRESS)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option(
+    "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
+)
+def status(address: Address, as_json: bool, timeout: float) -> None:
+    """Show storages, clients and transactions of the server at ADDRESS."""
+    state = _ask(address, "status", timeout)
+    if as_json:
+        click.echo(json.dumps(state, indent=2))
+    else:
+        click.echo("\n".join(_lines(state)))
+
+
+def _ask(address: Address, method: str, timeout_s: float) -> Any:
+    try:
+        return probe.ask(address, method, timeout_s)
+    except probe.NoAnswer as error:
+        _exit(1, error)
+
+
+def _lines(state: dict[str, Any]) -> list[str]:
+    lines = [
+        f"zeolith {state['version']}, process {state['pid']},"
+        f" up {state['uptime_s']:.0f} s, {state['connections']} connections"
+    ]
+    for name, storage in state["storages"].items():
+        counters = storage["counters"]
+        lines += [
+            "",
+            f"storage {name}: {storage['objects']} objects,"
+            f" {storage['size_bytes']} bytes, last transaction {storage['last_tid']}"
+            + (", read-only" if storage["read_only"] else ""),
+            "  " + ", ".join(f"{value} {key}" for key, value in counters.items()),
+        ]
+        if storage["broken"]:
+            lines.append(f"  BROKEN, nothing is written: {storage['broken']}")
+        holder = storage["transaction"]
+        if holder:
+            lines.append(
+                f"  in transaction: {holder['client']} ({holder['phase']},"
+                f" {holder['operations']} operations)"
+            )
+        lines += [
+            f"  waiting for it: {waiting['client']}" for waiting in storage["waiting"]
+        ]
+        lines += [
+            f"  client {client['address']}"
+            + (f" {client['label']}" if client["label"] else "")
+            + (" read-only" if client["read_only"] else "")
+            + f", {client['channels']} channels"
+            for client in storage["clients"]
+        ]
+    return lines
+
+
+def _reread(path: str | None) -> config.Options | None:
+    """For SIGHUP: the options anew; a mistake is logged and changes nothing."""
+    if path is None:
+        return None
+    try:
+        return config.read_file(path)
+    except config.ConfigError as error:
+        logging.getLogger(__name__).error("the configuration is not used: %s", error)
+        return None
+
+
+def _exit(code: int, error: Exception) -> NoReturn:
+    click.echo(f"zeolith: {error}", err=True)
+    sys.exit(code)

@@ -1,0 +1,126 @@
+"""The configuration file: read, checked, and turned into Options.
+
+The schema, with the description of each key, is ``schema.xml`` beside this file; the
+functions named there are here. Reading opens no storage and touches no socket. Every
+mistake becomes a ConfigError of one line that says where.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ZConfig
+from ZConfig.datatypes import stock_datatypes
+
+from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
+from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.opening import open_database, open_file
+
+SCHEMA = Path(__file__).with_name("schema.xml")
+DEFAULT_STORAGE = "1"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the text is one line that says where and what."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a server needs to know."""
+
+    addresses: list[Address]
+    # Name -> how to open it.
+    storages: dict[str, Callable[[], AdaptedStorage]]
+    is_read_only: bool = False
+    transaction_timeout_s: float = 30.0
+    shutdown_timeout_s: float = 10.0
+    log_level: int = logging.INFO
+
+
+def read_file(path: str) -> Options:
+    """The options that the file at ``path`` describes; raises ConfigError."""
+    schema = ZConfig.loadSchema(str(SCHEMA))
+    try:
+        document, _handlers = ZConfig.loadConfig(schema, path)
+    except ZConfig.ConfigurationError as error:
+        raise ConfigError(_one_line(path, error)) from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    return _options(path, document)
+
+
+def quick_options(addresses: list[Address], path: str, blob_dir: str | None) -> Options:
+    """The options of a server without a file, for the one Data.fs at ``path``."""
+    return Options(
+        addresses=addresses or [(DEFAULT_HOST, DEFAULT_PORT)],
+        storages={DEFAULT_STORAGE: partial(open_file, DEFAULT_STORAGE, path, blob_dir)},
+    )
+
+
+def Document(section: Any) -> Any:
+    """Datatype of the whole file."""
+    return section
+
+
+def ServerSection(section: Any) -> Any:
+    """Datatype of the <zeolith> section."""
+    return section
+
+
+def seconds(text: str) -> float:
+    """Datatype: a time like 30, 30s or 2m, more than none."""
+    value = float(stock_datatypes["time-interval"](text))
+    if value <= 0:
+        raise ValueError(f"{text!r} is no time to wait; write for example 30s")
+    return value
+
+
+def log_level(text: str) -> int:
+    """Datatype: the name of a level of the logging module."""
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError(f"{text!r} is none of {', '.join(LOG_LEVELS)}")
+    level: int = getattr(logging, text.upper())
+    return level
+
+
+def _options(path: str, document: Any) -> Options:
+    if not document.storages:
+        raise ConfigError(
+            f"{path}: there is no storage to serve; add for example a <filestorage>"
+        )
+    server = document.server
+    is_read_only = bool(server and server.read_only)
+    storages: dict[str, Callable[[], AdaptedStorage]] = {}
+    for factory in document.storages:
+        name = factory.name or DEFAULT_STORAGE
+        if name in storages:
+            raise ConfigError(
+                f"{path}: there are two storages with the name {name!r}; a name is"
+                " what follows the section's type, as in <filestorage main>"
+            )
+        storages[name] = partial(
+            open_database, name, factory, is_read_only=is_read_only
+        )
+    if server is None:
+        return Options([(DEFAULT_HOST, DEFAULT_PORT)], storages)
+    return Options(
+        addresses=server.addresses or [(DEFAULT_HOST, DEFAULT_PORT)],
+        storages=storages,
+        is_read_only=is_read_only,
+        transaction_timeout_s=server.transaction_timeout,
+        shutdown_timeout_s=server.shutdown_timeout,
+        log_level=server.log_level,
+    )
+
+
+def _one_line(path: str, error: ZConfig.ConfigurationError) -> str:
+    where = path
+    line = getattr(error, "lineno", None)
+    if line is not None and line > 0:
+        where = f"{path}:{line}"
+    message = getattr(error, "message", None) or str(error)
+    return f"{where}: {' '.join(str(message).split())}"

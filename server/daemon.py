@@ -1,0 +1,135 @@
+"""From options to a running server, and back to nothing.
+
+``run`` owns the process: it opens the databases, runs the loop, and ends in order.
+Signals: TERM and INT stop, HUP re-reads the configuration.
+
+The end, in order: accept nobody new; let voted transactions finish within
+``shutdown_timeout_s``; hang up; wait for the worker threads; close the databases, so
+that indexes are saved. Whatever goes wrong, later steps are still taken.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+
+import uvloop
+
+from zeolith.protocol.addresses import format_address
+from zeolith.protocol.limits import DEFAULT
+from zeolith.server.config import Options
+from zeolith.server.listener import Listener, ListenError
+from zeolith.server.peer import Peer
+from zeolith.server.readiness import notify
+from zeolith.server.served import Served
+from zeolith.server.service import Service
+from zeolith.server.workers import Workers
+from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.changes import Changes
+
+logger = logging.getLogger(__name__)
+
+TICK_INTERVAL_S = 1.0
+
+
+def run(
+    options: Options,
+    announce: Callable[[str], None],
+    reread: Callable[[], Options | None],
+) -> None:
+    """Serve until told to stop.
+
+    ``announce`` gets a line for each address and for readiness; ``reread`` gives the
+    options anew, or None (and has said why). Raises ListenError and OpeningError.
+    """
+    databases = {}
+    try:
+        for name, open_storage in options.storages.items():
+            databases[name] = open_storage()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(options, databases, announce, reread))
+    finally:
+        for name, database in databases.items():
+            try:
+                database.close()
+            except Exception:
+                logger.exception("closing storage %s failed", name)
+
+
+async def _serve(
+    options: Options,
+    databases: dict[str, AdaptedStorage],
+    announce: Callable[[str], None],
+    reread: Callable[[], Options | None],
+) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    served = {
+        name: await _prepare(name, database, options.is_read_only)
+        for name, database in databases.items()
+    }
+    service = Service(served, DEFAULT)
+    _configure(service, options)
+
+    def on_hangup() -> None:
+        renewed = reread()
+        if renewed is not None:
+            _configure(service, renewed)
+            logger.info("the configuration was read again")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    listener = Listener(lambda: Peer(service, DEFAULT))
+    ticking = loop.create_task(_tick(service))
+    try:
+        for address in options.addresses:
+            await listener.listen(address)
+        for address in listener.addresses:
+            announce(f"listening on {format_address(address)}")
+        announce("ready")
+        notify("READY=1")
+        await stop.wait()
+        logger.info("stopping")
+        notify("STOPPING=1")
+    finally:
+        await listener.close()
+        ticking.cancel()
+        await _wind_down(service, options.shutdown_timeout_s)
+
+
+async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> Served:
+    workers = Workers(asyncio.get_running_loop(), name)
+    last_tid, recent = await workers.read(database.last_changes)
+    changes = Changes(recent[0].since if recent else last_tid)
+    changes.extend(recent)
+    info = await workers.read(database.info)
+    return Served(database, workers, changes, info=info, is_read_only=is_read_only)
+
+
+def _configure(service: Service, options: Options) -> None:
+    """Put into force what may change while the server runs."""
+    service.transaction_timeout_s = options.transaction_timeout_s
+    logging.getLogger().setLevel(options.log_level)
+
+
+async def _tick(service: Service) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(TICK_INTERVAL_S)
+        service.tick(loop.time())
+
+
+async def _wind_down(service: Service, timeout_s: float) -> None:
+    service.is_stopping = True
+    databases = service.databases.values()
+    await asyncio.gather(*(served.committer.drain(timeout_s) for served in databases))
+    for peer in tuple(service.peers):
+        peer.hang_up("stopping", "the server is stopping")
+    # One turn of the loop, in which the transports say their last words.
+    await asyncio.sleep(0)
+    for served in databases:
+        await served.workers.close()
+
+
+__all__ = ["ListenError", "run"]

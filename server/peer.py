@@ -1,0 +1,149 @@
+"""One accepted socket: bytes in and out of a protocol.Connection, nothing more.
+
+Called by the loop only. What a message means is the service's business; why a socket
+ends, whoever decides it, goes through ``hang_up`` and ends in ``connection_lost``, the
+one place where everything that hung on the socket is let go.
+"""
+
+import asyncio
+import logging
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, cast
+
+from zeolith.protocol.connection import Connection, Role
+from zeolith.protocol.limits import Limits
+from zeolith.protocol.messages import Hello, Message, Notice, Request
+from zeolith.server.sessions import ChannelTransactions, Session
+
+if TYPE_CHECKING:
+    from zeolith.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+class Peer(asyncio.Protocol):
+    """The server's end of one socket."""
+
+    def __init__(self, service: "Service", limits: Limits):
+        self._service = service
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self.connection = Connection(Role.SERVER, self._loop.time(), limits)
+        # Set by the service when the hello is accepted; None for a probe.
+        self.session: Session | None = None
+        self.transactions = ChannelTransactions(limits.transaction_bytes_max)
+        # The client's own address, never ours.
+        self.address = "?"
+        self._transport: asyncio.Transport | None = None
+        # Replies to one batch of requests leave in one write.
+        self._batch: list[bytes] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The socket is accepted."""
+        # uvloop's transports are of no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self.address = _address_of(self._transport)
+        self._service.peers.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes have come."""
+        connection = self.connection
+        self._batch = []
+        for message in connection.receive_data(data, self._loop.time()):
+            self._dispatch(message)
+        batch, self._batch = self._batch, None
+        if batch:
+            self._write(b"".join(batch) if len(batch) > 1 else batch[0])
+        if connection.is_closed:
+            self._give_up()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is gone, for whatever reason."""
+        self._transport = None
+        self._service.lost(self)
+
+    def reply(self, number: int, value: Any) -> None:
+        """Answer request ``number``; harmless when the socket is gone."""
+        if self.connection.is_open:
+            self.send(self.connection.reply(number, value, self._loop.time()))
+
+    def fail(self, number: int, error: BaseException) -> None:
+        """Answer request ``number`` with an error."""
+        if self.connection.is_open:
+            self.send(self.connection.failure(number, error, self._loop.time()))
+
+    def send(self, data: bytes) -> None:
+        """Send bytes that the connection made."""
+        if self._batch is None:
+            self._write(data)
+        else:
+            self._batch.append(data)
+
+    def send_shared(self, data: bytes) -> None:
+        """Send bytes that were made once for many peers."""
+        self.connection.sent_shared(self._loop.time())
+        self._write(data)
+
+    def tick(self, now: float) -> None:
+        """Send a heartbeat if one is due; give up a peer that was silent too long."""
+        data = self.connection.tick(now)
+        if data:
+            self._write(data)
+        elif self.connection.is_closed:
+            self._give_up()
+
+    def hang_up(self, reason: str, text: str = "") -> None:
+        """Say why, and close; harmless when that happened already."""
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            now = self._loop.time()
+            self._write(self.connection.goodbye(reason, text or reason, now))
+            transport.close()
+
+    def _dispatch(self, message: Message) -> None:
+        if type(message) is Request:
+            self._service.request(self, message)
+        elif type(message) is Notice:
+            self._service.notice(self, message)
+        elif type(message) is Hello:
+            self._service.hello(self, message.fields)
+
+    def _give_up(self) -> None:
+        """The conversation is over: by the peer's goodbye, or by its offence."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        error = self.connection.error
+        if error is not None and not self.connection.said_goodbye:
+            logger.warning("%s is disconnected: %s", self.address, error)
+            self._write(self.connection.farewell())
+        transport.close()
+
+    def _write(self, data: bytes) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing() or not data:
+            return
+        if transport.get_write_buffer_size() > self._limits.output_bytes_max:
+            logger.warning(
+                "%s is disconnected: it does not read, %d bytes wait for it",
+                self.address,
+                transport.get_write_buffer_size(),
+            )
+            transport.abort()
+            return
+        transport.write(data)
+
+
+def _address_of(transport: asyncio.Transport) -> str:
+    name = transport.get_extra_info("peername")
+    if isinstance(name, tuple):
+        host, port = name[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    sock = transport.get_extra_info("socket")
+    if sock is not None and hasattr(socket, "SO_PEERCRED"):
+        size = struct.calcsize("3i")
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        pid, uid, _gid = struct.unpack("3i", credentials)
+        return f"unix:pid={pid},uid={uid}"
+    return "unix"

@@ -1,0 +1,93 @@
+"""Asking a server one thing, from the command line.
+
+A plain blocking socket and a channel without a session: what ``zeolith ping`` and
+``zeolith status`` need, and no more.
+"""
+
+import socket
+import time
+from typing import Any
+
+from zeolith.protocol import errors
+from zeolith.protocol.addresses import Address, format_address
+from zeolith.protocol.connection import Connection, Role
+from zeolith.protocol.messages import Failure, Message, Reply, Welcome
+from zeolith.protocol.methods import VERSION
+
+_RECEIVE_BYTES = 65536
+
+
+class NoAnswer(Exception):
+    """The server did not answer; the text is one line that says why."""
+
+
+def ask(address: Address, method: str, timeout_s: float) -> Any:
+    """The value of ``method``, which needs no session; raises NoAnswer."""
+    try:
+        with _connected(address, timeout_s) as sock:
+            return _Dialogue(sock, timeout_s).ask(method)
+    except TimeoutError as error:
+        raise NoAnswer(
+            f"{format_address(address)} does not answer within {timeout_s:g} s"
+        ) from error
+    except (OSError, errors.ZeolithError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NoAnswer(f"{format_address(address)}: {reason}") from error
+
+
+def _connected(address: Address, timeout_s: float) -> socket.socket:
+    if not isinstance(address, str):
+        return socket.create_connection(address, timeout_s)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _Dialogue:
+    """One conversation over a connected socket."""
+
+    def __init__(self, sock: socket.socket, timeout_s: float):
+        self._socket = sock
+        self._deadline = time.monotonic() + timeout_s
+        self._connection = Connection(Role.CLIENT, time.monotonic())
+
+    def ask(self, method: str) -> Any:
+        hello = {
+            "version": VERSION,
+            "capabilities": [],
+            "kind": "channel",
+            "storage": None,
+            "database_id": None,
+            "epoch": None,
+            "position": None,
+            "read_only": True,
+            "label": None,
+            "session": None,
+        }
+        self._socket.sendall(self._connection.hello(hello, time.monotonic()))
+        self._receive(Welcome)
+        self._socket.sendall(self._connection.request(method, [], time.monotonic()))
+        answer = self._receive(Reply)
+        assert isinstance(answer, Reply)
+        return answer.value
+
+    def _receive(self, wanted: type[Message]) -> Message:
+        while True:
+            self._socket.settimeout(max(0.001, self._deadline - time.monotonic()))
+            data = self._socket.recv(_RECEIVE_BYTES)
+            if not data:
+                raise errors.RemoteProtocolError("the connection was closed")
+            for message in self._connection.receive_data(data, time.monotonic()):
+                if type(message) is wanted:
+                    return message
+                if isinstance(message, Failure):
+                    raise errors.error_of(
+                        message.name, message.attributes, message.text
+                    )
+            if self._connection.is_closed:
+                raise self._connection.error or errors.RemoteProtocolError("closed")

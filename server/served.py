@@ -1,0 +1,90 @@
+"""A database as the loop sees it: its changes, its followers, its counters.
+
+Everything here belongs to the loop. Two invariants carry the design:
+
+1. ``changes`` alone says which tid is the last one. What the storage has committed
+   but the loop has not appended yet does not exist for clients: ``horizon`` bounds
+   every load.
+2. Following the changes and reading the last tid are one step (``follow``), so no
+   change can fall between them.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from zeolith.protocol.codec import encode
+from zeolith.protocol.messages import Notice
+from zeolith.server.committer import Committer
+from zeolith.server.workers import Workers
+from zeolith.storage.changes import Change, Changes
+from zeolith.storage.database import Database
+from zeolith.storage.tids import following
+
+
+class Follower(Protocol):
+    """Whoever is sent the changes of a database."""
+
+    def send_shared(self, data: bytes) -> None:
+        """Send ``data``, which was encoded once for all followers."""
+
+
+@dataclass
+class Counters:
+    """What happened since the server started."""
+
+    loads: int = 0
+    commits: int = 0
+    aborts: int = 0
+    stores: int = 0
+    conflicts: int = 0
+    conflicts_resolved: int = 0
+    timeouts: int = 0
+
+
+class Served:
+    """One database and everything the loop keeps about it."""
+
+    def __init__(
+        self,
+        database: Database,
+        workers: Workers,
+        changes: Changes,
+        *,
+        info: tuple[int, int],
+        is_read_only: bool,
+    ):
+        self.name = database.name
+        self.database = database
+        self.workers = workers
+        self.changes = changes
+        self.is_read_only = is_read_only or database.is_read_only
+        # As of opening; a client that wants to know today's asks with ``info``.
+        self.size, self.length = info
+        self.counters = Counters()
+        self.followers: set[Follower] = set()
+        # The first tid that clients have not heard of is at or after this.
+        self.horizon = following(changes.last_tid)
+        self.committer = Committer(self)
+
+    def follow(self, follower: Follower) -> bytes:
+        """Send ``follower`` every change from now on; returns the last tid."""
+        self.followers.add(follower)
+        return self.changes.last_tid
+
+    def unfollow(self, follower: Follower) -> None:
+        """Send ``follower`` no more; harmless if it does not follow."""
+        self.followers.discard(follower)
+
+    def publish(self, tid: bytes, oids: list[bytes], transaction: bytes | None) -> None:
+        """Announce a transaction that is on disk.
+
+        The bytes are the same for everybody, the committer included: it knows its
+        own transaction by the id.
+        """
+        change = Change(self.changes.last_tid, tid, oids, transaction)
+        self.changes.append(change)
+        self.horizon = following(tid)
+        data = encode(Notice("changes", [[change]]))
+        # A follower whose output is full leaves the set meanwhile.
+        for follower in tuple(self.followers):
+            follower.send_shared(data)

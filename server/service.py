@@ -1,0 +1,497 @@
+"""What the server does for its clients: one function for each method of the wire.
+
+Called on the loop, by peers, with messages that protocol.methods has checked. A method
+whose answer is at hand returns it; one that must wait hands the work to the database's
+worker threads or to its committer, returns LATER, and the answer is sent from the
+callback. Who may do what is decided in one place, ``_permit``.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ZODB.POSException import POSError, ReadOnlyError, StorageTransactionError
+
+from zeolith.protocol.errors import HelloRefused, LocalProtocolError, ZeolithError
+from zeolith.protocol.limits import Limits
+from zeolith.protocol.messages import Notice, Request
+from zeolith.protocol.methods import METHODS, VERSION, Effect
+from zeolith.server.committer import Commit, Phase
+from zeolith.server.peer import Peer
+from zeolith.server.served import Served
+from zeolith.server.sessions import Session
+from zeolith.server.status import status_of
+from zeolith.storage.changes import Change
+from zeolith.storage.database import Finished, Revision, Unresolved, Voted, WouldBlock
+from zeolith.storage.tids import tid_at
+
+logger = logging.getLogger(__name__)
+
+LATER = object()
+# Errors that are answers: nothing is wrong with the server when they occur.
+_EXPECTED = (POSError, KeyError, ZeolithError, OSError)
+
+
+class Service:
+    """The databases of one server, and everybody who is connected to it."""
+
+    def __init__(self, databases: dict[str, Served], limits: Limits):
+        self.databases = databases
+        self.limits = limits
+        self.peers: set[Peer] = set()
+        self.sessions: dict[bytes, Session] = {}
+        self.transaction_timeout_s = 30.0
+        self.started_at = time.time()
+        self.is_stopping = False
+        self._handlers: dict[str, Callable[..., Any]] = {
+            name: getattr(self, f"_{name}")
+            for name, method in METHODS.items()
+            if method.sender == "client"
+        }
+
+    # What peers report
+
+    def hello(self, peer: Peer, fields: dict[str, Any]) -> None:
+        """Accept or refuse a peer. Its fields are checked if it speaks our version."""
+        now = asyncio.get_running_loop().time()
+        try:
+            welcome = self._welcome(peer, fields)
+        except HelloRefused as refusal:
+            logger.info("%s is refused: %s", peer.address, refusal)
+            peer.send(peer.connection.refuse(refusal, now))
+            return
+        peer.send(peer.connection.welcome(welcome, now))
+
+    def request(self, peer: Peer, request: Request) -> None:
+        """Answer a request, now or later."""
+        number, name, args = request
+        try:
+            self._permit(peer, name)
+            value = self._handlers[name](peer, number, *args)
+        except Exception as error:  # noqa: BLE001 - every error is an answer
+            self._fail(peer, number, name, error)
+            return
+        if value is not LATER:
+            self._reply(peer, number, value)
+
+    def notice(self, peer: Peer, notice: Notice) -> None:
+        """Do what needs no answer; an error ends the socket, for nobody hears it."""
+        try:
+            self._permit(peer, notice.method)
+            self._handlers[notice.method](peer, 0, *notice.args)
+        except _EXPECTED as error:
+            peer.hang_up(notice.method, f"{notice.method}: {error}")
+
+    def lost(self, peer: Peer) -> None:
+        """A socket is gone: let go of everything that hung on it."""
+        self.peers.discard(peer)
+        session = peer.session
+        commit = peer.transactions.commit
+        if session is None:
+            return
+        if commit is not None:
+            gone = StorageTransactionError("the connection was lost")
+            session.served.committer.abandon(commit, gone, None)
+        session.channels.discard(peer)
+        if peer is session.stream and session.token in self.sessions:
+            del self.sessions[session.token]
+            logger.info("%s has left %s", session.name, session.served.name)
+            session.end("the session has ended")
+
+    def tick(self, now: float) -> None:
+        """What is due: heartbeats, and transactions that take too long."""
+        for peer in tuple(self.peers):
+            peer.tick(now)
+        for served in self.databases.values():
+            served.committer.tick(now, self.transaction_timeout_s)
+
+    # Hello
+
+    def _welcome(self, peer: Peer, fields: dict[str, Any]) -> dict[str, Any]:
+        if fields.get("version") != VERSION:
+            raise HelloRefused(
+                "version",
+                f"this server speaks version {VERSION} of the protocol,"
+                f" the client {fields.get('version')!r:.20}",
+            )
+        if self.is_stopping:
+            raise HelloRefused("stopping", "the server is stopping")
+        if fields["kind"] == "channel":
+            return self._welcome_channel(peer, fields["session"])
+        return self._welcome_stream(peer, fields)
+
+    def _welcome_channel(self, peer: Peer, token: bytes | None) -> dict[str, Any]:
+        if token is not None:
+            session = self.sessions.get(token)
+            if session is None:
+                raise HelloRefused("session", "the session has ended")
+            peer.session = session
+            session.channels.add(peer)
+        return _welcome(None)
+
+    def _welcome_stream(self, peer: Peer, fields: dict[str, Any]) -> dict[str, Any]:
+        served = self.databases.get(fields["storage"])
+        if served is None:
+            names = ", ".join(map(repr, self.databases))
+            raise HelloRefused(
+                "storage",
+                f"there is no storage {fields['storage']!r} here, only {names}",
+            )
+        if served.is_read_only and not fields["read_only"]:
+            raise HelloRefused(
+                "read-only",
+                f"storage {served.name!r} is read-only here; connect with read_only,"
+                " or with read_only_fallback",
+            )
+        is_read_only = served.is_read_only or fields["read_only"]
+        session = Session(
+            served, peer, is_read_only=is_read_only, label=fields["label"]
+        )
+        peer.session = session
+        self.sessions[session.token] = session
+        # One step of the loop: whoever follows from here misses nothing after last_tid.
+        last_tid = served.follow(peer)
+        changes = self._replay(served, fields)
+        logger.info("%s has come to %s", session.name, served.name)
+        welcome = _welcome(session, last_tid, changes)
+        return welcome
+
+    def _replay(self, served: Served, fields: dict[str, Any]) -> list[Change] | None:
+        """The changes since the client's position; None if it must start afresh."""
+        position = fields["position"]
+        if position is None:
+            return []
+        if fields["database_id"] not in (None, served.database.database_id):
+            return None
+        if fields["epoch"] not in (None, served.database.epoch):
+            return None
+        if served.changes.last_tid < position <= tid_at(time.time()):
+            # We are an older copy of what the client knows. It starts afresh, and
+            # must not meet the tids that it knows with other contents.
+            served.workers.write(served.database.raise_tid_floor, position)
+        return served.changes.since(position)
+
+    # Permission, and the way back
+
+    def _permit(self, peer: Peer, name: str) -> None:
+        method = METHODS[name]
+        session = peer.session
+        if session is None:
+            if method.needs_session:
+                raise LocalProtocolError(f"{name} needs a session")
+        elif method.effect is not Effect.READS and session.is_read_only:
+            raise ReadOnlyError("this connection is read-only")
+
+    def _reply(self, peer: Peer, number: int, value: Any) -> None:
+        try:
+            peer.reply(number, value)
+        except LocalProtocolError as error:
+            peer.fail(number, error)
+
+    def _fail(self, peer: Peer, number: int, name: str, error: BaseException) -> None:
+        if not isinstance(error, _EXPECTED):
+            logger.error("%s of %s failed", name, peer.address, exc_info=error)
+        peer.fail(number, error)
+
+    def _read(
+        self,
+        peer: Peer,
+        number: int,
+        step: Callable[..., Any],
+        *args: Any,
+        then: Callable[[Any], Any] = lambda value: value,
+    ) -> object:
+        """Answer with ``then(step(*args))``, ``step`` being run in a reader thread."""
+        assert peer.session is not None
+
+        def done(reading: "asyncio.Future[Any]") -> None:
+            error = reading.exception()
+            if error is None:
+                self._reply(peer, number, then(reading.result()))
+            else:
+                self._fail(peer, number, getattr(step, "__name__", "read"), error)
+
+        peer.session.served.workers.read(step, *args).add_done_callback(done)
+        return LATER
+
+    # Methods that need no session
+
+    def _ping(self, _peer: Peer, _number: int) -> None:
+        return None
+
+    def _status(self, peer: Peer, number: int) -> object:
+        async def collect() -> None:
+            self._reply(peer, number, await status_of(self))
+
+        asyncio.get_running_loop().create_task(collect())
+        return LATER
+
+    # Methods that read
+
+    def _load(self, peer: Peer, number: int, oid: bytes, before: bytes) -> Any:
+        served = peer.session.served  # type: ignore[union-attr]
+        served.counters.loads += 1
+        if before > served.horizon:
+            before = served.horizon
+        as_of = served.changes.last_tid
+        try:
+            found = served.database.load_nowait(oid, before)
+        except WouldBlock:
+            return self._read(
+                peer,
+                number,
+                served.database.load,
+                oid,
+                before,
+                then=partial(_loaded, as_of),
+            )
+        if found is None:
+            return (None, None, None, as_of)
+        return (*found, as_of)
+
+    def _load_many(
+        self, peer: Peer, number: int, oids: list[bytes], before: bytes
+    ) -> Any:
+        served = _session(peer).served
+        if len(oids) > self.limits.load_many_max:
+            raise ValueError(f"more than {self.limits.load_many_max} oids at once")
+        served.counters.loads += len(oids)
+        before = min(before, served.horizon)
+        as_of = served.changes.last_tid
+        bytes_max = self.limits.batch_bytes_max
+        try:
+            loaded = _load_several(served.database.load_nowait, oids, before, bytes_max)
+        except WouldBlock:
+            load = served.database.load
+            return self._read(
+                peer,
+                number,
+                lambda: _load_several(load, oids, before, bytes_max),
+                then=lambda value: (as_of, value),
+            )
+        return (as_of, loaded)
+
+    def _load_serial(self, peer: Peer, number: int, oid: bytes, tid: bytes) -> object:
+        database = _session(peer).served.database
+        return self._read(peer, number, database.load_serial, oid, tid)
+
+    def _get_tid(self, peer: Peer, number: int, oid: bytes) -> object:
+        return self._read(peer, number, _session(peer).served.database.get_tid, oid)
+
+    def _history(self, peer: Peer, number: int, oid: bytes, size: int) -> object:
+        size = min(size, self.limits.log_entries_max)
+        database = _session(peer).served.database
+        return self._read(peer, number, database.history, oid, size)
+
+    def _undo_log(
+        self, peer: Peer, number: int, before: bytes | None, size: int
+    ) -> object:
+        size = min(size, self.limits.log_entries_max)
+        database = _session(peer).served.database
+        return self._read(peer, number, database.undo_log, before, size)
+
+    def _info(self, peer: Peer, number: int) -> object:
+        return self._read(peer, number, _session(peer).served.database.info)
+
+    def _changes_since(self, peer: Peer, _number: int, position: bytes) -> Any:
+        changes = _session(peer).served.changes
+        return (changes.last_tid, changes.since(position))
+
+    def _outcome(
+        self,
+        peer: Peer,
+        number: int,
+        transaction_id: bytes,
+        tid: bytes | None,
+        position: bytes,
+    ) -> object:
+        served = _session(peer).served
+
+        def settled() -> None:
+            recent = served.changes.since(position) or []
+            ids = {change.transaction: change.tid for change in recent}
+            if transaction_id in ids:
+                self._reply(peer, number, ("committed", ids[transaction_id]))
+            elif position == served.changes.last_tid or (recent and None not in ids):
+                self._reply(peer, number, ("not committed", None))
+            elif tid is None:
+                self._reply(peer, number, ("unknown", None))
+            else:
+                then = partial(_outcome, tid)
+                self._read(peer, number, served.database.committed, tid, then=then)
+
+        served.committer.settle(transaction_id, settled)
+        return LATER
+
+    # Methods that write
+
+    def _new_oids(self, peer: Peer, number: int, count: int) -> object:
+        count = min(count, self.limits.new_oids_max)
+        return self._read(peer, number, _session(peer).served.database.new_oids, count)
+
+    def _stage(
+        self, peer: Peer, _number: int, transaction_id: bytes, operations: list[Any]
+    ) -> None:
+        peer.transactions.stage(transaction_id, operations)
+
+    def _vote(
+        self,
+        peer: Peer,
+        number: int,
+        transaction_id: bytes,
+        metadata: list[Any],
+        operations: list[list[Any]],
+    ) -> object:
+        current = peer.transactions.commit
+        if current is not None and current.phase is not Phase.ENDED:
+            raise StorageTransactionError("the channel is in another transaction")
+        transaction = peer.transactions.take(transaction_id)
+        transaction.operations.extend(operations)
+        transaction.user, transaction.description, transaction.extension = metadata[:3]
+        transaction.tid, transaction.status = metadata[3:]
+        session = _session(peer)
+        commit = Commit(transaction, session.name)
+        peer.transactions.commit = commit
+        session.served.committer.vote(
+            commit, partial(self._voted, peer, number, commit)
+        )
+        return LATER
+
+    def _resolve(
+        self, peer: Peer, number: int, transaction_id: bytes, resolutions: list[Any]
+    ) -> object:
+        commit = peer.transactions.commit_of(transaction_id)
+        answer = partial(self._voted, peer, number, commit)
+        _session(peer).served.committer.resolve(commit, dict(resolutions), answer)
+        return LATER
+
+    def _voted(
+        self,
+        peer: Peer,
+        number: int,
+        commit: Commit,
+        result: Voted | Unresolved | None,
+        error: BaseException | None,
+    ) -> None:
+        if error is not None:
+            self._fail(peer, number, "vote", error)
+        elif isinstance(result, Voted):
+            self._reply(peer, number, ("voted", result.tid, result.resolved))
+        else:
+            assert result is not None
+            try:
+                peer.reply(number, ("conflicts", result.conflicts))
+            except LocalProtocolError as too_large:
+                committer = _session(peer).served.committer
+                committer.abandon(commit, too_large, None)
+                peer.fail(number, too_large)
+
+    def _finish(
+        self, peer: Peer, number: int, transaction_id: bytes, position: bytes
+    ) -> object:
+        commit = peer.transactions.commit_of(transaction_id)
+        served = _session(peer).served
+
+        def finished(result: Finished | None, error: BaseException | None) -> None:
+            if result is None:
+                assert error is not None
+                self._fail(peer, number, "finish", error)
+                return
+            changes = served.changes.since(position)
+            # The last one is the transaction itself, published a moment ago.
+            before = None if changes is None else changes[:-1]
+            self._reply(peer, number, (result.tid, before))
+
+        served.committer.finish(commit, finished)
+        return LATER
+
+    def _abort(self, peer: Peer, number: int, transaction_id: bytes) -> object:
+        commit = peer.transactions.commit
+        if commit is None or commit.transaction.id != transaction_id:
+            # Staged at most, or unknown: nothing to undo.
+            peer.transactions.take(transaction_id)
+            return None
+
+        def aborted(_value: None, error: BaseException | None) -> None:
+            if error is None:
+                self._reply(peer, number, None)
+            else:
+                self._fail(peer, number, "abort", error)
+
+        reason = StorageTransactionError("the transaction was aborted")
+        _session(peer).served.committer.abandon(commit, reason, aborted)
+        return LATER
+
+    # Methods that administer
+
+    def _pack(self, peer: Peer, number: int, time_s: float) -> object:
+        return self._read(peer, number, _session(peer).served.database.pack, time_s)
+
+
+def _session(peer: Peer) -> Session:
+    assert peer.session is not None
+    return peer.session
+
+
+def _welcome(
+    session: Session | None,
+    last_tid: bytes | None = None,
+    changes: list[Change] | None = None,
+) -> dict[str, Any]:
+    """The fields of a Welcome; a channel's says only that it is accepted."""
+    served = session.served if session else None
+    database = served.database if served else None
+    return {
+        "version": VERSION,
+        "capabilities": [],
+        "session": session.token if session else None,
+        "database_id": database.database_id if database else None,
+        "epoch": database.epoch if database else None,
+        "last_tid": last_tid,
+        "changes": changes,
+        "name": database.name if database else None,
+        "size": served.size if served else None,
+        "length": served.length if served else None,
+        "interfaces": list(database.interfaces) if database else [],
+        "supports_undo": database.supports_undo if database else False,
+        "read_only": session.is_read_only if session else True,
+        "role": ("read" if session.is_read_only else "admin") if session else "read",
+    }
+
+
+def _loaded(as_of: bytes, found: Revision | None) -> tuple[Any, ...]:
+    return (None, None, None, as_of) if found is None else (*found, as_of)
+
+
+def _load_several(
+    load: Callable[[bytes, bytes], Revision | None],
+    oids: list[bytes],
+    before: bytes,
+    bytes_max: int,
+) -> list[Revision | None]:
+    """The revisions of the first ``oids``, up to about ``bytes_max`` of data.
+
+    An object that is not there is None, for the others are still wanted; the caller
+    asks again for what is beyond the end of the list.
+    """
+    loaded: list[Revision | None] = []
+    size = 0
+    for oid in oids:
+        try:
+            found = load(oid, before)
+        except KeyError:
+            found = None
+        loaded.append(found)
+        size += len(found.data) if found else 0
+        if size > bytes_max:
+            break
+    return loaded
+
+
+def _outcome(tid: bytes, is_committed: bool | None) -> tuple[str, bytes | None]:
+    if is_committed is None:
+        return "unknown", None
+    return ("committed", tid) if is_committed else ("not committed", None)

@@ -1,0 +1,200 @@
+"""Any ZODB storage behind the inner interface: MappingStorage, DemoStorage, others.
+
+Nothing is known of what the storage locks or waits for, so nothing is done on the
+loop: ``load_nowait`` always says WouldBlock, and the storage's own locks serialise the
+reader threads. One transaction at a time is committed, in the writer thread.
+
+Subclassed by ``filestore``, which replaces what a Data.fs can do better.
+"""
+
+import pickle
+from base64 import decodebytes
+from collections.abc import Callable
+from typing import Any
+
+import ZODB.interfaces
+from ZODB.POSException import ReadOnlyError, Unsupported
+from ZODB.serialize import referencesf
+from zope.interface import providedBy
+
+from zeolith.storage.changes import Change
+from zeolith.storage.commit import Committing
+from zeolith.storage.database import (
+    Finished,
+    LogEntry,
+    Revision,
+    Transaction,
+    Unresolved,
+    Voted,
+    WouldBlock,
+)
+from zeolith.storage.tids import Z64
+
+
+class AdaptedStorage:
+    """A database.Database over any object that provides IStorage."""
+
+    # Whether vote may choose the tid, and so tell it before finish.
+    _assigns_tid = False
+
+    def __init__(self, name: str, storage: Any, database_id: bytes, epoch: int = 1):
+        self.name = name
+        self.database_id = database_id
+        self.epoch = epoch
+        self._storage = storage
+        self._committing: Committing | None = None
+        # No tid up to this one is given to a new transaction: clients have seen it.
+        self.tid_floor = Z64
+        self.is_read_only = bool(storage.isReadOnly())
+        self.supports_undo = bool(storage.supportsUndo()) if _undoes(storage) else False
+        self.interfaces = tuple(
+            interface.__name__
+            for interface in providedBy(storage)
+            if interface.__module__ == ZODB.interfaces.__name__
+        )
+
+    # loop
+
+    def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
+        """Nobody can say whether this storage would wait."""
+        raise WouldBlock
+
+    # reader
+
+    def last_changes(self) -> tuple[bytes, list[Change]]:
+        """Only the last tid is known."""
+        return self._storage.lastTransaction() or Z64, []
+
+    def load(self, oid: bytes, before: bytes) -> Revision | None:
+        """See Database.load."""
+        found = self._storage.loadBefore(oid, before)
+        return None if found is None else Revision(*found)
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        """See Database.load_serial."""
+        data: bytes = self._storage.loadSerial(oid, tid)
+        return data
+
+    def get_tid(self, oid: bytes) -> bytes:
+        """See Database.get_tid."""
+        tid: bytes = self._storage.getTid(oid)
+        return tid
+
+    def history(self, oid: bytes, size: int) -> list[LogEntry]:
+        """See Database.history."""
+        return [
+            _log_entry(entry["tid"], entry)
+            for entry in self._storage.history(oid, size=size)
+        ]
+
+    def undo_log(self, before: bytes | None, size: int) -> list[LogEntry]:
+        """See Database.undo_log."""
+        if not self.supports_undo:
+            raise Unsupported("this storage cannot undo")
+
+        def is_before(entry: dict[str, Any]) -> bool:
+            return before is None or decodebytes(entry["id"] + b"\n") < before
+
+        return [
+            _log_entry(decodebytes(entry["id"] + b"\n"), entry)
+            for entry in self._storage.undoLog(0, -size, is_before)
+        ]
+
+    def committed(self, tid: bytes) -> bool | None:
+        """A storage without a log of its own does not remember."""
+        return None
+
+    def new_oids(self, count: int) -> list[bytes]:
+        """See Database.new_oids."""
+        return [self._storage.new_oid() for _ in range(count)]
+
+    def info(self) -> tuple[int, int]:
+        """See Database.info."""
+        return int(self._storage.getSize()), len(self._storage)
+
+    def pack(self, time_s: float) -> None:
+        """See Database.pack; the references are read without importing anything."""
+        if self.is_read_only:
+            raise ReadOnlyError("a read-only storage is not packed")
+        self._storage.pack(time_s, referencesf)
+
+    def close(self) -> None:
+        """See Database.close."""
+        self.abort()
+        self._storage.close()
+
+    # writer
+
+    def raise_tid_floor(self, tid: bytes) -> None:
+        """See Database.raise_tid_floor."""
+        self.tid_floor = max(self.tid_floor, tid)
+
+    def vote(self, transaction: Transaction) -> Voted | Unresolved:
+        """See Database.vote."""
+        assert self._committing is None, "a vote between vote and finish"
+        if self.is_read_only:
+            raise ReadOnlyError("the storage is read-only")
+        last_tid = max(self._storage.lastTransaction() or Z64, self.tid_floor)
+        committing = Committing(self._storage, transaction, last_tid)
+        self._committing = committing
+
+        def begin_and_vote() -> Voted | Unresolved:
+            committing.begin(self._assigns_tid)
+            if committing.tid is not None and transaction.tid is None:
+                # Told to the client as the name of this transaction: not used again.
+                self.tid_floor = committing.tid
+            return committing.vote({})
+
+        return self._or_abort(begin_and_vote)
+
+    def resolve(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
+        """See Database.resolve."""
+        committing = self._committing
+        assert committing is not None, "a resolution without a vote"
+        return self._or_abort(lambda: committing.vote(resolutions))
+
+    def _or_abort(self, step: Callable[[], Voted | Unresolved]) -> Voted | Unresolved:
+        try:
+            return step()
+        except BaseException:
+            self.abort()
+            raise
+
+    def finish(self) -> Finished:
+        """See Database.finish."""
+        committing = self._committing
+        assert committing is not None, "finish without a vote"
+        self._committing = None
+        return committing.finish()
+
+    def abort(self) -> None:
+        """See Database.abort."""
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            committing.abort()
+
+
+def _undoes(storage: Any) -> bool:
+    return ZODB.interfaces.IStorageUndoable.providedBy(storage)
+
+
+def _log_entry(tid: bytes, entry: dict[str, Any]) -> LogEntry:
+    extension = entry.get("extension")
+    if isinstance(extension, dict) and isinstance(extension.get("bytes"), bytes):
+        # What commit.Metadata gave it to keep.
+        packed = extension["bytes"]
+    else:
+        known = {"id", "tid", "serial", "time", "user_name", "description", "size"}
+        rest = {key: value for key, value in entry.items() if key not in known}
+        packed = pickle.dumps(rest, 3) if rest else b""
+    return LogEntry(
+        tid,
+        _bytes(entry["user_name"]),
+        _bytes(entry["description"]),
+        packed,
+        int(entry.get("size", 0)),
+    )
+
+
+def _bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text

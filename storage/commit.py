@@ -1,0 +1,203 @@
+"""The steps of one transaction on a ZODB storage: validate, resolve, store, finish.
+
+A Committing belongs to the writer thread of its database. It takes the storage's
+commit lock at the beginning of the vote, so what it validates stays true until
+finish or abort; everything is validated before anything is stored.
+"""
+
+import time
+from base64 import encodebytes
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ZODB.Connection import TransactionMetaData
+from ZODB.interfaces import IStorageUndoable
+from ZODB.POSException import (
+    ConflictError,
+    POSKeyError,
+    ReadConflictError,
+    StorageTransactionError,
+    Unsupported,
+)
+
+from zeolith.storage import conflicts
+from zeolith.storage.database import (
+    BrokenDatabase,
+    Conflict,
+    Finished,
+    Transaction,
+    Unresolved,
+    Voted,
+)
+from zeolith.storage.tids import MAX_TID, Z64, next_tid
+
+
+class Metadata(TransactionMetaData):
+    """Transaction metadata whose extension is never unpickled here.
+
+    MappingStorage keeps the ``extension``; it gets the bytes as they are.
+    """
+
+    def __init__(self, transaction: Transaction):
+        super().__init__(transaction.user, transaction.description, b"")
+        self.extension_bytes = transaction.extension
+        self.extension = {"bytes": transaction.extension}
+
+
+class Committing:
+    """One transaction on ``storage``, from vote to finish or abort."""
+
+    def __init__(self, storage: Any, transaction: Transaction, last_tid: bytes):
+        self._storage = storage
+        self._transaction = transaction
+        self._last_tid = last_tid
+        self._metadata = Metadata(transaction)
+        self._undone: set[bytes] = set()
+        # What was resolved, by the server or the client: oid -> record.
+        self._resolutions: dict[bytes, bytes] = {}
+        self._begun = False
+        # Known from begin on for a FileStorage; see Voted.tid.
+        self.tid: bytes | None = None
+
+    def begin(self, assigns_tid: bool) -> None:
+        """Take the storage's commit lock; with a tid of our own if it takes one."""
+        transaction = self._transaction
+        tid = transaction.tid
+        if tid is not None:
+            if not self._last_tid < tid <= MAX_TID:
+                raise StorageTransactionError(
+                    f"transaction id {tid.hex()} is not after the last one,"
+                    f" {self._last_tid.hex()}"
+                )
+        elif assigns_tid:
+            tid = next_tid(time.time(), self._last_tid)
+        arguments: list[Any] = [] if tid is None else [tid]
+        if transaction.status != " ":
+            arguments = [tid, transaction.status]
+        self._storage.tpc_begin(self._metadata, *arguments)
+        self._begun = True
+        self.tid = tid
+
+    def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
+        """Validate all, then store all and vote; or say what is unresolved."""
+        self._resolutions.update(resolutions)
+        operations = list(self._last_stores())
+        unresolved = list(self._validate(operations))
+        if unresolved:
+            return Unresolved(unresolved)
+        self._store(operations)
+        answer = self._storage.tpc_vote(self._metadata)
+        # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
+        self._undone.update(oid for oid in answer or () if isinstance(oid, bytes))
+        return Voted(self.tid, [*self._resolutions, *self._undone])
+
+    def finish(self) -> Finished:
+        """Commit. After this call the transaction is durable or all is lost."""
+        told: list[bytes] = []
+        try:
+            tid = self._storage.tpc_finish(self._metadata, told.append)
+        except Exception as error:
+            raise BrokenDatabase(
+                f"the storage failed while finishing a transaction: {error!r}"
+            ) from error
+        self._begun = False
+        oids = dict.fromkeys(
+            operation[1]
+            for operation in self._transaction.operations
+            if operation[0] == "store"
+        )
+        oids.update(dict.fromkeys(self._undone))
+        return Finished(tid if isinstance(tid, bytes) else told[0], list(oids))
+
+    def abort(self) -> None:
+        """Undo whatever was begun."""
+        if self._begun:
+            self._begun = False
+            self._storage.tpc_abort(self._metadata)
+
+    def _last_stores(self) -> Iterable[list[Any]]:
+        """The operations, of several stores of one oid only the last one.
+
+        With an undo in between all are kept, for the undo may depend on them.
+        """
+        operations = self._transaction.operations
+        if any(operation[0] == "undo" for operation in operations):
+            return operations
+        last = {
+            operation[1]: index
+            for index, operation in enumerate(operations)
+            if operation[0] == "store"
+        }
+        return (
+            operation
+            for index, operation in enumerate(operations)
+            if operation[0] != "store" or last[operation[1]] == index
+        )
+
+    def _validate(self, operations: list[list[Any]]) -> Iterable[Conflict]:
+        for operation in operations:
+            if operation[0] == "undo":
+                continue
+            oid, serial = operation[1], operation[2]
+            committed_tid = self._current_tid(oid)
+            if operation[0] == "check":
+                self._check_read(oid, serial, committed_tid)
+            elif committed_tid is not None and serial != committed_tid:
+                conflict = self._resolve(oid, serial, committed_tid, operation[3])
+                if conflict is not None:
+                    yield conflict
+
+    def _current_tid(self, oid: bytes) -> bytes | None:
+        try:
+            tid: bytes = self._storage.getTid(oid)
+        except POSKeyError:
+            return None
+        return tid
+
+    def _check_read(self, oid: bytes, serial: bytes, current: bytes | None) -> None:
+        if current is None:
+            raise POSKeyError(oid)
+        if current != serial:
+            raise ReadConflictError(oid=oid, serials=(current, serial))
+
+    def _resolve(
+        self, oid: bytes, old_tid: bytes, committed_tid: bytes, new: bytes
+    ) -> Conflict | None:
+        if oid in self._resolutions:
+            return None
+        if old_tid == Z64:
+            # Two clients made an object of the same oid: there is no common state.
+            raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
+        try:
+            old = self._storage.loadSerial(oid, old_tid)
+            committed = self._storage.loadSerial(oid, committed_tid)
+        except (POSKeyError, Unsupported):
+            # Packed away, or never stored under this serial.
+            raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
+        try:
+            self._resolutions[oid] = conflicts.resolve(new, old, committed)
+        except conflicts.Unresolvable:
+            return Conflict(oid, committed_tid, old_tid, committed, old, new)
+        return None
+
+    def _store(self, operations: list[list[Any]]) -> None:
+        actions: dict[str, Callable[..., None]] = {
+            "store": self._store_record,
+            "check": lambda *_validated: None,
+            "undo": self._undo,
+        }
+        for name, *arguments in operations:
+            actions[name](*arguments)
+
+    def _store_record(self, oid: bytes, serial: bytes, data: bytes) -> None:
+        if oid in self._resolutions:
+            data = self._resolutions[oid]
+            serial = self._current_tid(oid) or serial
+        self._storage.store(oid, serial, data, "", self._metadata)
+
+    def _undo(self, tid: bytes) -> None:
+        if not IStorageUndoable.providedBy(self._storage):
+            raise Unsupported("this storage cannot undo")
+        result = self._storage.undo(encodebytes(tid).rstrip(), self._metadata)
+        if result:
+            self._undone.update(result[1])

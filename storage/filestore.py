@@ -1,0 +1,206 @@
+"""A Data.fs: ZODB's FileStorage for everything it does well, with our read path.
+
+FileStorage keeps the file, its lock, its index, commit, undo and pack. Ours are
+
+* loads, through ``records``: no lock, no file position, and on the loop no waiting;
+* logs and histories, through ``log``: extensions are passed on, never unpickled;
+* oids: never given out twice, through ``identity``;
+* tids: given by us, so that a transaction's tid is known at the vote.
+
+The result is a plain Data.fs at every moment. See ``database`` for the threads.
+"""
+
+import os
+import threading
+from itertools import pairwise
+from typing import Any
+
+from ZODB.FileStorage import FileStorage
+from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
+
+from zeolith.storage import conflicts
+from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.changes import Change
+from zeolith.storage.database import LogEntry, Revision
+from zeolith.storage.identity import Identity
+from zeolith.storage.log import LogReader
+from zeolith.storage.records import NOWAIT, Generation
+from zeolith.storage.tids import Z64
+
+# How many oids are reserved on disk at a time, so that few requests wait for a sync.
+OIDS_RESERVED = 10_000
+# What a starting server reads of the log, so that clients need not start afresh.
+CHANGES_READ_MAX = 1000
+OIDS_READ_MAX = 100_000
+
+
+class _DataFile(FileStorage):
+    """FileStorage that says when its index changes hands, and imports no classes."""
+
+    generation: Generation | None = None
+
+    def _initIndex(self, index: Any, tindex: Any) -> None:
+        """Called at opening and when a pack has replaced the file."""
+        super()._initIndex(index, tindex)
+        if self._file is not None:
+            self.renew()
+
+    def renew(self) -> None:
+        """Read from the file that has the name now, by the index that goes with it."""
+        self.generation = Generation(self._file_name, self._index)
+
+    # Set by FileStorage.__init__ after the first _initIndex.
+    _file: Any = None
+
+    def tryToResolveConflict(
+        self,
+        oid: bytes,
+        committed_tid: bytes,
+        old_tid: bytes,
+        new: bytes,
+        committed: bytes = b"",
+    ) -> bytes:
+        """Called by undo (store finds no conflict: commit has resolved it before)."""
+        try:
+            return conflicts.resolve(
+                new,
+                self.loadSerial(oid, old_tid),
+                committed or self.loadSerial(oid, committed_tid),
+            )
+        except (conflicts.Unresolvable, POSKeyError):
+            raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
+
+
+class FileStore(AdaptedStorage):
+    """The database in a Data.fs; raises what FileStorage and Identity raise."""
+
+    _assigns_tid = True
+
+    def __init__(self, name: str, path: str, **options: Any):
+        """Open the Data.fs at ``path``; ``options`` are FileStorage's."""
+        self._path = os.path.abspath(path)
+        self._file = _DataFile(path, **options)
+        try:
+            self._identity = Identity(
+                self._path, is_read_only=bool(options.get("read_only"))
+            )
+            self._file.renew()
+        except BaseException:
+            self._file.close()
+            raise
+        super().__init__(
+            name, self._file, self._identity.database_id, self._identity.epoch
+        )
+        self._oids_lock = threading.Lock()
+        self._next_oid = 1 + max(
+            int.from_bytes(self._file._oid, "big"), self._identity.oids_reserved
+        )
+
+    # loop
+
+    def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
+        """See Database.load_nowait."""
+        return self._generation.load(oid, before, NOWAIT)
+
+    @property
+    def _generation(self) -> Generation:
+        generation = self._file.generation
+        assert generation is not None
+        return generation
+
+    # reader
+
+    def load(self, oid: bytes, before: bytes) -> Revision | None:
+        """See Database.load."""
+        return self._generation.load(oid, before)
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        """See Database.load_serial."""
+        return self._generation.load_serial(oid, tid)
+
+    def get_tid(self, oid: bytes) -> bytes:
+        """See Database.get_tid."""
+        return self._generation.get_tid(oid)
+
+    def last_changes(self) -> tuple[bytes, list[Change]]:
+        """The last tid, and what the end of the log says led to it."""
+        last_tid = self._file.lastTransaction() or Z64
+        found: list[tuple[bytes, list[bytes]]] = []
+        oids_read = 0
+        with self._log() as log:
+            for entry in log.backwards():
+                oids = log.oids(entry)
+                oids_read += len(oids)
+                found.append((entry.tid, oids))
+                if len(found) >= CHANGES_READ_MAX or oids_read >= OIDS_READ_MAX:
+                    break
+        found.reverse()
+        changes = [
+            Change(since, tid, oids, None)
+            for (since, _oids), (tid, oids) in pairwise(found)
+        ]
+        return last_tid, changes
+
+    def history(self, oid: bytes, size: int) -> list[LogEntry]:
+        """See Database.history."""
+        entries: list[LogEntry] = []
+        generation = self._generation
+        with LogReader(generation.duplicate(), 0) as log:
+            for header, _position, _start in generation.revisions(oid):
+                if len(entries) >= size:
+                    break
+                entry = log.entry_at(header.transaction)
+                entries.append(entry.as_log_entry()._replace(size=header.length))
+        if not entries and size:
+            raise POSKeyError(oid)
+        return entries
+
+    def undo_log(self, before: bytes | None, size: int) -> list[LogEntry]:
+        """See Database.undo_log; a packed transaction ends the list."""
+        entries: list[LogEntry] = []
+        with self._log() as log:
+            for entry in log.backwards():
+                if entry.status == b"p" or len(entries) >= size:
+                    break
+                if entry.status == b" " and (before is None or entry.tid < before):
+                    entries.append(entry.as_log_entry())
+        return entries
+
+    def committed(self, tid: bytes) -> bool | None:
+        """Whether ``tid`` is in the log."""
+        with self._log() as log:
+            for entry in log.backwards():
+                if entry.tid <= tid:
+                    return entry.tid == tid
+        return False
+
+    def new_oids(self, count: int) -> list[bytes]:
+        """See Database.new_oids; waits for a sync once in OIDS_RESERVED oids."""
+        if self.is_read_only:
+            raise ReadOnlyError("the storage is read-only")
+        with self._oids_lock:
+            # Whoever copies transactions brings oids of its own.
+            stored = int.from_bytes(self._file._oid, "big")
+            first = max(self._next_oid, stored + 1)
+            if first + count - 1 > self._identity.oids_reserved:
+                self._identity.reserve_oids(first + count - 1 + OIDS_RESERVED)
+            self._next_oid = first + count
+        return [(first + n).to_bytes(8, "big") for n in range(count)]
+
+    def info(self) -> tuple[int, int]:
+        """See Database.info."""
+        return int(self._file.getSize()), len(self._file)
+
+    def close(self) -> None:
+        """Save index and oids; release the files."""
+        generation = self._generation
+        with self._oids_lock:
+            if not self.is_read_only:
+                self._identity.return_oids(self._next_oid)
+        super().close()
+        generation.close()
+
+    def _log(self) -> LogReader:
+        # A pack replaces the generation and its end together, under this lock.
+        with self._file._lock:
+            return LogReader(self._generation.duplicate(), self._file.getSize())

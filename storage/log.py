@@ -1,0 +1,108 @@
+"""How the transactions of a Data.fs are listed, newest first.
+
+Reads headers only, never a record's data, and unpickles nothing. A reader has a
+descriptor of its own, so any thread may use one while the file grows or is replaced by
+a pack; ``end`` bounds what it sees to what is committed.
+
+The layout of a transaction (ZODB.FileStorage.format)::
+
+    tid 8 | length - 8 8 | status 1 | user length 2 | description length 2 |
+    extension length 2 | user | description | extension | records | length - 8 8
+"""
+
+import os
+from collections.abc import Iterator
+from struct import Struct
+from typing import NamedTuple, Self
+
+from zeolith.storage.database import LogEntry
+from zeolith.storage.records import HEADER_BYTES, Header, parse_header
+
+_HEADER = Struct(">8sQcHHH")
+_LENGTH = Struct(">Q")
+# Before the first transaction there are only the four bytes of the magic number.
+_START = 4
+
+
+class Entry(NamedTuple):
+    """One transaction in the file."""
+
+    tid: bytes
+    status: bytes
+    user: bytes
+    description: bytes
+    extension: bytes
+    # Of the file: where the records begin, and where they end.
+    records: int
+    end: int
+
+    def as_log_entry(self) -> LogEntry:
+        """The entry as the inner interface gives it away."""
+        header_bytes = (
+            _HEADER.size + len(self.user) + len(self.description) + len(self.extension)
+        )
+        return LogEntry(
+            self.tid,
+            self.user,
+            self.description,
+            self.extension,
+            self.end - self.records + header_bytes,
+        )
+
+
+class LogReader:
+    """Lists the transactions before position ``end`` of a file.
+
+    ``fd`` is the reader's own from now on, and closed at the end of the with block.
+    """
+
+    def __init__(self, fd: int, end: int):
+        self._end = end
+        self._fd = fd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        os.close(self._fd)
+
+    def backwards(self) -> Iterator[Entry]:
+        """The transactions, newest first."""
+        end = self._end
+        while end > _START + _HEADER.size:
+            (length,) = _LENGTH.unpack(os.pread(self._fd, 8, end - 8))
+            start = end - 8 - length
+            if start < _START:
+                raise OSError(f"the log is damaged before position {end}")
+            yield self._entry(start, length)
+            end = start
+
+    def entry_at(self, position: int) -> Entry:
+        """The transaction that begins at ``position``."""
+        head = os.pread(self._fd, _HEADER.size, position)
+        return self._entry(position, _HEADER.unpack(head)[1])
+
+    def oids(self, entry: Entry) -> list[bytes]:
+        """The oids that the transaction wrote, each once."""
+        oids: dict[bytes, None] = {}
+        position = entry.records
+        while position < entry.end:
+            head = os.pread(self._fd, HEADER_BYTES, position)
+            header = Header._make(parse_header(head))
+            oids[header.oid] = None
+            position += HEADER_BYTES + (header.length or 8)
+        return list(oids)
+
+    def _entry(self, start: int, length: int) -> Entry:
+        head = os.pread(self._fd, 512, start)
+        tid, _length, status, *lengths = _HEADER.unpack_from(head)
+        records = start + _HEADER.size + sum(lengths)
+        if records - start > len(head):
+            head = os.pread(self._fd, records - start, start)
+        texts = []
+        position = _HEADER.size
+        for text_length in lengths:
+            texts.append(head[position : position + text_length])
+            position += text_length
+        user, description, extension = texts
+        return Entry(tid, status, user, description, extension, records, start + length)

@@ -1,0 +1,72 @@
+"""From a configuration section to an open database.
+
+Called once for each storage, before the server's loop starts (it may scan a whole
+file). Every mistake of the operator's becomes an OpeningError whose text is one line.
+"""
+
+import os
+import uuid
+from typing import Any
+
+import ZODB.config
+from zc.lockfile import LockError
+
+from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.filestore import FileStore
+from zeolith.storage.identity import IdentityError
+
+_FILESTORAGE_OPTIONS = (
+    "blob_dir",
+    "create",
+    "read_only",
+    "quota",
+    "pack_gc",
+    "pack_keep_old",
+)
+
+
+class OpeningError(Exception):
+    """A storage cannot be opened; the text is one line that says which and why."""
+
+
+def open_database(name: str, factory: Any, *, is_read_only: bool) -> AdaptedStorage:
+    """The database ``name`` that ``factory``, a ZODB storage section, describes.
+
+    A plain ``<filestorage>`` gets our own FileStore, everything else an adapter. With
+    ``is_read_only`` a Data.fs is opened read-only; other storages are left to the
+    server to protect. Raises OpeningError.
+    """
+    try:
+        if type(factory) is ZODB.config.FileStorage and not factory.config.packer:
+            return _open_filestore(name, factory.config, is_read_only)
+        storage = factory.open()
+        return AdaptedStorage(name, storage, uuid.uuid4().bytes)
+    except LockError as error:
+        raise OpeningError(
+            f"storage {name}: another process has it open ({error})"
+        ) from error
+    except (IdentityError, OSError, ValueError, ImportError) as error:
+        raise OpeningError(f"storage {name}: {error}") from error
+
+
+def open_file(name: str, path: str, blob_dir: str | None) -> FileStore:
+    """The database in the Data.fs at ``path``; raises OpeningError."""
+    try:
+        return FileStore(name, path, blob_dir=blob_dir)
+    except LockError as error:
+        raise OpeningError(f"{path}: another process has it open ({error})") from error
+    except (IdentityError, OSError, ValueError) as error:
+        raise OpeningError(f"{path}: {error}") from error
+
+
+def _open_filestore(name: str, config: Any, is_read_only: bool) -> FileStore:
+    options = {
+        option: getattr(config, option)
+        for option in _FILESTORAGE_OPTIONS
+        if getattr(config, option, None) is not None
+    }
+    if is_read_only:
+        options["read_only"] = True
+        if not os.path.exists(config.path):
+            raise OpeningError(f"storage {name}: {config.path} is not there to read")
+    return FileStore(name, config.path, **options)

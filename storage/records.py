@@ -1,0 +1,179 @@
+"""How the records of a Data.fs are found and read, without a lock.
+
+A Generation is one state of the file: an open descriptor and the index that belongs
+to it. A pack replaces both at once, by a new Generation; whoever reads an old one
+goes on reading the old file. Records are read with ``preadv``: there is no file
+position to share. What is found is on disk, because FileStorage adds a position to
+its index only after the fsync, and what the caller has not announced yet is skipped
+by ``before``.
+
+Any thread may read; the loop passes ``RWF_NOWAIT`` and gets WouldBlock instead of
+waiting for the disk.
+
+The layout of a record (ZODB.FileStorage.format)::
+
+    oid 8 | tid 8 | position of previous record 8 | position of transaction 8 |
+    0 2 | length 8 | data, or 8 bytes position of the record that holds the data
+"""
+
+import os
+from collections.abc import Iterator
+from struct import Struct
+from typing import Any, NamedTuple
+
+from ZODB.FileStorage.format import CorruptedDataError
+from ZODB.POSException import POSKeyError
+
+from zeolith.storage.database import Revision, WouldBlock
+
+_HEADER = Struct(">8s8sQQHQ")
+HEADER_BYTES = 42
+assert _HEADER.size == HEADER_BYTES
+parse_header = _HEADER.unpack_from
+_position = Struct(">Q").unpack_from
+
+# One read gets a header and, for most objects, all of the record.
+_READ_BYTES = 4096
+NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
+
+
+class Header(NamedTuple):
+    """The fixed part of a record."""
+
+    oid: bytes
+    tid: bytes
+    previous: int
+    transaction: int
+    version_length: int
+    length: int
+
+
+class Generation:
+    """One state of a Data.fs: a descriptor and its index."""
+
+    _fd = -1
+
+    def __init__(self, path: str, index: Any):
+        self.index = index
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._find = index.get
+
+    def duplicate(self) -> int:
+        """A descriptor of the same file, for the caller to close."""
+        return os.dup(self._fd)
+
+    def close(self) -> None:
+        """Close the descriptor; nobody may read any more."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    # Readers of an old generation may still be at work when a pack replaced it, so
+    # the last one closes the door.
+    __del__ = close
+
+    def load(self, oid: bytes, before: bytes, flags: int = 0) -> Revision | None:
+        """See Database.load; ``flags`` is NOWAIT or 0. Raises WouldBlock."""
+        end = None
+        position = self._find(oid)
+        while position:
+            header, start = self._read(position, oid, flags)
+            if header.tid < before:
+                data = self._data(header, position, start, flags)
+                if data is None:
+                    raise POSKeyError(oid)
+                return Revision(data, header.tid, end)
+            end = header.tid
+            position = header.previous
+        if end is None:
+            raise POSKeyError(oid)
+        return None
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        """See Database.load_serial."""
+        for header, position, start in self.revisions(oid):
+            if header.tid <= tid:
+                data = None
+                if header.tid == tid:
+                    data = self._data(header, position, start, 0)
+                if data is None:
+                    break
+                return data
+        raise POSKeyError(oid)
+
+    def get_tid(self, oid: bytes) -> bytes:
+        """See Database.get_tid."""
+        for header, _position, start in self.revisions(oid):
+            if header.length or _position_in(start):
+                return header.tid
+            break
+        raise POSKeyError(oid)
+
+    def revisions(self, oid: bytes) -> Iterator[tuple[Header, int, bytes]]:
+        """The records of ``oid``, newest first: header, position, first bytes."""
+        position = self._find(oid)
+        while position:
+            header, start = self._read(position, oid, 0)
+            yield header, position, start
+            position = header.previous
+
+    def _data(
+        self, header: Header, position: int, start: bytes, flags: int
+    ) -> bytes | None:
+        """The data of a record; None where undo removed the object."""
+        while not header.length:
+            position = _position_in(start)
+            if not position:
+                return None
+            header, start = self._read(position, header.oid, flags)
+        end = HEADER_BYTES + header.length
+        if end <= len(start):
+            return start[HEADER_BYTES:end]
+        have = start[HEADER_BYTES:]
+        rest = self._read_bytes(position + len(start), end - len(start), flags)
+        if len(have) + len(rest) != header.length:
+            raise CorruptedDataError(header.oid, start[:HEADER_BYTES], position)
+        return have + rest
+
+    def _read(self, position: int, oid: bytes, flags: int) -> tuple[Header, bytes]:
+        start = self._read_bytes(position, _READ_BYTES, flags, HEADER_BYTES + 8)
+        if len(start) < HEADER_BYTES:
+            raise CorruptedDataError(oid, start, position)
+        header = Header._make(parse_header(start))
+        if header.oid != oid:
+            raise CorruptedDataError(oid, start[:HEADER_BYTES], position)
+        return header, start
+
+    def _read_bytes(
+        self, position: int, size: int, flags: int, least: int | None = None
+    ) -> bytes:
+        """Up to ``size`` bytes; fewer than ``least`` only at the end of the file."""
+        if least is None:
+            least = size
+        parts = []
+        have = 0
+        while have < least:
+            # What is cached may end in the middle; then the rest would wait.
+            part = self._pread(position + have, size - have, flags)
+            if not part:
+                break
+            parts.append(part)
+            have += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _pread(self, position: int, size: int, flags: int) -> bytes:
+        if not flags:
+            return os.pread(self._fd, size, position)
+        buffer = bytearray(size)
+        try:
+            got = os.preadv(self._fd, [buffer], position, flags)
+        except OSError:
+            # EAGAIN: not in the page cache. EOPNOTSUPP: a file system that cannot say.
+            # An error of the disk comes again, in the reader thread.
+            raise WouldBlock from None
+        return bytes(buffer[:got]) if got < size else bytes(buffer)
+
+
+def _position_in(start: bytes) -> int:
+    position: int = _position(start, HEADER_BYTES)[0]
+    return position

@@ -1,0 +1,1 @@
+"""The tests of zeolith: a mirror of each package, and what they do together."""

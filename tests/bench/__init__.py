@@ -1,0 +1,1 @@
+"""zeolith beside its peers, measured: ``python -m tests.bench.compare``."""

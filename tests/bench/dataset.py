@@ -1,0 +1,56 @@
+"""The Data.fs that every peer serves a copy of, made by plain ZODB.
+
+``root["shelves"]`` is a list of shelves, each a list of ITEMS_PER_SHELF items; an item
+is a PersistentMapping of which one record takes about 500 bytes. A client that has
+its shelf in memory reads each item with exactly one load, and clients with different
+shelves write nothing in common.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transaction
+from persistent.list import PersistentList
+from persistent.mapping import PersistentMapping
+from ZODB.DB import DB
+from ZODB.FileStorage.FileStorage import FileStorage
+
+ITEMS_PER_SHELF = 1000
+SHELVES = 24
+PAYLOAD_BYTES = 430
+
+
+def payload() -> bytes:
+    """Something new to store in an item."""
+    return os.urandom(PAYLOAD_BYTES)
+
+
+def new_shelf(items: int = ITEMS_PER_SHELF) -> Any:
+    """A list of new items."""
+    return PersistentList(PersistentMapping(data=payload()) for _ in range(items))
+
+
+def make(path: Path) -> None:
+    """Write the data set to ``path``, with its index."""
+    db = DB(FileStorage(str(path)))
+    with db.transaction() as connection:
+        connection.root()["shelves"] = PersistentList()
+        connection.root()["inserted"] = PersistentList()
+    for _ in range(SHELVES):
+        with db.transaction() as connection:
+            connection.root()["shelves"].append(new_shelf())
+    db.close()
+
+
+def shelf(connection: Any, number: int) -> list[Any]:
+    """The items of a shelf, which are ghosts as long as nobody has used them."""
+    return list(connection.root()["shelves"][number])
+
+
+def oids(connection: Any, numbers: Iterator[int] | range) -> list[bytes]:
+    """The oids of all items of some shelves."""
+    found = [item._p_oid for number in numbers for item in shelf(connection, number)]
+    transaction.abort()
+    return found

@@ -1,0 +1,16 @@
+"""Waiting for something that another thread or process brings about."""
+
+import time
+from collections.abc import Callable
+
+POLL_INTERVAL_S = 0.01
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, timeout_s: float = 30
+) -> None:
+    """Return when `condition()` is true; fail when it does not become true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"in {timeout_s} s it did not come: {what}"
+        time.sleep(POLL_INTERVAL_S)

@@ -1,0 +1,1 @@
+"""ZODB's own tests of a storage, run against a server process."""
