@@ -137,6 +137,11 @@ class MemoryCache:
             self._used_bytes = 0
             self._recent_since = self.valid_through = valid_through
 
+    def reset(self, valid_through: bytes) -> None:
+        """In a forked child: start afresh, whatever was going on in the parent."""
+        self._lock = threading.Lock()
+        self.forget_all(valid_through)
+
     def _remember(self, tid: bytes, oids: list[bytes]) -> None:
         if len(self._recent) + len(oids) > RECENT_OIDS_MAX:
             self._recent.clear()

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from zeolith.client.dial import Reached, Wish, delays, dial_any, is_refusal
+from zeolith.client.dial import RETRY_MAX_S, Reached, Wish, delays, dial_any, is_refusal
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.position import Change, Position
 from zeolith.client.session import Session
@@ -29,6 +29,9 @@ from zeolith.protocol.limits import Limits
 logger = logging.getLogger(__name__)
 
 UPGRADE_INTERVAL_S = 1.0
+# How long close() waits for the thread, which may be in the middle of a dial; it ends
+# by itself soon after.
+CLOSE_TIMEOUT_S = 2.0
 
 
 class Connector:
@@ -133,7 +136,7 @@ class Connector:
                 session.close("the storage is closed")
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(CLOSE_TIMEOUT_S)
 
     def forget(self) -> None:
         """In a forked child: nothing of the parent's is ours; connect when asked to."""
@@ -161,21 +164,37 @@ class Connector:
             except (OSError, ZeolithError) as error:
                 self._note(error)
                 self._pause(next(waits))
-                continue
-            waits = delays()
+            except Exception as error:
+                # A mistake of ours, or of a name's; the storage must not be left alone.
+                logger.exception("storage %s: connecting failed", self._storage)
+                self._note(error)
+                self._pause(next(waits))
+            else:
+                waits = delays()
+                self._live(session)
+
+    def _live(self, session: Session) -> None:
+        """Adopt ``session`` and listen to it until it is lost."""
+        try:
             self._adopt(session)
             if session.is_read_only and not self._is_read_only:
                 self._look_for_better()
             reason = session.listen(self._position)
-            self._position.leave(session)
-            if not self._is_closed:
-                logger.warning(
-                    "storage %s: %s is lost: %s",
-                    self._storage,
-                    format_address(session.address),
-                    reason,
-                )
-                self._note(ConnectionError(reason))
+        except Exception as error:
+            # Most likely the application's database did not take an invalidation.
+            logger.exception("storage %s: following failed", self._storage)
+            reason = repr(error)
+            session.close(reason)
+            self._pause(RETRY_MAX_S)
+        self._position.leave(session)
+        if not self._is_closed:
+            logger.warning(
+                "storage %s: %s is lost: %s",
+                self._storage,
+                format_address(session.address),
+                reason,
+            )
+            self._note(ConnectionError(reason))
 
     def _dial(self) -> Session:
         """A session at any address, a writable one first if we may write."""

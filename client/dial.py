@@ -16,7 +16,7 @@ from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import Limits
-from zeolith.protocol.messages import Failure, Welcome
+from zeolith.protocol.messages import Failure, Message, Welcome
 from zeolith.protocol.methods import VERSION
 
 CONNECT_TIMEOUT_S = 5.0
@@ -42,6 +42,8 @@ class Reached(NamedTuple):
     socket: socket.socket
     connection: Connection
     welcome: dict[str, Any]
+    # What came right behind the welcome, in the same piece: the first changes.
+    early: list[Message]
 
 
 def delays() -> Iterator[float]:
@@ -127,7 +129,8 @@ def _greet(address: Address, hello: dict[str, Any], limits: Limits) -> Reached:
         connection = Connection(Role.CLIENT, time.monotonic(), limits)
         limit_silence(sock, limits.hello_timeout_s)
         sock.sendall(connection.hello(hello, time.monotonic()))
-        return Reached(address, sock, connection, _await_welcome(sock, connection))
+        welcome, early = _await_welcome(sock, connection)
+        return Reached(address, sock, connection, welcome, early)
     except BlockingIOError:
         sock.close()
         raise TimeoutError(
@@ -139,13 +142,17 @@ def _greet(address: Address, hello: dict[str, Any], limits: Limits) -> Reached:
         raise
 
 
-def _await_welcome(sock: socket.socket, connection: Connection) -> dict[str, Any]:
+def _await_welcome(
+    sock: socket.socket, connection: Connection
+) -> tuple[dict[str, Any], list[Message]]:
     while data := sock.recv(RECEIVE_BYTES):
-        for message in connection.receive_data(data, time.monotonic()):
-            if isinstance(message, Welcome):
-                return message.fields
-            if isinstance(message, Failure):
-                raise errors.error_of(message.name, message.attributes, message.text)
+        received = connection.receive_data(data, time.monotonic())
+        if received:
+            first = received[0]
+            if isinstance(first, Welcome):
+                return first.fields, received[1:]
+            if isinstance(first, Failure):
+                raise errors.error_of(first.name, first.attributes, first.text)
         if connection.is_closed:
             raise connection.error or errors.RemoteProtocolError("no welcome")
     raise ConnectionResetError("the server closed the connection at the hello")

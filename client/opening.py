@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import ZODB
+from ZODB.POSException import ConflictError
 
 from zeolith.client.storage import ClientStorage
 
@@ -20,10 +21,19 @@ def DB(addr: Any, **arguments: Any) -> ZODB.DB:
     }
     storage = ClientStorage(addr, **for_storage)
     try:
-        return ZODB.DB(storage, **arguments)
+        try:
+            return ZODB.DB(storage, **arguments)
+        except ConflictError:
+            # Somebody else made the root of the empty database at the same moment.
+            arguments.get("databases", {}).pop(_database_name(arguments), None)
+            return ZODB.DB(storage, **arguments)
     except BaseException:
         storage.close()
         raise
+
+
+def _database_name(arguments: dict[str, Any]) -> str:
+    return str(arguments.get("database_name", "unnamed"))
 
 
 def connection(addr: Any, **arguments: Any) -> Any:

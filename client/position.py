@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from zeolith.client.cache import MemoryCache
+from zeolith.client.tids import Z64
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,14 @@ class Position:
                 self._condition.notify_all()
             while source is self._source and self._at() < last_tid:
                 self._condition.wait()
+
+    def forget(self) -> None:
+        """In a forked child: the locks may be held by threads that are not here."""
+        self._condition = threading.Condition()
+        self._source = None
+        self._pending = []
+        self._finishing = set()
+        self._cache.reset(self._tid or Z64)
 
     # Own transactions
 

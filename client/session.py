@@ -38,6 +38,7 @@ class Session:
         self._token: bytes = reached.welcome["session"]
         self._stream = reached.socket
         self._connection: Connection = reached.connection
+        self._early = reached.early
         self._lock = threading.Lock()
         # The channels nobody uses now; list.append and list.pop are atomic.
         self._idle: list[Channel] = []
@@ -117,6 +118,9 @@ class Session:
 
         Answers heartbeats, and ends the session when the server falls silent.
         """
+        for message in self._early:
+            self._heed(message, position)
+        self._beat()
         while self.ended is None:
             try:
                 data = self._stream.recv(RECEIVE_BYTES)

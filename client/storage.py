@@ -201,7 +201,10 @@ class ClientStorage(ConflictResolvingStorage):
 
     def _forget_parent(self) -> None:
         """In a forked child; see _after_fork."""
-        self.position = Position(self.cache)
+        self.position.forget()
+        self._commits.clear()
+        self._oids_lock = threading.Lock()
+        self._oids = (None, [])
         self._connector.forget()
 
     # What it is

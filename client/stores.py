@@ -43,10 +43,10 @@ class Stores:
 
     def store(self, oid: bytes, serial: bytes, data: bytes) -> None:
         """Add a record; raises StorageError if it is too large for the wire."""
-        if len(data) + 1024 > self._limits.frame_bytes_max:
+        if len(data) > self._limits.record_bytes_max:
             raise StorageError(
                 f"a record of {len(data)} bytes is too large to be sent"
-                f" (frame_bytes_max is {self._limits.frame_bytes_max});"
+                f" (record_bytes_max is {self._limits.record_bytes_max});"
                 " keep large data in a blob"
             )
         self._add(["store", oid, serial, data], len(data))

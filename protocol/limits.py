@@ -6,6 +6,10 @@ in production. Pure data, shared by all threads.
 
 from dataclasses import dataclass
 
+# What the largest message has beside its data: user, description and extension of a
+# transaction, 64 KiB each in a Data.fs, and what little msgpack adds.
+ENVELOPE_BYTES = 256 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -14,7 +18,7 @@ class Limits:
     # Before the hello is accepted nothing is known about the peer; a hello with the
     # longest names we allow takes less than 2 KiB.
     hello_frame_bytes_max: int = 16 * 1024
-    # The largest record that fits is this less 1 KiB of envelope; ZODB warns at 16 MB.
+    # A record may be as large as a frame less ENVELOPE_BYTES; ZODB warns at 16 MB.
     frame_bytes_max: int = 256 * 1024 * 1024
     # From accepting a socket to its hello.
     hello_timeout_s: float = 10.0
@@ -35,6 +39,11 @@ class Limits:
     # Records loaded, and transactions listed, by one request.
     load_many_max: int = 10_000
     log_entries_max: int = 1000
+
+    @property
+    def record_bytes_max(self) -> int:
+        """The largest record that fits into a frame."""
+        return self.frame_bytes_max - ENVELOPE_BYTES
 
     def __post_init__(self) -> None:
         assert self.hello_frame_bytes_max <= self.frame_bytes_max < 2**32

@@ -67,6 +67,8 @@ def serve(
     if path and (addresses or blob_dir):
         raise click.UsageError("--address and --blob-dir belong to --path, not to -C")
     logging.basicConfig(format=_LOG_FORMAT, level=logging.INFO, stream=sys.stderr)
+    # It logs a traceback for a file that is locked; we say it in a line.
+    logging.getLogger("zc.lockfile").setLevel(logging.CRITICAL)
     try:
         if path:
             options = config.read_file(path)

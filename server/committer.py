@@ -179,11 +179,13 @@ class Committer:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             holder = self._turn.holder
-            logger.warning(
-                "the transaction of %s did not finish in %g s and is aborted",
-                holder.label if holder else "nobody",
-                timeout_s,
-            )
+            if holder is not None:
+                logger.warning(
+                    "the transaction of %s did not finish in %g s and is aborted",
+                    holder.label,
+                    timeout_s,
+                )
+                self.abandon(holder, ShuttingDown("the server is stopping"), None)
 
     # What status asks for
 
@@ -233,7 +235,7 @@ class Committer:
             self._answer(commit, result, None)
 
     def _finished(self, commit: Commit, done: "asyncio.Future[Finished]") -> None:
-        error = done.exception()
+        error = self._disaster(done)
         if error is None:
             tid, oids = done.result()
             self._served.publish(tid, oids, commit.transaction.id)
@@ -249,6 +251,17 @@ class Committer:
             self._broken = BrokenDatabase(str(error))
             self._answer(commit, None, StorageSystemError(str(error)))
         self._end(commit, StorageTransactionError("the transaction has ended"))
+
+    def _disaster(self, finishing: "asyncio.Future[Finished]") -> BaseException | None:
+        """Why the database must not be written any more, if that is so."""
+        error = finishing.exception()
+        last_tid = self._served.changes.last_tid
+        if error is None and finishing.result().tid <= last_tid:
+            return BrokenDatabase(
+                f"the storage committed {finishing.result().tid.hex()} after"
+                f" {last_tid.hex()}: transaction ids must grow"
+            )
+        return error
 
     def _abort(self, commit: Commit, answer: Answer | None) -> None:
         commit.phase = Phase.ABORTING
@@ -268,6 +281,8 @@ class Committer:
     def _end(self, commit: Commit, reason: Exception) -> None:
         commit.phase = Phase.ENDED
         commit.ended_by = commit.ended_by or reason
+        # The channel keeps the commit until its next one; not the records.
+        commit.transaction.operations = []
         succeeding = self._turn.leave(commit)
         if succeeding is not None:
             self._start(succeeding)

@@ -10,6 +10,7 @@ that indexes are saved. Whatever goes wrong, later steps are still taken.
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Callable
 
@@ -30,6 +31,8 @@ from zeolith.storage.changes import Changes
 logger = logging.getLogger(__name__)
 
 TICK_INTERVAL_S = 1.0
+# How long the transports may take to deliver the server's goodbyes.
+LAST_WORDS_TIMEOUT_S = 2.0
 
 
 def run(
@@ -47,13 +50,19 @@ def run(
         for name, open_storage in options.storages.items():
             databases[name] = open_storage()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(options, databases, announce, reread))
+            all_ended = runner.run(_serve(options, databases, announce, reread))
     finally:
         for name, database in databases.items():
             try:
                 database.close()
             except Exception:
                 logger.exception("closing storage %s failed", name)
+    if not all_ended:
+        # Python would wait at its exit for a thread that packs, perhaps for hours. The
+        # databases are closed, so it can do no harm; it leaves a .pack file behind.
+        logger.warning("a pack is given up")
+        logging.shutdown()
+        os._exit(0)
 
 
 async def _serve(
@@ -61,7 +70,8 @@ async def _serve(
     databases: dict[str, AdaptedStorage],
     announce: Callable[[str], None],
     reread: Callable[[], Options | None],
-) -> None:
+) -> bool:
+    """Serve until told to stop; false if a worker thread could not be waited for."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     served = {
@@ -95,7 +105,8 @@ async def _serve(
     finally:
         await listener.close()
         ticking.cancel()
-        await _wind_down(service, options.shutdown_timeout_s)
+        all_ended = await _wind_down(service, options.shutdown_timeout_s)
+    return all_ended
 
 
 async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> Served:
@@ -120,16 +131,14 @@ async def _tick(service: Service) -> None:
         service.tick(loop.time())
 
 
-async def _wind_down(service: Service, timeout_s: float) -> None:
+async def _wind_down(service: Service, timeout_s: float) -> bool:
     service.is_stopping = True
     databases = service.databases.values()
     await asyncio.gather(*(served.committer.drain(timeout_s) for served in databases))
     for peer in tuple(service.peers):
         peer.hang_up("stopping", "the server is stopping")
-    # One turn of the loop, in which the transports say their last words.
-    await asyncio.sleep(0)
-    for served in databases:
-        await served.workers.close()
+    await service.wait_until_empty(LAST_WORDS_TIMEOUT_S)
+    return all([await served.workers.close(timeout_s) for served in databases])
 
 
 __all__ = ["ListenError", "run"]

@@ -101,6 +101,11 @@ class Peer(asyncio.Protocol):
             self._write(self.connection.goodbye(reason, text or reason, now))
             transport.close()
 
+    def cut_off(self) -> None:
+        """Close without a word, and without waiting for what is not sent yet."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def _dispatch(self, message: Message) -> None:
         if type(message) is Request:
             self._service.request(self, message)

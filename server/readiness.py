@@ -3,8 +3,11 @@
 A datagram to the socket that ``NOTIFY_SOCKET`` names; without it nothing happens.
 """
 
+import logging
 import os
 import socket
+
+logger = logging.getLogger(__name__)
 
 
 def notify(state: str) -> None:
@@ -19,4 +22,4 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), address)
         except OSError as error:
             # The service is as well as before; only nobody hears of it.
-            raise RuntimeWarning(f"NOTIFY_SOCKET {path}: {error}") from error
+            logger.warning("NOTIFY_SOCKET %s: %s", path, error)

@@ -46,6 +46,7 @@ class Service:
         self.transaction_timeout_s = 30.0
         self.started_at = time.time()
         self.is_stopping = False
+        self._someone_left = asyncio.Event()
         self._handlers: dict[str, Callable[..., Any]] = {
             name: getattr(self, f"_{name}")
             for name, method in METHODS.items()
@@ -88,6 +89,7 @@ class Service:
     def lost(self, peer: Peer) -> None:
         """A socket is gone: let go of everything that hung on it."""
         self.peers.discard(peer)
+        self._someone_left.set()
         session = peer.session
         commit = peer.transactions.commit
         if session is None:
@@ -100,6 +102,17 @@ class Service:
             del self.sessions[session.token]
             logger.info("%s has left %s", session.name, session.served.name)
             session.end("the session has ended")
+
+    async def wait_until_empty(self, timeout_s: float) -> None:
+        """Wait until every peer is gone; those that linger are cut off."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.peers:
+                    self._someone_left.clear()
+                    await self._someone_left.wait()
+        except TimeoutError:
+            for peer in tuple(self.peers):
+                peer.cut_off()
 
     def tick(self, now: float) -> None:
         """What is due: heartbeats, and transactions that take too long."""
@@ -208,6 +221,9 @@ class Service:
         assert peer.session is not None
 
         def done(reading: "asyncio.Future[Any]") -> None:
+            if reading.cancelled():
+                # The server has stopped, and the peer was told so.
+                return
             error = reading.exception()
             if error is None:
                 self._reply(peer, number, then(reading.result()))

@@ -38,7 +38,17 @@ class Workers:
         assert not kwargs
         return self._loop.run_in_executor(self._readers, step, *args)
 
-    async def close(self) -> None:
-        """Wait for what is under way; nothing may be asked for afterwards."""
+    async def close(self, timeout_s: float) -> bool:
+        """Wait for what is under way, but not for ever; true if nothing is.
+
+        Nothing may be asked for afterwards. Only a pack takes longer than moments; it
+        can be given up at any time.
+        """
         for executor in (self._writer, self._readers):
-            await self._loop.run_in_executor(None, executor.shutdown)
+            executor.shutdown(wait=False, cancel_futures=True)
+        threads = {*self._writer._threads, *self._readers._threads}
+        deadline = self._loop.time() + timeout_s
+        for thread in threads:
+            left_s = max(0.0, deadline - self._loop.time())
+            await self._loop.run_in_executor(None, thread.join, left_s)
+        return not any(thread.is_alive() for thread in threads)

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import ZODB.interfaces
+from ZODB.DemoStorage import DemoStorage
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ReadOnlyError, Unsupported
 from ZODB.serialize import referencesf
 from zope.interface import providedBy
@@ -28,23 +31,30 @@ from zeolith.storage.database import (
     Voted,
     WouldBlock,
 )
-from zeolith.storage.tids import Z64
+from zeolith.storage.tids import Z64, advanced
+
+# After opening: more than were voted on in vain by any server while its clock stood
+# still; less than a quarter of a second of tids.
+TIDS_SKIPPED = 2**24
+_TAKES_TID = (FileStorage, MappingStorage, DemoStorage)
 
 
 class AdaptedStorage:
     """A database.Database over any object that provides IStorage."""
-
-    # Whether vote may choose the tid, and so tell it before finish.
-    _assigns_tid = False
 
     def __init__(self, name: str, storage: Any, database_id: bytes, epoch: int = 1):
         self.name = name
         self.database_id = database_id
         self.epoch = epoch
         self._storage = storage
+        # Whether the storage lets us choose the tid, so that it is known at the vote
+        # and grows whatever the storage thinks the time is.
+        self._assigns_tid = isinstance(storage, _TAKES_TID)
         self._committing: Committing | None = None
-        # No tid up to this one is given to a new transaction: clients have seen it.
-        self.tid_floor = Z64
+        # No tid up to this one is given to a new transaction: clients may have seen it,
+        # as that of a transaction which was voted on before a crash and then was not
+        # committed, or which a restored backup has not got.
+        self.tid_floor = advanced(storage.lastTransaction() or Z64, TIDS_SKIPPED)
         self.is_read_only = bool(storage.isReadOnly())
         self.supports_undo = bool(storage.supportsUndo()) if _undoes(storage) else False
         self.interfaces = tuple(
@@ -134,8 +144,7 @@ class AdaptedStorage:
         assert self._committing is None, "a vote between vote and finish"
         if self.is_read_only:
             raise ReadOnlyError("the storage is read-only")
-        last_tid = max(self._storage.lastTransaction() or Z64, self.tid_floor)
-        committing = Committing(self._storage, transaction, last_tid)
+        committing = Committing(self._storage, transaction, self.tid_floor)
         self._committing = committing
 
         def begin_and_vote() -> Voted | Unresolved:

@@ -47,10 +47,11 @@ class Metadata(TransactionMetaData):
 class Committing:
     """One transaction on ``storage``, from vote to finish or abort."""
 
-    def __init__(self, storage: Any, transaction: Transaction, last_tid: bytes):
+    def __init__(self, storage: Any, transaction: Transaction, tid_floor: bytes):
+        """``tid_floor``: a new transaction's tid is greater than this."""
         self._storage = storage
         self._transaction = transaction
-        self._last_tid = last_tid
+        self._tid_floor = tid_floor
         self._metadata = Metadata(transaction)
         self._undone: set[bytes] = set()
         # What was resolved, by the server or the client: oid -> record.
@@ -63,19 +64,21 @@ class Committing:
         """Take the storage's commit lock; with a tid of our own if it takes one."""
         transaction = self._transaction
         tid = transaction.tid
+        last_tid = self._storage.lastTransaction() or Z64
         if tid is not None:
-            if not self._last_tid < tid <= MAX_TID:
+            if not last_tid < tid <= MAX_TID:
                 raise StorageTransactionError(
                     f"transaction id {tid.hex()} is not after the last one,"
-                    f" {self._last_tid.hex()}"
+                    f" {last_tid.hex()}"
                 )
         elif assigns_tid:
-            tid = next_tid(time.time(), self._last_tid)
+            tid = next_tid(time.time(), max(last_tid, self._tid_floor))
         arguments: list[Any] = [] if tid is None else [tid]
         if transaction.status != " ":
             arguments = [tid, transaction.status]
-        self._storage.tpc_begin(self._metadata, *arguments)
+        # A storage may take its lock and then find fault with the metadata.
         self._begun = True
+        self._storage.tpc_begin(self._metadata, *arguments)
         self.tid = tid
 
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
@@ -166,8 +169,13 @@ class Committing:
         if oid in self._resolutions:
             return None
         if old_tid == Z64:
-            # Two clients made an object of the same oid: there is no common state.
-            raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
+            # Two clients made an object of the same oid: there is no common state. If
+            # they made the same thing of it, as two that open an empty database do
+            # with its root, there is no conflict either.
+            if self._storage.loadSerial(oid, committed_tid) != new:
+                raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
+            self._resolutions[oid] = new
+            return None
         try:
             old = self._storage.loadSerial(oid, old_tid)
             committed = self._storage.loadSerial(oid, committed_tid)

@@ -74,8 +74,6 @@ class _DataFile(FileStorage):
 class FileStore(AdaptedStorage):
     """The database in a Data.fs; raises what FileStorage and Identity raise."""
 
-    _assigns_tid = True
-
     def __init__(self, name: str, path: str, **options: Any):
         """Open the Data.fs at ``path``; ``options`` are FileStorage's."""
         self._path = os.path.abspath(path)
@@ -134,6 +132,9 @@ class FileStore(AdaptedStorage):
                 found.append((entry.tid, oids))
                 if len(found) >= CHANGES_READ_MAX or oids_read >= OIDS_READ_MAX:
                     break
+            else:
+                # All of the log was read: nothing is before its first transaction.
+                found.append((Z64, []))
         found.reverse()
         changes = [
             Change(since, tid, oids, None)

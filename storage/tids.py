@@ -25,7 +25,12 @@ def next_tid(now_s: float, after: bytes) -> bytes:
 
 def following(tid: bytes) -> bytes:
     """The smallest tid greater than ``tid``."""
-    return (int.from_bytes(tid, "big") + 1).to_bytes(8, "big")
+    return advanced(tid, 1)
+
+
+def advanced(tid: bytes, count: int) -> bytes:
+    """The ``count``-th tid after ``tid``."""
+    return (int.from_bytes(tid, "big") + count).to_bytes(8, "big")
 
 
 def preceding(tid: bytes) -> bytes:

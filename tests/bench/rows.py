@@ -33,7 +33,7 @@ class Scale:
 FULL = Scale(
     rounds=5,
     loads=3000,
-    loads_each=600,
+    loads_each=1000,
     commits=400,
     commits_each=100,
     commits_of_100=40,
@@ -43,7 +43,7 @@ FULL = Scale(
 QUICK = Scale(
     rounds=3,
     loads=1000,
-    loads_each=300,
+    loads_each=500,
     commits=150,
     commits_each=40,
     commits_of_100=10,

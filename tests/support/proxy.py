@@ -57,6 +57,8 @@ class _Link:
         # An error here is a socket that one of the three has closed.
         with suppress(OSError):
             while chunk := source.recv(CHUNK_BYTES):
+                if proxy.wait_for_passage(way):
+                    chunk += received_meanwhile(source)
                 allowed, is_the_last = proxy.admit(way, chunk)
                 target.sendall(allowed)
                 if is_the_last:
@@ -161,9 +163,14 @@ class Proxy:
 
     # For the threads of a link.
 
-    def admit(self, way: Direction, chunk: bytes) -> tuple[bytes, bool]:
-        """Wait until bytes may pass; say which of these, and whether to cut then."""
+    def wait_for_passage(self, way: Direction) -> bool:
+        """Return when bytes may pass; says whether they had to wait."""
+        is_stalled = not self._open[way].is_set()
         self._open[way].wait()
+        return is_stalled
+
+    def admit(self, way: Direction, chunk: bytes) -> tuple[bytes, bool]:
+        """How much of `chunk` may pass, and whether to cut everything after it."""
         with self._lock:
             budget = self._budget_bytes[way]
             if budget is None:
@@ -202,6 +209,15 @@ class Proxy:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._links.add(_Link(self, client, server))
+
+
+def received_meanwhile(sock: socket.socket) -> bytes:
+    """What can be received without waiting: it is forwarded in one piece."""
+    pieces = []
+    with suppress(BlockingIOError):
+        while piece := sock.recv(CHUNK_BYTES, socket.MSG_DONTWAIT):
+            pieces.append(piece)
+    return b"".join(pieces)
 
 
 def hang_up(sock: socket.socket) -> None:

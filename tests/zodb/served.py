@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
 from ZODB.tests.BasicStorage import BasicStorage
 from ZODB.tests.ConflictResolution import ConflictResolvingStorage
 from ZODB.tests.HistoryStorage import HistoryStorage
@@ -97,10 +96,6 @@ class EveryStorage(
     def testResolve(self) -> None:
         # ZODB's own method has lost the prefix that would make it a test.
         self.checkResolve()
-
-    @pytest.mark.slow
-    def test_race_external_invalidate_vs_disconnect(self) -> None:
-        super().test_race_external_invalidate_vs_disconnect()
 
 
 def stop_without_complaints(server: ServerProcess) -> None:

@@ -1,0 +1,214 @@
+"""A bank whose books must balance, kept by several programs at once.
+
+The plain half: it makes the Data.fs and judges it afterwards, with ZODB alone; the
+programs that work on it in between are `bank_worker`. Run as a program, in a process
+in which zeolith cannot be imported::
+
+    python -m tests.support.bank make Data.fs OBJECTS
+    python -m tests.support.bank judge Data.fs JOURNAL...
+
+What is in the root, and what always holds:
+
+`accounts`   IOBTree, number -> amount. A transfer changes two of them; the sum is
+             `TOTAL` in every snapshot.
+`entries`    OOBTree, key -> amount. Every transaction inserts one under a key that no
+             other transaction uses. The key is the transaction's description, too.
+`things`     IOBTree, number -> PersistentMapping with an `n`. Thing 2k and thing
+             2k + 1 are twins: their `n` is the same in every snapshot.
+`marks`      PersistentMapping, worker -> list of `MARKS` PersistentMappings. Every
+             transaction of the worker writes its key into all of them.
+
+A worker's journal is a line an attempt: `committed`, `refused` or `unknown`, the key,
+the amount. A refused one is nowhere in the file, a committed one is there once and
+whole, an unknown one is one of the two.
+"""
+
+import io
+import json
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transaction
+from BTrees.IOBTree import IOBTree
+from BTrees.OOBTree import OOBTree
+from persistent.mapping import PersistentMapping
+from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
+
+ACCOUNTS = 500
+AMOUNT = 100
+TOTAL = ACCOUNTS * AMOUNT
+MARKS = 4
+OBJECTS_A_TRANSACTION = 5000
+
+COMMITTED = "committed"
+REFUSED = "refused"
+UNKNOWN = "unknown"
+
+
+class Line(NamedTuple):
+    """What became of an attempt, as the worker was told."""
+
+    outcome: str
+    key: str
+    amount: int
+
+
+def read_journal(path: Path) -> Iterator[Line]:
+    """All lines but one that is being written."""
+    text = path.read_text() if path.exists() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        outcome, key, amount = line.split()
+        yield Line(outcome, key, int(amount))
+
+
+# Making
+
+
+def make(path: str, objects: int, workers: Iterable[str]) -> None:
+    """Write a Data.fs with that many objects, and the bank among them."""
+    db = DB(FileStorage(path, create=True))
+    connection = db.open()
+    root = connection.root()
+    root["accounts"] = IOBTree(dict.fromkeys(range(ACCOUNTS), AMOUNT))
+    root["entries"] = OOBTree()
+    things = root["things"] = IOBTree()
+    root["marks"] = PersistentMapping(
+        {
+            worker: [PersistentMapping({"key": ""}) for _ in range(MARKS)]
+            for worker in workers
+        }
+    )
+    for number in range(objects):
+        things[number] = PersistentMapping({"n": number // 2})
+        if number % OBJECTS_A_TRANSACTION == 0:
+            transaction.commit()
+            connection.cacheMinimize()
+    transaction.commit()
+    connection.close()
+    db.close()
+
+
+# What always holds
+
+
+def imbalance(root: Any) -> str | None:
+    """What is wrong with the accounts in this snapshot."""
+    total = sum(root["accounts"].values())
+    return None if total == TOTAL else f"the sum is {total}, not {TOTAL}"
+
+
+def unlike_twins(root: Any, pair: int) -> str | None:
+    """What is wrong with a pair of things in this snapshot."""
+    one, other = (root["things"][2 * pair + which]["n"] for which in (0, 1))
+    return None if one == other else f"twins {pair} are {one} and {other}"
+
+
+def unlike_marks(root: Any, worker: str) -> str | None:
+    """What is wrong with the marks of a worker in this snapshot."""
+    keys = {mark["key"] for mark in root["marks"][worker]}
+    return None if len(keys) == 1 else f"the marks of {worker} are {keys}"
+
+
+# Judging
+
+
+def judge(path: str, journals: Iterable[Path]) -> dict[str, int]:
+    """Compare a Data.fs with what the workers were told; returns counts."""
+    lines = [line for journal in journals for line in read_journal(journal)]
+    outcomes = Counter(line.outcome for line in lines)
+    storage = FileStorage(path, read_only=True)
+    db = DB(storage)
+    connection = db.open()
+    try:
+        root = connection.root()
+        objects = len(storage)
+        judge_snapshot(root)
+        judge_entries(root, lines)
+        logged = judge_log(storage, root, lines)
+    finally:
+        connection.close()
+        db.close()
+    return {**outcomes, "objects": objects, "transactions": logged}
+
+
+def judge_snapshot(root: Any) -> None:
+    """The last snapshot is a consistent one."""
+    wrongs = [imbalance(root)]
+    wrongs += [unlike_twins(root, pair) for pair in range(len(root["things"]) // 2)]
+    wrongs += [unlike_marks(root, worker) for worker in root["marks"]]
+    assert not any(wrongs), [wrong for wrong in wrongs if wrong]
+    for name in ("accounts", "entries", "things"):
+        root[name]._check()
+
+
+def judge_entries(root: Any, lines: list[Line]) -> None:
+    """What was acknowledged is there, what was refused is not, and nothing else is."""
+    entries = dict(root["entries"])
+    told = {line.key: line for line in lines}
+    assert len(told) == len(lines), "a key was used twice"
+    lost = [
+        line
+        for line in lines
+        if line.outcome == COMMITTED and entries.get(line.key) != line.amount
+    ]
+    assert not lost, f"acknowledged and not there: {lost}"
+    undead = [line for line in lines if line.outcome == REFUSED and line.key in entries]
+    assert not undead, f"refused and there: {undead}"
+    strange = entries.keys() - told.keys()
+    assert not strange, f"there, and nobody was told anything: {strange}"
+
+
+def judge_log(storage: FileStorage, root: Any, lines: list[Line]) -> int:
+    """Each transaction of the log is whole, and is there once."""
+    marks = {
+        mark._p_oid: worker for worker, each in root["marks"].items() for mark in each
+    }
+    found: Counter[str] = Counter()
+    for logged in storage.iterator():
+        key = logged.description.decode()
+        if key.count(":") != 1:
+            continue
+        found[key] += 1
+        written = {
+            record.oid: state_of(record.data)["data"]["key"]
+            for record in logged
+            if record.oid in marks
+        }
+        worker = key.split(":")[0]
+        whole = {oid: key for oid, owner in marks.items() if owner == worker}
+        assert written == whole, f"{key} is there in part: {written}"
+    assert not [key for key, times in found.items() if times > 1], "committed twice"
+    refused = {line.key for line in lines if line.outcome == REFUSED}
+    assert not refused & found.keys(), f"refused and logged: {refused & found.keys()}"
+    acknowledged = {line.key for line in lines if line.outcome == COMMITTED}
+    assert not acknowledged - found.keys(), "acknowledged and not logged"
+    return found.total()
+
+
+def state_of(data: bytes) -> Any:
+    """The state in a record, references left out."""
+    unpickler = pickle.Unpickler(io.BytesIO(data))
+    unpickler.persistent_load = lambda _reference: None  # type: ignore[method-assign]
+    unpickler.load()
+    return unpickler.load()
+
+
+def main(arguments: list[str]) -> None:
+    # From here on every import of zeolith fails.
+    sys.modules["zeolith"] = None  # type: ignore[assignment]
+    match arguments:
+        case ["make", path, objects, *workers]:
+            make(path, int(objects), workers)
+        case ["judge", path, *journals]:
+            print(json.dumps(judge(path, map(Path, journals))))
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,152 @@
+"""A program that reads and writes a bank (see `bank`) through a server, until told.
+
+    python -m tests.support.bank_worker ADDRESS FOLDER CACHE_BYTES WORKER...
+
+Each WORKER is a thread with a ZODB connection of its own; all share one
+ClientStorage. A worker journals in FOLDER/WORKER.journal, and its complaints about
+what it has seen go to FOLDER/WORKER.wrong; it ends when FOLDER/stop exists. What it
+saw is counted and printed at the end as JSON.
+"""
+
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import transaction
+from ZODB.DB import DB
+from ZODB.POSException import ConflictError
+
+from zeolith.client.errors import ClientDisconnected, CommitOutcomeUnknown
+from zeolith.client.storage import ClientStorage
+
+from .bank import (
+    ACCOUNTS,
+    COMMITTED,
+    REFUSED,
+    UNKNOWN,
+    imbalance,
+    unlike_marks,
+    unlike_twins,
+)
+
+PAIRS_READ = 20
+TRANSFER_MAX = 10
+
+
+class Worker:
+    """One who reads, transfers and journals, in a thread of its own."""
+
+    def __init__(self, db: DB, folder: Path, name: str):
+        self.name = name
+        self.counts: Counter[str] = Counter()
+        self._db = db
+        self._folder = folder
+        self._random = random.Random(name)
+        self._stop_path = folder / "stop"
+
+    def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            # A worker that fails is the end of the work, not a slower one.
+            self._stop_path.touch()
+
+    def _run(self) -> None:
+        manager = transaction.TransactionManager()
+        journal_path = self._folder / f"{self.name}.journal"
+        # Line buffered: what is told is on its way at once.
+        with journal_path.open("w", buffering=1) as journal:
+            for number in self._numbers():
+                key = f"{self.name}:{number}"
+                amount = self._random.randrange(1, TRANSFER_MAX)
+                outcome = self._attempt(manager, key, amount)
+                journal.write(f"{outcome} {key} {amount}\n")
+                self.counts[outcome] += 1
+
+    def _numbers(self) -> Iterator[int]:
+        number = 0
+        while not self._stop_path.exists():
+            yield number
+            number += 1
+
+    def _attempt(
+        self, manager: transaction.TransactionManager, key: str, amount: int
+    ) -> str:
+        """One transaction; returns what became of it."""
+        begun = manager.begin()
+        begun.note(key)
+        try:
+            connection = self._db.open(manager)
+            try:
+                root = connection.root()
+                self._look(root)
+                self._write(root, key, amount)
+                manager.commit()
+            finally:
+                manager.abort()
+                connection.close()
+        except ConflictError:
+            self.counts["conflicts"] += 1
+            return REFUSED
+        except ClientDisconnected:
+            self.counts["disconnects"] += 1
+            return REFUSED
+        except CommitOutcomeUnknown:
+            return UNKNOWN
+        return COMMITTED
+
+    def _look(self, root: Any) -> None:
+        """Every snapshot is a consistent one."""
+        pairs = len(root["things"]) // 2
+        for _ in range(PAIRS_READ // 2):
+            self._complain(unlike_twins(root, self._random.randrange(pairs)))
+        self._complain(imbalance(root))
+        for worker in root["marks"]:
+            self._complain(unlike_marks(root, worker))
+        for _ in range(PAIRS_READ // 2):
+            self._complain(unlike_twins(root, self._random.randrange(pairs)))
+        self.counts["snapshots"] += 1
+        if self._random.random() < 0.05:
+            # Ask the storage again for everything.
+            root._p_jar.cacheMinimize()
+
+    def _complain(self, wrong: str | None) -> None:
+        if wrong is not None:
+            self.counts["wrong"] += 1
+            with (self._folder / f"{self.name}.wrong").open("a") as complaints:
+                complaints.write(f"{wrong}\n")
+
+    def _write(self, root: Any, key: str, amount: int) -> None:
+        giver, taker = self._random.sample(range(ACCOUNTS), 2)
+        root["accounts"][giver] -= amount
+        root["accounts"][taker] += amount
+        root["entries"][key] = amount
+        things = root["things"]
+        pair = self._random.randrange(len(things) // 2)
+        for thing in (things[2 * pair], things[2 * pair + 1]):
+            thing["n"] += 1
+        for mark in root["marks"][self.name]:
+            mark["key"] = key
+
+
+def main(address: str, folder: str, cache_bytes: str, *names: str) -> None:
+    storage = ClientStorage(address, cache_size=int(cache_bytes), client_label=names[0])
+    db = DB(storage)
+    workers = [Worker(db, Path(folder), name) for name in names]
+    with ThreadPoolExecutor(len(workers)) as pool:
+        running = [pool.submit(worker.run) for worker in workers]
+    counts: Counter[str] = Counter()
+    for worker, ended in zip(workers, running, strict=True):
+        ended.result()
+        counts.update(worker.counts)
+    db.close()
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,134 @@
+"""Running a bank: the Data.fs, the programs that work on it, the judgement."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from .bank import COMMITTED, read_journal
+from .waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+END_TIMEOUT_S = 60
+
+
+def run_module(name: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """A program of tests/support, a warning being an error in it."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", f"tests.support.{name}", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+class Bank:
+    """A Data.fs in `folder`, and the programs that work on it."""
+
+    def __init__(self, folder: Path, *, programs: int, threads: int):
+        self._folder = folder
+        self.workers = [
+            [f"p{program}t{thread}" for thread in range(threads)]
+            for program in range(programs)
+        ]
+        self._running: list[tuple[subprocess.Popen[str], IO[bytes]]] = []
+        # What the programs have seen, once they have ended.
+        self.counts: Counter[str] = Counter()
+
+    def make(self, path: Path, objects: int) -> None:
+        """Write the Data.fs, without zeolith."""
+        names = [name for program in self.workers for name in program]
+        _run_plain("make", str(path), str(objects), *names)
+
+    def judge(self, path: Path) -> dict[str, int]:
+        """Compare the Data.fs with the journals, without zeolith."""
+        journals = map(str, self.journals())
+        counts: dict[str, int] = json.loads(_run_plain("judge", str(path), *journals))
+        return counts
+
+    def journals(self) -> list[Path]:
+        return [
+            self._folder / f"{name}.journal"
+            for program in self.workers
+            for name in program
+        ]
+
+    def committed(self) -> list[int]:
+        """How many commits each worker was told of so far."""
+        return [
+            sum(line.outcome == COMMITTED for line in read_journal(journal))
+            for journal in self.journals()
+        ]
+
+    def wait_for_commits(self, count: int, what: str) -> None:
+        """Wait until every worker has committed so many times from now on."""
+        before = self.committed()
+
+        def all_have() -> bool:
+            self._check_that_all_run()
+            return all(
+                now >= then + count
+                for now, then in zip(self.committed(), before, strict=True)
+            )
+
+        wait_until(all_have, f"{count} commits of every worker {what}", END_TIMEOUT_S)
+
+    @contextmanager
+    def open(self, address: tuple[str, int]) -> Iterator[None]:
+        """Let the programs work within a with block; they must end well."""
+        host, port = address
+        for number, names in enumerate(self.workers):
+            # Every other one has so small a cache that it forgets all the time.
+            cache_bytes = 20_000_000 if number % 2 else 200_000
+            errors = (self._folder / f"p{number}.stderr").open("w+b")
+            program = run_module(
+                "bank_worker",
+                f"{host}:{port}",
+                str(self._folder),
+                str(cache_bytes),
+                *names,
+                stderr=errors,
+            )
+            self._running.append((program, errors))
+        try:
+            yield
+            (self._folder / "stop").touch()
+            for program, _errors in self._running:
+                self._collect(program)
+        finally:
+            for program, errors in self._running:
+                program.kill()
+                program.communicate()
+                errors.close()
+
+    def complaints(self) -> str:
+        """What the workers saw that may not be."""
+        return "".join(
+            path.read_text() for path in sorted(self._folder.glob("*.wrong"))
+        )
+
+    def stderr_text(self) -> str:
+        return "".join(
+            path.read_text() for path in sorted(self._folder.glob("p*.stderr"))
+        )
+
+    def _collect(self, program: subprocess.Popen[str]) -> None:
+        said, _nothing = program.communicate(timeout=END_TIMEOUT_S)
+        assert program.returncode == 0, self.stderr_text()
+        self.counts.update(json.loads(said))
+
+    def _check_that_all_run(self) -> None:
+        for program, _errors in self._running:
+            assert program.poll() is None, self.stderr_text()
+
+
+def _run_plain(*arguments: str) -> str:
+    program = run_module("bank", *arguments, stderr=subprocess.PIPE)
+    said, complained = program.communicate()
+    assert program.returncode == 0, complained
+    return said
