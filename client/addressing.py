@@ -18,7 +18,7 @@ def addresses_of(addr: Any) -> list[Address]:
         return addresses
     if _is_pair(addr):
         return [(addr[0] or DEFAULT_HOST, addr[1])]
-    if isinstance(addr, int) and not isinstance(addr, bool) and 0 < addr < 65536:
+    if _is_port(addr):
         return [(DEFAULT_HOST, addr)]
     if isinstance(addr, str):
         return [parse_address(addr)]
@@ -33,5 +33,9 @@ def _is_pair(addr: Any) -> bool:
         isinstance(addr, tuple)
         and len(addr) == 2
         and isinstance(addr[0], str)
-        and isinstance(addr[1], int)
+        and _is_port(addr[1])
     )
+
+
+def _is_port(value: Any) -> bool:
+    return type(value) is int and 0 < value < 65536

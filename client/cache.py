@@ -18,6 +18,7 @@ holder of the position's lock only.
 """
 
 import threading
+from typing import Protocol
 
 from zeolith.client.tids import Z64, following
 
@@ -27,6 +28,35 @@ ENTRY_BYTES = 400
 # How many changed oids are remembered to judge answers that are older than the last
 # change. An answer older than that is used once and not kept.
 RECENT_OIDS_MAX = 20_000
+
+
+class Cache(Protocol):
+    """What a storage needs of a cache; the rules above hold for all of them."""
+
+    # All changes up to this one have been applied.
+    valid_through: bytes
+
+    def load(
+        self, oid: bytes, before: bytes
+    ) -> tuple[bytes, bytes, bytes | None] | None:
+        """``(data, tid, end)`` of the revision for snapshot ``before``, or None."""
+
+    def store(
+        self, oid: bytes, tid: bytes, end: bytes | None, data: bytes, as_of: bytes
+    ) -> None:
+        """Keep an answer of the server's that is true as of ``as_of``, if possible."""
+
+    def apply(self, tid: bytes, oids: list[bytes]) -> None:
+        """The change ``(tid, oids)``, the next one after ``valid_through``."""
+
+    def forget(self, oid: bytes) -> None:
+        """Drop an object whose revisions turned out to be of no use."""
+
+    def forget_all(self, valid_through: bytes) -> None:
+        """Start afresh: nothing before ``valid_through`` is known."""
+
+    def reset(self, valid_through: bytes) -> None:
+        """In a forked child: start afresh, whatever was going on in the parent."""
 
 
 class Entry:
@@ -72,7 +102,7 @@ class MemoryCache:
     def load(
         self, oid: bytes, before: bytes
     ) -> tuple[bytes, bytes, bytes | None] | None:
-        """``(data, tid, end)`` of the revision for snapshot ``before``, or None."""
+        """See Cache.load."""
         # Read before the entries: an entry that is open afterwards was not touched by
         # any change up to this tid.
         valid_through = self.valid_through
@@ -90,7 +120,7 @@ class MemoryCache:
     def store(
         self, oid: bytes, tid: bytes, end: bytes | None, data: bytes, as_of: bytes
     ) -> None:
-        """Keep an answer of the server's that is true as of ``as_of``, if possible."""
+        """See Cache.store."""
         size = len(data) + ENTRY_BYTES
         if size > self.cache_bytes // 4:
             return
@@ -113,7 +143,7 @@ class MemoryCache:
                 self._evict()
 
     def apply(self, tid: bytes, oids: list[bytes]) -> None:
-        """The change ``(tid, oids)``, the next one after ``valid_through``."""
+        """See Cache.apply."""
         with self._lock:
             for oid in oids:
                 for entry in self._by_oid.get(oid, ()):
@@ -123,13 +153,13 @@ class MemoryCache:
             self.valid_through = tid
 
     def forget(self, oid: bytes) -> None:
-        """Drop an object whose revisions turned out to be of no use."""
+        """See Cache.forget."""
         with self._lock:
             for entry in self._by_oid.pop(oid, ()):
                 self._remove(entry)
 
     def forget_all(self, valid_through: bytes) -> None:
-        """Start afresh: nothing before ``valid_through`` is known."""
+        """See Cache.forget_all."""
         with self._lock:
             self._by_oid = {}
             self._entries.clear()
@@ -138,7 +168,7 @@ class MemoryCache:
             self._recent_since = self.valid_through = valid_through
 
     def reset(self, valid_through: bytes) -> None:
-        """In a forked child: start afresh, whatever was going on in the parent."""
+        """See Cache.reset."""
         self._lock = threading.Lock()
         self.forget_all(valid_through)
 

@@ -95,7 +95,8 @@ class Commit:
                 answer = self._call("resolve", self._resolutions(answer[1]))
         except ChannelLost as error:
             self.end()
-            raise ClientDisconnected(f"{error}; nothing was committed") from error
+            cause = self._session.lost(error)
+            raise ClientDisconnected(f"{cause}; nothing was committed") from error
         except ConflictError as error:
             if error.oid is not None:
                 # If it is our copy that is wrong, the next try must not use it again.
@@ -136,7 +137,10 @@ class Commit:
             tid, before = self._call("finish", sent_at)
         except ChannelLost as error:
             position.give_up(self.stores.id)
-            tid, before = self._ask_for_outcome(sent_at, error), None
+            tid, before = (
+                self._ask_for_outcome(sent_at, self._session.lost(error)),
+                None,
+            )
         except BaseException:
             position.give_up(self.stores.id)
             self.end()

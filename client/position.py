@@ -24,7 +24,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
-from zeolith.client.cache import MemoryCache
+from zeolith.client.cache import Cache
 from zeolith.client.tids import Z64
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Change(NamedTuple):
 class Position:
     """Where a storage stands, and how it moves."""
 
-    def __init__(self, cache: MemoryCache):
+    def __init__(self, cache: Cache):
         self._cache = cache
         self._condition = threading.Condition()
         # None until the first session is adopted.

@@ -84,11 +84,17 @@ class Session:
             channel = self._open_channel()
         try:
             return channel.call(method, *args)
+        except ChannelLost as error:
+            raise self.lost(error) from error
         finally:
             if channel.is_lost or self.ended is not None:
                 self._drop(channel)
             else:
                 self._idle.append(channel)
+
+    def lost(self, error: ChannelLost) -> ChannelLost:
+        """``error``, or why the session ended if that is the reason for it."""
+        return error if self.ended is None else ChannelLost(self.ended)
 
     def _open_channel(self) -> Channel:
         if self.ended is not None:

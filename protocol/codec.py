@@ -2,9 +2,9 @@
 
 A message is an array whose first element is the kind's code (``messages.KINDS``) and
 whose others are the fields in their order. Text is msgpack str, everything else that
-is bytes is bin; extension types are refused, so nothing that arrives can be more than
-None, bool, int, float, str, bytes, list and dict. The arguments of methods are checked
-later, by ``methods``. Pure; any thread.
+is bytes is bin; extension types are refused (msgpack's own, a timestamp, is a float),
+so nothing that arrives can be more than None, bool, int, float, str, bytes, list and
+dict. The arguments of methods are checked later, by ``methods``. Pure; any thread.
 """
 
 from typing import Any
@@ -30,6 +30,8 @@ _FIELDS: dict[type[Message], tuple[type, ...]] = {
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _DECODING = tuple((kind, _FIELDS[kind]) for kind in KINDS)
 _unpack = msgpack.unpackb
+# How msgpack.Unpacker calls it; the other choices are objects of other classes.
+_TIMESTAMP_AS_FLOAT = 1
 
 
 def _refuse_extension(code: int, _data: bytes) -> Any:
@@ -50,7 +52,12 @@ def encode(message: Message) -> bytes:
 def decode(payload: bytes) -> Message:
     """The message in one frame's payload; raises RemoteProtocolError."""
     try:
-        array = _unpack(payload, raw=False, ext_hook=_refuse_extension)
+        array = _unpack(
+            payload,
+            raw=False,
+            timestamp=_TIMESTAMP_AS_FLOAT,
+            ext_hook=_refuse_extension,
+        )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise RemoteProtocolError(f"a frame is not msgpack: {error}") from None
     if type(array) is not list or not array:

@@ -125,6 +125,8 @@ class Connection:
         self.open_requests: set[int] = set()
         # When this end last said something, and when it last heard something.
         self.sent_at = self.rcvd_at = now
+        # When the time for the hello began.
+        self._began_at = now
         self._last_request = 0
         # A client trusts the server it dialled with a long welcome.
         self._reader = FrameReader(
@@ -265,6 +267,9 @@ class Connection:
         number = self._last_request + 1
         sent = self._send(Request(number, method, args), now)
         self._last_request = number
+        if not self.open_requests:
+            # A channel may have been silent, for nobody waited; from now on it counts.
+            self.rcvd_at = now
         self.open_requests.add(number)
         return sent
 
@@ -356,7 +361,7 @@ class Connection:
         """
         limits = self.limits
         if self.state in (State.OPENING, State.GREETED):
-            if now - self.rcvd_at > limits.hello_timeout_s:
+            if now - self._began_at > limits.hello_timeout_s:
                 self._fail(RemoteProtocolError("no hello in time"))
             return b""
         if self._must_hear and now - self.rcvd_at > limits.heartbeat_timeout_s:

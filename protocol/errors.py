@@ -100,11 +100,10 @@ def _conflict(
     build: Callable[..., POSException.ConflictError],
 ) -> _Inbound:
     def inbound(attributes: Attributes, _text: str) -> Exception:
-        serials = attributes.get("serials")
         error = build(
             message=_text_or_none(attributes, "message"),
             oid=_bytes_or_none(attributes, "oid"),
-            serials=tuple(_all_bytes(serials)) if serials else None,
+            serials=_serials_or_none(attributes),
         )
         error.class_name = _text_or_none(attributes, "class_name")
         return error
@@ -137,6 +136,13 @@ def _undo_errors(attributes: Attributes, text: str) -> Exception:
     pairs = attributes.get("errors")
     if not isinstance(pairs, list) or not pairs:
         return POSException.UndoError(text)
+    for pair in pairs:
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(isinstance(part, bytes | str) for part in pair)
+        ):
+            raise RemoteProtocolError("a failure's errors are not pairs")
     return POSException.MultipleUndoErrors([(pair[0], pair[1]) for pair in pairs])
 
 
@@ -233,9 +239,11 @@ def error_of(name: str, attributes: Attributes, text: str) -> Exception:
 
 
 def _text(error: BaseException) -> str:
+    text = str(error)
     if len(error.args) == 1 and isinstance(error.args[0], str):
-        return error.args[0]
-    return str(error)
+        text = error.args[0]
+    # The name of a file may be in it that is not UTF-8.
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _bytes_or_none(attributes: Attributes, key: str) -> bytes | None:
@@ -252,7 +260,14 @@ def _text_or_none(attributes: Attributes, key: str) -> str | None:
     raise RemoteProtocolError(f"a failure's {key} is not text")
 
 
-def _all_bytes(values: Any) -> list[bytes]:
-    if isinstance(values, list) and all(isinstance(each, bytes) for each in values):
-        return values
-    raise RemoteProtocolError("a failure's serials are not a list of bytes")
+def _serials_or_none(attributes: Attributes) -> tuple[bytes, bytes] | None:
+    serials = attributes.get("serials")
+    if not serials:
+        return None
+    if (
+        isinstance(serials, list)
+        and len(serials) == 2
+        and all(isinstance(each, bytes) for each in serials)
+    ):
+        return serials[0], serials[1]
+    raise RemoteProtocolError("a failure's serials are not two of bytes")

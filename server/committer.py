@@ -28,6 +28,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ZODB.POSException import ConflictError, StorageSystemError, StorageTransactionError
@@ -135,7 +136,10 @@ class Committer:
         elif commit.phase in (Phase.VOTING, Phase.FINISHING):
             commit.is_abandoned = True
         if answer is not None:
-            answer(None, None)
+            if commit.phase is Phase.ENDED:
+                answer(None, None)
+            else:
+                commit.when_ended.append(partial(answer, None, None))
 
     def settle(self, transaction_id: bytes, settled: Callable[[], None]) -> None:
         """Call ``settled`` once ``transaction_id`` is neither here nor there.
@@ -223,6 +227,7 @@ class Committer:
             self._answer(commit, None, error)
             self._end(commit, StorageTransactionError("the vote failed"))
         elif commit.is_abandoned:
+            self._answer(commit, None, commit.ended_by)
             self._abort(commit, None)
         else:
             result = done.result()
@@ -250,6 +255,8 @@ class Committer:
             )
             self._broken = BrokenDatabase(str(error))
             self._answer(commit, None, StorageSystemError(str(error)))
+            for waiting in self._turn.waiting:
+                self.abandon(waiting, StorageSystemError(str(error)), None)
         self._end(commit, StorageTransactionError("the transaction has ended"))
 
     def _disaster(self, finishing: "asyncio.Future[Finished]") -> BaseException | None:

@@ -25,14 +25,25 @@ from zeolith.server.readiness import notify
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
-from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.adapted import AdaptedStorage, forbid_unpickling
 from zeolith.storage.changes import Changes
+from zeolith.storage.opening import OpeningError
 
 logger = logging.getLogger(__name__)
 
 TICK_INTERVAL_S = 1.0
 # How long the transports may take to deliver the server's goodbyes.
 LAST_WORDS_TIMEOUT_S = 2.0
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Stopped(BaseException):
+    """The process was told to stop before it served anything."""
+
+
+def _stop_early(_number: int, _frame: object) -> None:
+    raise _Stopped
 
 
 def run(
@@ -46,11 +57,19 @@ def run(
     options anew, or None (and has said why). Raises ListenError and OpeningError.
     """
     databases = {}
+    forbid_unpickling()
+    # Opening may take long; the loop has handlers of its own later.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in _STOPPING:
+        signal.signal(number, _stop_early)
     try:
         for name, open_storage in options.storages.items():
             databases[name] = open_storage()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             all_ended = runner.run(_serve(options, databases, announce, reread))
+    except _Stopped:
+        logger.info("stopped while opening")
+        all_ended = True
     finally:
         for name, database in databases.items():
             try:
@@ -87,7 +106,7 @@ async def _serve(
             _configure(service, renewed)
             logger.info("the configuration was read again")
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPPING:
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     listener = Listener(lambda: Peer(service, DEFAULT))
@@ -111,7 +130,10 @@ async def _serve(
 
 async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> Served:
     workers = Workers(asyncio.get_running_loop(), name)
-    last_tid, recent = await workers.read(database.last_changes)
+    try:
+        last_tid, recent = await workers.read(database.last_changes)
+    except OSError as error:
+        raise OpeningError(f"storage {name}: {error}") from error
     changes = Changes(recent[0].since if recent else last_tid)
     changes.extend(recent)
     info = await workers.read(database.info)
@@ -128,7 +150,11 @@ async def _tick(service: Service) -> None:
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(TICK_INTERVAL_S)
-        service.tick(loop.time())
+        try:
+            service.tick(loop.time())
+        except Exception:
+            # Without the clock a client that hangs would hang everybody.
+            logger.exception("a tick of the clock failed")
 
 
 async def _wind_down(service: Service, timeout_s: float) -> bool:

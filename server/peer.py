@@ -52,9 +52,7 @@ class Peer(asyncio.Protocol):
         self._batch = []
         for message in connection.receive_data(data, self._loop.time()):
             self._dispatch(message)
-        batch, self._batch = self._batch, None
-        if batch:
-            self._write(b"".join(batch) if len(batch) > 1 else batch[0])
+        self._flush()
         if connection.is_closed:
             self._give_up()
 
@@ -97,6 +95,7 @@ class Peer(asyncio.Protocol):
         """Say why, and close; harmless when that happened already."""
         transport = self._transport
         if transport is not None and not transport.is_closing():
+            self._flush()
             now = self._loop.time()
             self._write(self.connection.goodbye(reason, text or reason, now))
             transport.close()
@@ -111,7 +110,8 @@ class Peer(asyncio.Protocol):
             self._service.request(self, message)
         elif type(message) is Notice:
             self._service.notice(self, message)
-        elif type(message) is Hello:
+        elif type(message) is Hello and not self.connection.is_closed:
+            # Closed: something came behind it that did not wait for the welcome.
             self._service.hello(self, message.fields)
 
     def _give_up(self) -> None:
@@ -124,6 +124,11 @@ class Peer(asyncio.Protocol):
             logger.warning("%s is disconnected: %s", self.address, error)
             self._write(self.connection.farewell())
         transport.close()
+
+    def _flush(self) -> None:
+        batch, self._batch = self._batch, None
+        if batch:
+            self._write(b"".join(batch) if len(batch) > 1 else batch[0])
 
     def _write(self, data: bytes) -> None:
         transport = self._transport

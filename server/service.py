@@ -100,7 +100,7 @@ class Service:
         session.channels.discard(peer)
         if peer is session.stream and session.token in self.sessions:
             del self.sessions[session.token]
-            logger.info("%s has left %s", session.name, session.served.name)
+            logger.info("%s has left storage %s", session.name, session.served.name)
             session.end("the session has ended")
 
     async def wait_until_empty(self, timeout_s: float) -> None:
@@ -168,7 +168,7 @@ class Service:
         # One step of the loop: whoever follows from here misses nothing after last_tid.
         last_tid = served.follow(peer)
         changes = self._replay(served, fields)
-        logger.info("%s has come to %s", session.name, served.name)
+        logger.info("%s has come to storage %s", session.name, served.name)
         welcome = _welcome(session, last_tid, changes)
         return welcome
 

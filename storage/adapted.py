@@ -8,6 +8,7 @@ Subclassed by ``filestore``, which replaces what a Data.fs can do better.
 """
 
 import pickle
+import sys
 from base64 import decodebytes
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,23 @@ from zeolith.storage.tids import Z64, advanced
 
 # After opening: more than were voted on in vain by any server while its clock stood
 # still; less than a quarter of a second of tids.
+_ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
 TIDS_SKIPPED = 2**24
 _TAKES_TID = (FileStorage, MappingStorage, DemoStorage)
+
+
+def _opaque(extension: bytes) -> dict[str, Any]:
+    return {"bytes": extension}
+
+
+def forbid_unpickling() -> None:
+    """From now on nothing in this process unpickles a transaction's extension.
+
+    ZODB's FileStorage does it wherever it lists transactions, with any class that the
+    extension names; it may be what another storage is made of. What it gets instead,
+    ``_log_entry`` understands. For the whole process, so for a server's only.
+    """
+    sys.modules[FileStorage.__module__].loads = _opaque  # type: ignore[attr-defined]
 
 
 class AdaptedStorage:
@@ -188,19 +204,17 @@ def _undoes(storage: Any) -> bool:
 
 
 def _log_entry(tid: bytes, entry: dict[str, Any]) -> LogEntry:
-    extension = entry.get("extension")
-    if isinstance(extension, dict) and isinstance(extension.get("bytes"), bytes):
-        # What commit.Metadata gave it to keep.
-        packed = extension["bytes"]
-    else:
-        known = {"id", "tid", "serial", "time", "user_name", "description", "size"}
-        rest = {key: value for key, value in entry.items() if key not in known}
-        packed = pickle.dumps(rest, 3) if rest else b""
+    # What commit.Metadata gave a MappingStorage to keep, or what _opaque made.
+    extension = entry.get("extension", entry).get("bytes")
+    if not isinstance(extension, bytes):
+        # Of a storage that unpickles extensions itself and for other reasons.
+        rest = {key: entry[key] for key in entry.keys() - _ENTRY_KEYS}
+        extension = pickle.dumps(rest, 3) if rest else b""
     return LogEntry(
         tid,
         _bytes(entry["user_name"]),
         _bytes(entry["description"]),
-        packed,
+        extension,
         int(entry.get("size", 0)),
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
-from ZODB.interfaces import IStorageUndoable
+from ZODB.interfaces import IStorageRestoreable, IStorageUndoable
 from ZODB.POSException import (
     ConflictError,
     POSKeyError,
@@ -29,7 +29,15 @@ from zeolith.storage.database import (
     Unresolved,
     Voted,
 )
-from zeolith.storage.tids import MAX_TID, Z64, next_tid
+from zeolith.storage.tids import Z64, next_tid, tid_at
+
+# Committed, and packed. FileStorage writes the status as it is where it marks a
+# transaction as whole: any other text takes it, or the whole file, away again.
+_STATUSES = (" ", "p")
+
+# A copied transaction keeps its tid; clocks differ, but not by more than this.
+FUTURE_MAX_S = 24 * 3600
+OID_MAX = b"\x7f" + b"\xff" * 7
 
 
 class Metadata(TransactionMetaData):
@@ -65,21 +73,40 @@ class Committing:
         transaction = self._transaction
         tid = transaction.tid
         last_tid = self._storage.lastTransaction() or Z64
-        if tid is not None:
-            if not last_tid < tid <= MAX_TID:
-                raise StorageTransactionError(
-                    f"transaction id {tid.hex()} is not after the last one,"
-                    f" {last_tid.hex()}"
-                )
-        elif assigns_tid:
+        self._refuse_extremes(last_tid)
+        if tid is None and assigns_tid:
             tid = next_tid(time.time(), max(last_tid, self._tid_floor))
         arguments: list[Any] = [] if tid is None else [tid]
-        if transaction.status != " ":
+        if transaction.status not in _STATUSES:
+            raise StorageTransactionError(
+                f"no transaction is stored with status {transaction.status[:20]!r}"
+            )
+        if transaction.status != " " and IStorageRestoreable.providedBy(self._storage):
             arguments = [tid, transaction.status]
         # A storage may take its lock and then find fault with the metadata.
         self._begun = True
         self._storage.tpc_begin(self._metadata, *arguments)
         self.tid = tid
+
+    def _refuse_extremes(self, last_tid: bytes) -> None:
+        """Ids that would leave too few for those who come after."""
+        tid = self._transaction.tid
+        if tid is not None:
+            if tid <= last_tid:
+                raise StorageTransactionError(
+                    f"transaction id {tid.hex()} is not after the last one,"
+                    f" {last_tid.hex()}"
+                )
+            latest = max(tid_at(time.time() + FUTURE_MAX_S), last_tid)
+            if tid > latest:
+                raise StorageTransactionError(
+                    f"transaction id {tid.hex()} is too far in the future"
+                )
+        for operation in self._transaction.operations:
+            if operation[0] == "store" and operation[1] > OID_MAX:
+                raise StorageTransactionError(
+                    f"oid {operation[1].hex()} is beyond all that are given out"
+                )
 
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """Validate all, then store all and vote; or say what is unresolved."""

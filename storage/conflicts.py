@@ -15,16 +15,24 @@ What cannot be resolved so is not lost: the client, which has the classes, gets 
 three states. Called in the writer thread only.
 """
 
+import re
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from BTrees import _FAMILIES
 from BTrees.Length import Length
 from ZODB._compat import PersistentPickler, PersistentUnpickler, _protocol
 from ZODB.ConflictResolution import PersistentReference
 from ZODB.POSException import ConflictError
+from zodbpickle.slowpickle import Unpickler as _Unpickler
 
-RECORD_BYTES_MAX = 1024 * 1024
+# A bucket of a BTree takes a few KiB. More would be a risk rather than a service: with
+# keys that were made to collide, a dictionary takes quadratic time.
+RECORD_BYTES_MAX = 128 * 1024
+
+# The opcodes LONG_BINPUT and PUT, with an index of more than five digits.
+_LONG_PUT = re.compile(rb"(?=r(....))", re.DOTALL)
+_TEXT_PUT = re.compile(rb"p[0-9]{6,}\n")
 
 
 class Unresolvable(Exception):
@@ -63,7 +71,7 @@ def resolve(new: bytes, old: bytes, committed: bytes) -> bytes:
     """
     if max(len(new), len(old), len(committed)) > RECORD_BYTES_MAX:
         raise Unresolvable("too large")
-    references: dict[str, PersistentReference] = {}
+    references: dict[Any, PersistentReference] = {}
     try:
         meta, new_state = _load(new, references)
         resolvable = _class_of(meta)
@@ -92,32 +100,92 @@ def _class_of(meta: Any) -> Any:
     raise Unresolvable(f"{name} is not resolved by the server")
 
 
-def _load(record: bytes, references: dict[str, PersistentReference]) -> tuple[Any, Any]:
-    def persistent_load(reference: Any) -> PersistentReference:
-        key = repr(reference)
+def _load(record: bytes, references: dict[Any, PersistentReference]) -> tuple[Any, Any]:
+    def persistent_load(data: Any) -> PersistentReference:
+        data = _checked_reference(data)
+        # Lists are not hashable; the forms are different enough without them.
+        key = tuple(data) if type(data) is list else data
         if key not in references:
-            references[key] = _Reference(reference)
+            references[key] = PersistentReference(data)
         return references[key]
 
-    unpickler = PersistentUnpickler(ClassName, persistent_load, BytesIO(record))
+    if _reaches_far(record):
+        unpickler: Any = _PatientUnpickler(record, persistent_load)
+    else:
+        unpickler = PersistentUnpickler(ClassName, persistent_load, BytesIO(record))
     return unpickler.load(), unpickler.load()
 
 
-class _Reference(PersistentReference):
-    """A persistent reference whose classes are names."""
+def _reaches_far(record: bytes) -> bool:
+    """Whether the record may put something into the memo far beyond its own size.
 
-    def __init__(self, data: Any):
-        super().__init__(_with_plain_names(data))
+    The C unpickler's memo is an array, which it makes as long as a pickle says: five
+    bytes are enough for 64 GB. Text may look like it; that only costs time.
+    """
+    return any(
+        int.from_bytes(found[1], "little") > len(record)
+        for found in _LONG_PUT.finditer(record)
+    ) or bool(_TEXT_PUT.search(record))
 
 
-def _with_plain_names(data: Any) -> Any:
-    # A class in a reference may be written as a tuple (module, name); see
-    # ZODB.ConflictResolution.PersistentReference.
-    if isinstance(data, ClassName):
-        return tuple(data)
-    if type(data) in (tuple, list):
-        return type(data)(_with_plain_names(each) for each in data)
-    return data
+class _PatientUnpickler(_Unpickler):
+    """Slower, written in Python: its memo is a dictionary."""
+
+    def __init__(self, record: bytes, persistent_load: Any):
+        super().__init__(BytesIO(record), errors="bytes")
+        self.persistent_load = persistent_load
+
+    def find_class(self, module: str, name: str) -> Any:
+        return ClassName(module, name)
+
+
+def _checked_reference(data: Any) -> Any:
+    """A persistent reference in one of serialize.py's forms, classes as names.
+
+    Anything else is refused before it is looked at more closely: comparing or hashing
+    a small pickle of tuples that share tuples can take hours.
+    """
+    if type(data) in (bytes, str):
+        return data
+    if type(data) is tuple and len(data) == 2:
+        return _checked_oid(data[0]), _checked_class(data[1])
+    if type(data) is list and len(data) == 1:
+        return [_checked_oid(data[0])]
+    if type(data) is list and len(data) == 2 and type(data[1]) is tuple:
+        form, parts = data
+        if form == "m" and len(parts) == 3:
+            database, oid, of_class = parts
+            return [
+                form,
+                (_checked_text(database), _checked_oid(oid), _checked_class(of_class)),
+            ]
+        if form == "n" and len(parts) == 2:
+            return [form, (_checked_text(parts[0]), _checked_oid(parts[1]))]
+        if form == "w" and len(parts) in (1, 2):
+            return [form, (_checked_oid(parts[0]), *map(_checked_text, parts[1:]))]
+    raise Unresolvable("a persistent reference of an unknown form")
+
+
+def _checked_oid(oid: Any) -> bytes | str:
+    if type(oid) not in (bytes, str) or len(oid) != 8:
+        raise Unresolvable("a persistent reference without an oid")
+    return cast(bytes, oid)
+
+
+def _checked_text(text: Any) -> str:
+    if type(text) is not str:
+        raise Unresolvable("a persistent reference to a database without a name")
+    return text
+
+
+def _checked_class(name: Any) -> tuple[str, str] | None:
+    # A class may be written as a tuple (module, name), and is from here on.
+    if name is None:
+        return None
+    if isinstance(name, ClassName) or (type(name) is tuple and len(name) == 2):
+        module, qualified = name
+        return _checked_text(module), _checked_text(qualified)
+    raise Unresolvable("a persistent reference to something that is no class")
 
 
 def _persistent_id(thing: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 import ZODB.config
 from zc.lockfile import LockError
+from ZODB.FileStorage.FileStorage import FileStorageFormatError
+from ZODB.POSException import POSError
 
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.filestore import FileStore
@@ -23,6 +25,10 @@ _FILESTORAGE_OPTIONS = (
     "pack_gc",
     "pack_keep_old",
 )
+
+
+# POSError: the file is no Data.fs, or a damaged one.
+_MISTAKES = (LockError, IdentityError, POSError, OSError, ValueError, ImportError)
 
 
 class OpeningError(Exception):
@@ -41,22 +47,25 @@ def open_database(name: str, factory: Any, *, is_read_only: bool) -> AdaptedStor
             return _open_filestore(name, factory.config, is_read_only)
         storage = factory.open()
         return AdaptedStorage(name, storage, uuid.uuid4().bytes)
-    except LockError as error:
-        raise OpeningError(
-            f"storage {name}: another process has it open ({error})"
-        ) from error
-    except (IdentityError, OSError, ValueError, ImportError) as error:
-        raise OpeningError(f"storage {name}: {error}") from error
+    except _MISTAKES as error:
+        raise OpeningError(f"storage {name}: {_line(error)}") from error
 
 
 def open_file(name: str, path: str, blob_dir: str | None) -> FileStore:
     """The database in the Data.fs at ``path``; raises OpeningError."""
     try:
         return FileStore(name, path, blob_dir=blob_dir)
-    except LockError as error:
-        raise OpeningError(f"{path}: another process has it open ({error})") from error
-    except (IdentityError, OSError, ValueError) as error:
-        raise OpeningError(f"{path}: {error}") from error
+    except _MISTAKES as error:
+        raise OpeningError(f"{path}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, LockError):
+        return f"another process has it open ({text})"
+    if isinstance(error, FileStorageFormatError):
+        return f"{text} is not a Data.fs"
+    return text
 
 
 def _open_filestore(name: str, config: Any, is_read_only: bool) -> FileStore:

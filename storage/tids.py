@@ -31,14 +31,3 @@ def following(tid: bytes) -> bytes:
 def advanced(tid: bytes, count: int) -> bytes:
     """The ``count``-th tid after ``tid``."""
     return (int.from_bytes(tid, "big") + count).to_bytes(8, "big")
-
-
-def preceding(tid: bytes) -> bytes:
-    """The greatest tid smaller than ``tid``, which is not zero."""
-    return (int.from_bytes(tid, "big") - 1).to_bytes(8, "big")
-
-
-def time_of(tid: bytes) -> float:
-    """The moment of ``tid`` in seconds since the epoch."""
-    seconds: float = TimeStamp(tid).timeTime()
-    return seconds

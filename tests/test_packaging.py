@@ -121,12 +121,21 @@ def bare_machine(tmp_path) -> Path:
     return tmp_path
 
 
-def make(folder: Path, target: str) -> subprocess.CompletedProcess[str]:
+def make(
+    folder: Path, target: str, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What make does that was not started by the make that runs the tests."""
     assert MAKE
-    environment = {**os.environ, "PATH": str(folder / "bin"), "MAKEFLAGS": ""}
+    inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON")
+    environment = {k: v for k, v in os.environ.items() if k not in inherited}
+    environment["PATH"] = path or environment["PATH"]
     return subprocess.run(
         [MAKE, target], cwd=folder, env=environment, capture_output=True, text=True
     )
+
+
+def make_on(machine: Path, target: str) -> subprocess.CompletedProcess[str]:
+    return make(machine, target, path=str(machine / "bin"))
 
 
 def pretend_python(folder: Path, name: str, script: str) -> None:
@@ -137,7 +146,7 @@ def pretend_python(folder: Path, name: str, script: str) -> None:
 
 def test_make_says_so_when_every_python_is_too_old(bare_machine):
     pretend_python(bare_machine, "python3", "exit 1")
-    done = make(bare_machine, ".venv")
+    done = make_on(bare_machine, ".venv")
     assert done.returncode != 0
     assert "zeolith needs Python 3.11 or newer" in done.stderr
     assert not (bare_machine / ".venv").exists()
@@ -147,14 +156,14 @@ def test_make_passes_over_an_old_python_for_a_newer_one(bare_machine):
     pretend_python(bare_machine, "python3", "exit 1")
     log = bare_machine / "log"
     pretend_python(bare_machine, "python3.12", f'echo "$*" >>{log}; exit 0')
-    make(bare_machine, ".venv/bin/python")
+    make_on(bare_machine, ".venv/bin/python")
     assert "-m venv .venv" in log.read_text()
 
 
 def test_make_leaves_no_half_an_environment(bare_machine):
     script = 'test "$2" != venv || { mkdir -p .venv/bin; exit 1; }'
     pretend_python(bare_machine, "python3", script)
-    assert make(bare_machine, ".venv").returncode != 0
+    assert make_on(bare_machine, ".venv").returncode != 0
     assert not (bare_machine / ".venv").exists()
 
 
@@ -162,10 +171,7 @@ def test_make_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
     phony = next(line for line in makefile.splitlines() if line.startswith(".PHONY:"))
     targets = set(phony.split()[1:]) - {"$(VENV)"}
-    assert MAKE
-    shown = subprocess.run(
-        [MAKE, "help"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    shown = make(ROOT, "help")
     assert {line.split()[1] for line in shown.stdout.splitlines()} == targets
 
 

@@ -1,4 +1,4 @@
-"""zeolith, ZEO and an in-process FileStorage on the same work: one markdown table.
+"""zeolith, ZEO and what bounds them on the same work: one markdown table.
 
 Run as ``python -m tests.bench.compare``. Every peer has a copy of the same data and a
 server process of its own; client processes are others. The rounds are interleaved,
@@ -52,7 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         metavar="PEER,...",
-        default="zeo,zeolith,filestorage",
+        default="zeo,zeolith,filestorage,socket",
         help=f"some of {', '.join(servers.PEERS)}; default %(default)s",
     )
     parser.add_argument(
@@ -117,7 +117,7 @@ def _measure(
 
 
 def _run(trial: Trial, running: Running, scale: Scale, figures: table.Figures) -> None:
-    if trial.many_processes and not running.takes_many_processes:
+    if running.endpoint.peer not in trial.peers:
         return
     found = trial.run(running, scale)
     for row, figure in zip(trial.rows, found, strict=True):

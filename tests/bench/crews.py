@@ -6,6 +6,7 @@ a crew of sixteen starts at once. Pipes carry the signals; nothing is shared.
 
 import logging
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
@@ -13,6 +14,8 @@ from typing import Any
 
 from .servers import Running
 from .workloads import Work, Workload, combined
+
+SAME_CORE, OTHER_CORE = "same core", "other core"
 
 ANSWER_S = 300
 READY, GO = "ready", "go"
@@ -24,12 +27,22 @@ def measure(
     workload: Callable[..., Workload],
     *,
     members: int = 1,
+    placement: str = "",
     **options: int,
 ) -> tuple[Work, float]:
-    """What ``members`` processes did together, and the server's processor seconds."""
+    """What ``members`` processes did together, and the server's processor seconds.
+
+    ``placement`` says on which core they are, as seen from the server. A round trip
+    between two cores includes waking one of them, and may take five times as long;
+    left alone, the kernel chooses now this, now that.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    its_cores = {cores[0]} if placement else set(cores)
+    our_cores = {cores[-1]} if placement == OTHER_CORE else its_cores
+    running.keep_to(its_cores)
     crew = []
     for share in range(members):
-        crew.append(_start(running, workload, share, options))
+        crew.append(_start(running, workload, share, options, our_cores))
         # One after the other: a ZEO client that connects while others commit may be
         # told of a commit twice, and starts over.
         _answer(crew[-1][0])
@@ -50,11 +63,12 @@ def _start(
     workload: Callable[..., Workload],
     share: int,
     options: dict[str, int],
+    cores: set[int],
 ) -> tuple[Pipe, Any]:
     ours, theirs = _context.Pipe()
     process = _context.Process(
         target=_member,
-        args=(theirs, workload, running.endpoint, share, options),
+        args=(theirs, workload, running.endpoint, share, options, cores),
         daemon=True,
     )
     process.start()
@@ -68,7 +82,9 @@ def _member(
     endpoint: Any,
     share: int,
     options: dict[str, int],
+    cores: set[int],
 ) -> None:
+    os.sched_setaffinity(0, cores)
     # The traceback that such a start costs says nothing new.
     logging.getLogger("ZEO").addHandler(logging.NullHandler())
     try:

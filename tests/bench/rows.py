@@ -4,12 +4,18 @@ A trial is one run of a crew against one peer; it yields the figures of one or m
 rows, so that a row that is another view of the same run costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from . import crews, workloads
+from .crews import OTHER_CORE, SAME_CORE
 from .servers import Running
+
+SERVED = ("zeo", "zeo-msgpack", "zeolith")
+STORAGES = (*SERVED, "filestorage")
+ALL = (*STORAGES, "socket")
 
 PROCESSES_LOADING = 16
 PROCESSES_COMMITTING = 8
@@ -51,6 +57,7 @@ QUICK = Scale(
     inserted=10_000,
 )
 INSERTED_PER_TRANSACTION = 1000
+FULL_CACHE_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +76,39 @@ class Trial:
 
     rows: tuple[Row, ...]
     run: Callable[[Running, Scale], tuple[float, ...]]
-    many_processes: bool = False
+    # Those to whom it means something.
+    peers: tuple[str, ...] = STORAGES
 
 
-def _load(running: Running, scale: Scale) -> tuple[float, ...]:
+def _load(placement: str, running: Running, scale: Scale) -> tuple[float, ...]:
+    is_socket = running.endpoint.peer == "socket"
     work, _cpu_s = crews.measure(
-        running, workloads.load_from_storage, loads=scale.loads
+        running,
+        workloads.exchange if is_socket else workloads.load_from_storage,
+        placement=placement,
+        loads=scale.loads,
     )
     return (_p50_us(work),)
 
 
-def _load_connection(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(running, workloads.load_objects, loads=scale.loads)
+def _load_full(running: Running, scale: Scale) -> tuple[float, ...]:
+    work, _cpu_s = crews.measure(
+        running,
+        workloads.load_into_full_cache,
+        placement=SAME_CORE,
+        loads=scale.loads,
+        cache_bytes=FULL_CACHE_BYTES,
+    )
+    # Not the median: a cache may make room for many at once.
+    return (1e6 / _rate(work),)
+
+
+def _load_connection(
+    placement: str, running: Running, scale: Scale
+) -> tuple[float, ...]:
+    work, _cpu_s = crews.measure(
+        running, workloads.load_objects, placement=placement, loads=scale.loads
+    )
     return _p50_us(work), _rate(work)
 
 
@@ -163,61 +191,70 @@ def _rate(work: workloads.Work) -> float:
 
 def trials(scale: Scale) -> tuple[Trial, ...]:
     """Every trial, in the order of the table."""
-    return (
-        Trial((Row("load", "load, cold, storage level, p50", "us"),), _load),
-        Trial(
+    return (*_loading(), *_loading_together(), *_committing(scale))
+
+
+def _loading() -> Iterator[Trial]:
+    for at, suffix in ((SAME_CORE, ""), (OTHER_CORE, "-apart")):
+        yield Trial(
+            (Row(f"load{suffix}", f"load, cold, storage level, p50, {at}", "us"),),
+            partial(_load, at),
+            ALL,
+        )
+    yield Trial(
+        (Row("load-full", f"load into a full cache, mean, {SAME_CORE}", "us"),),
+        _load_full,
+        SERVED,
+    )
+    for at, suffix in ((SAME_CORE, ""), (OTHER_CORE, "-apart")):
+        title = "load through a Connection, p50"
+        yield Trial(
             (
-                Row("load-connection", "load through a Connection, p50", "us"),
-                Row("loads", "loads, 1 process", "/s", True),
+                Row(f"load-connection{suffix}", f"{title}, {at}", "us"),
+                Row(f"loads{suffix}", f"loads, 1 process, {at}", "/s", True),
             ),
-            _load_connection,
+            partial(_load_connection, at),
+        )
+
+
+def _loading_together() -> Iterator[Trial]:
+    crowd = f"{PROCESSES_LOADING} processes"
+    yield Trial(
+        (
+            Row("loads-16p", f"loads, {crowd}", "/s", True),
+            Row("cpu-load", f"server CPU a load, {crowd}", "us"),
         ),
-        Trial(
-            (
-                Row("loads-16p", f"loads, {PROCESSES_LOADING} processes", "/s", True),
-                Row(
-                    "cpu-load", f"server CPU a load, {PROCESSES_LOADING} of them", "us"
-                ),
-            ),
-            _load_processes,
-            many_processes=True,
+        _load_processes,
+        SERVED,
+    )
+    yield Trial(
+        (Row("loads-16t", f"loads, {THREADS_LOADING} threads", "/s", True),),
+        _load_threads,
+    )
+
+
+def _committing(scale: Scale) -> Iterator[Trial]:
+    crowd = f"{PROCESSES_COMMITTING} processes"
+    yield Trial(
+        (Row("commit", "commit of 1 object, storage level, p50", "us"),), _commit
+    )
+    yield Trial(
+        (Row("commit-connection", "commit of 1 object, p50", "us"),),
+        _commit_connection,
+    )
+    yield Trial((Row("commit-100", "commit of 100 objects, p50", "ms"),), _commit_100)
+    yield Trial(
+        (Row("commit-1000", "commit of 1000 objects, p50", "ms"),), _commit_1000
+    )
+    yield Trial(
+        (Row("insert", f"insert of {scale.inserted:,} objects", "objects/s", True),),
+        _insert,
+    )
+    yield Trial(
+        (
+            Row("commits-8p", f"commits, {crowd}, disjoint", "/s", True),
+            Row("cpu-commit", f"server CPU a commit, {crowd}", "us"),
         ),
-        Trial(
-            (Row("loads-16t", f"loads, {THREADS_LOADING} threads", "/s", True),),
-            _load_threads,
-        ),
-        Trial(
-            (Row("commit", "commit of 1 object, storage level, p50", "us"),), _commit
-        ),
-        Trial(
-            (Row("commit-connection", "commit of 1 object, p50", "us"),),
-            _commit_connection,
-        ),
-        Trial((Row("commit-100", "commit of 100 objects, p50", "ms"),), _commit_100),
-        Trial((Row("commit-1000", "commit of 1000 objects, p50", "ms"),), _commit_1000),
-        Trial(
-            (
-                Row(
-                    "insert", f"insert of {scale.inserted:,} objects", "objects/s", True
-                ),
-            ),
-            _insert,
-        ),
-        Trial(
-            (
-                Row(
-                    "commits-8p",
-                    f"commits, {PROCESSES_COMMITTING} processes, disjoint",
-                    "/s",
-                    True,
-                ),
-                Row(
-                    "cpu-commit",
-                    f"server CPU a commit, {PROCESSES_COMMITTING} of them",
-                    "us",
-                ),
-            ),
-            _commit_processes,
-            many_processes=True,
-        ),
+        _commit_processes,
+        SERVED,
     )

@@ -1,11 +1,13 @@
 """The peers: how a server of each is started, and how a client opens its storage.
 
 A ``Running`` server is a process of its own; in-process FileStorage has none, and its
-clients open the file themselves. ``Endpoint`` is what a client process is told.
+clients open the file themselves. ``Endpoint`` is what a client process is told. The
+peer ``socket`` is no storage but the floor for all that have a server: see echo.py.
 """
 
 import importlib
 import importlib.util
+import os
 import shutil
 import socket
 import subprocess
@@ -29,9 +31,9 @@ class Endpoint:
     peer: str
     place: Any
 
-    def open(self) -> Any:
+    def open(self, **options: int) -> Any:
         """A fresh storage with its peer's defaults, and so with an empty cache."""
-        return _client(self.peer)(self.place)
+        return _client(self.peer)(self.place, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +43,18 @@ class Running:
     endpoint: Endpoint
     process: subprocess.Popen[str] | None = None
 
-    @property
-    def takes_many_processes(self) -> bool:
-        return self.process is not None
-
     def cpu_s(self) -> float:
         """The processor time that the server has used."""
         if self.process is None:
             return 0.0
         # The clock of another process, as clock_getcpuclockid(3) numbers it.
         return time.clock_gettime((~self.process.pid << 3) | 2)
+
+    def keep_to(self, cores: set[int]) -> None:
+        """Let every thread of the server run on ``cores`` only."""
+        if self.process is not None:
+            for thread in os.listdir(f"/proc/{self.process.pid}/task"):
+                os.sched_setaffinity(int(thread), cores)
 
 
 # Where each peer's client is: module and class.
@@ -59,6 +63,7 @@ _CLIENTS = {
     "zeo": ("ZEO.ClientStorage", "ClientStorage"),
     "zeo-msgpack": ("ZEO.ClientStorage", "ClientStorage"),
     "filestorage": ("ZODB.FileStorage.FileStorage", "FileStorage"),
+    "socket": ("socket", "create_connection"),
 }
 
 
@@ -107,11 +112,22 @@ def _filestorage(folder: Path) -> Iterator[Running]:
     yield Running(Endpoint("filestorage", str(folder / "Data.fs")))
 
 
+@contextmanager
+def _socket(folder: Path) -> Iterator[Running]:
+    echo = Path(__file__).with_name("echo.py")
+    command = [sys.executable, str(echo)]
+    with _process(command, folder, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        yield Running(Endpoint("socket", ("127.0.0.1", port)), process)
+
+
 _STARTERS: dict[str, Callable[[Path], Any]] = {
     "zeolith": _zeolith,
     "zeo": _zeo,
     "zeo-msgpack": _zeo_msgpack,
     "filestorage": _filestorage,
+    "socket": _socket,
 }
 PEERS = tuple(_STARTERS)
 
@@ -120,6 +136,8 @@ def title(peer: str) -> str:
     """How the table calls a peer."""
     if peer == "filestorage":
         return "FileStorage, in process"
+    if peer == "socket":
+        return "bare round trip"
     if peer.startswith("zeo-") or peer == "zeo":
         return f"ZEO {version('ZEO')}{peer.removeprefix('zeo').replace('-', ', ')}"
     return peer

@@ -19,6 +19,8 @@ from .servers import title
 # Row key -> peer -> the figure of each round.
 Figures = dict[str, dict[str, list[float]]]
 REFERENCE = "zeo"
+# Bounds, not rivals: nobody needs to know how many times better they are.
+BOUNDS = ("filestorage", "socket")
 
 
 def markdown(rows: Iterable[Row], peers: list[str], figures: Figures) -> str:
@@ -78,7 +80,7 @@ def report(rows: Iterable[Row], figures: Figures) -> dict[str, Any]:
 
 
 def _has_ratio(peer: str, peers: list[str]) -> bool:
-    return peer != REFERENCE and REFERENCE in peers
+    return peer != REFERENCE and peer not in BOUNDS and REFERENCE in peers
 
 
 def _ratio(row: Row, measured: list[float], reference: list[float]) -> str:

@@ -10,6 +10,7 @@ crew, and of its shelf.
 """
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
 from ZODB.utils import maxtid
 
-from . import dataset
+from . import dataset, echo
 from .servers import Endpoint
 
 
@@ -67,6 +68,40 @@ def load_from_storage(endpoint: Endpoint, share: int, loads: int) -> Workload:
     yield None
     yield timed(loads, lambda number: storage.loadBefore(oids[number], maxtid))
     storage.close()
+
+
+def load_into_full_cache(
+    endpoint: Endpoint, share: int, loads: int, cache_bytes: int
+) -> Workload:
+    """Like load_from_storage, but each record has to drive another from the cache."""
+    db = open_db(endpoint)
+    shelves = range(dataset.SHELVES)
+    oids = dataset.oids(db.open(), shelves)
+    random.Random(share).shuffle(oids)
+    db.close()
+    storage = endpoint.open(cache_size=cache_bytes)
+    filling = 2 * cache_bytes // dataset.PAYLOAD_BYTES
+    for oid in oids[loads : loads + filling]:
+        storage.loadBefore(oid, maxtid)
+    yield None
+    yield timed(loads, lambda number: storage.loadBefore(oids[number], maxtid))
+    storage.close()
+
+
+def exchange(endpoint: Endpoint, share: int, loads: int) -> Workload:
+    """Send and receive as many bytes as a load does, and nothing else."""
+    sock = endpoint.open()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    request = bytes(echo.REQUEST_BYTES)
+
+    def round_trip(_number: int) -> None:
+        sock.sendall(request)
+        sock.recv(65536)
+
+    round_trip(0)
+    yield None
+    yield timed(loads, round_trip)
+    sock.close()
 
 
 def load_objects(endpoint: Endpoint, share: int, loads: int) -> Workload:

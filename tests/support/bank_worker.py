@@ -9,6 +9,7 @@ saw is counted and printed at the end as JSON.
 """
 
 import json
+import logging
 import random
 import sys
 from collections import Counter
@@ -102,7 +103,7 @@ class Worker:
 
     def _look(self, root: Any) -> None:
         """Every snapshot is a consistent one."""
-        pairs = len(root["things"]) // 2
+        pairs = root["pairs"]
         for _ in range(PAIRS_READ // 2):
             self._complain(unlike_twins(root, self._random.randrange(pairs)))
         self._complain(imbalance(root))
@@ -127,7 +128,7 @@ class Worker:
         root["accounts"][taker] += amount
         root["entries"][key] = amount
         things = root["things"]
-        pair = self._random.randrange(len(things) // 2)
+        pair = self._random.randrange(root["pairs"])
         for thing in (things[2 * pair], things[2 * pair + 1]):
             thing["n"] += 1
         for mark in root["marks"][self.name]:
@@ -135,6 +136,9 @@ class Worker:
 
 
 def main(address: str, folder: str, cache_bytes: str, *names: str) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    # A finish that is refused is daily work here, and the end of the world to it.
+    logging.getLogger("txn").setLevel(logging.CRITICAL + 1)
     storage = ClientStorage(address, cache_size=int(cache_bytes), client_label=names[0])
     db = DB(storage)
     workers = [Worker(db, Path(folder), name) for name in names]

@@ -87,6 +87,8 @@ class Proxy:
         self._links: set[_Link] = set()
         # Set while bytes may pass in a direction.
         self._open = {way: threading.Event() for way in Direction}
+        # How many threads hold bytes back, waiting for the passage to open.
+        self._waiting = dict.fromkeys(Direction, 0)
         # How many more bytes may pass before everything is cut.
         self._budget_bytes: dict[Direction, int | None] = dict.fromkeys(Direction)
         # Set when a budget is used up; `cut_after` clears it.
@@ -161,13 +163,23 @@ class Proxy:
         with self._lock:
             return len(self._links)
 
+    def held_back(self, way: Direction) -> bool:
+        """Whether bytes wait here because of a stall."""
+        with self._lock:
+            return self._waiting[way] > 0
+
     # For the threads of a link.
 
     def wait_for_passage(self, way: Direction) -> bool:
         """Return when bytes may pass; says whether they had to wait."""
-        is_stalled = not self._open[way].is_set()
+        if self._open[way].is_set():
+            return False
+        with self._lock:
+            self._waiting[way] += 1
         self._open[way].wait()
-        return is_stalled
+        with self._lock:
+            self._waiting[way] -= 1
+        return True
 
     def admit(self, way: Direction, chunk: bytes) -> tuple[bytes, bool]:
         """How much of `chunk` may pass, and whether to cut everything after it."""

@@ -1,0 +1,128 @@
+"""Messages and arguments for hypothesis: of the right types, and of any."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from zeolith.protocol.messages import (
+    Failure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Notice,
+    Reply,
+    Request,
+    Welcome,
+)
+from zeolith.protocol.methods import HELLO, METHODS, WELCOME, Kind, Method
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+integers = st.integers(-(2**63), 2**64 - 1)
+# What msgpack can say, and so a peer.
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | integers
+    | st.floats(allow_nan=False)
+    | texts
+    | st.binary(max_size=40),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(texts | st.binary(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+fields = st.dictionaries(texts, plain, max_size=5)
+
+_ids = st.binary(min_size=8, max_size=8)
+_sixteen = st.binary(min_size=16, max_size=16)
+_data = st.binary(max_size=40)
+_metadata = st.tuples(_data, _data, _data, st.none() | _ids, texts).map(list)
+_operations = (
+    st.tuples(st.just("store"), _ids, _ids, _data)
+    | st.tuples(st.just("check"), _ids, _ids)
+    | st.tuples(st.just("undo"), _ids)
+).map(list)
+# By the name that a kind has in the specification.
+_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
+    "oid": _ids,
+    "tid": _ids,
+    "bytes": _data,
+    "text": texts,
+    "count": st.integers(0, 2**64 - 1),
+    "bool": st.booleans(),
+    "time": st.floats(0, 3e9) | st.integers(0, 3_000_000_000),
+    "transaction id": _sixteen,
+    "token": _sixteen,
+    "operation": _operations,
+    "metadata": _metadata,
+    "[oid, bytes]": st.tuples(_ids, _data).map(list),
+    "change": st.tuples(
+        _ids, _ids, st.lists(_ids, max_size=3), st.none() | _sixteen
+    ).map(list),
+}
+
+
+def of_kind(kind: Kind) -> st.SearchStrategy[Any]:
+    """Values that `kind` must accept."""
+    return _named(kind.name)
+
+
+def _named(name: str) -> st.SearchStrategy[Any]:
+    if name.endswith(" or nil"):
+        return st.none() | _named(name.removesuffix(" or nil"))
+    if name.startswith("list of "):
+        return st.lists(_named(name.removeprefix("list of ")), max_size=3)
+    return _BY_NAME[name]
+
+
+def arguments_of(method: Method) -> st.SearchStrategy[list[Any]]:
+    """Arguments that `method` must accept."""
+    return st.tuples(*(of_kind(kind) for _name, kind in method.arguments)).map(list)
+
+
+def calls(sender: str, *, answers: bool) -> st.SearchStrategy[tuple[str, list[Any]]]:
+    """A method that `sender` may call, and arguments for it."""
+    methods = [
+        method
+        for method in METHODS.values()
+        if method.sender == sender and method.answers is answers
+    ]
+    return st.sampled_from(methods).flatmap(
+        lambda method: st.tuples(st.just(method.name), arguments_of(method))
+    )
+
+
+hellos = st.fixed_dictionaries(
+    {
+        **{name: of_kind(kind) for name, kind in HELLO.items()},
+        "version": st.just(1),
+        "kind": st.sampled_from(["stream", "channel"]),
+    }
+)
+welcomes = st.fixed_dictionaries(
+    {name: of_kind(kind) for name, kind in WELCOME.items()}
+)
+_numbers = st.integers(0, 20)
+# Any message that the codec lets through, whatever the table says of it.
+messages: st.SearchStrategy[Message] = st.one_of(
+    st.builds(Hello, fields | hellos),
+    st.builds(Welcome, fields | welcomes),
+    st.builds(Request, integers | _numbers, texts, st.lists(plain, max_size=4)),
+    st.builds(
+        lambda number, call: Request(number, *call),
+        _numbers,
+        calls("client", answers=True),
+    ),
+    st.builds(Reply, integers | _numbers, plain),
+    st.builds(Failure, integers | _numbers, texts, fields, texts),
+    st.builds(Notice, texts, st.lists(plain, max_size=4)),
+    (calls("client", answers=False) | calls("server", answers=False)).map(
+        lambda call: Notice(*call)
+    ),
+    st.just(Heartbeat()),
+    st.builds(Goodbye, texts, texts),
+)
+# Sizes of the pieces in which a stream of bytes arrives.
+chunkings = st.lists(st.integers(1, 50), min_size=1, max_size=8)

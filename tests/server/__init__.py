@@ -1,0 +1,1 @@
+"""Tests of zeolith.server, one file for each module."""

@@ -1,0 +1,462 @@
+import asyncio
+import socket
+from dataclasses import replace
+
+import pytest
+
+from zeolith.protocol.codec import encode
+from zeolith.protocol.connection import HEARTBEAT
+from zeolith.protocol.frames import frame
+from zeolith.protocol.limits import DEFAULT
+from zeolith.protocol.messages import (
+    Failure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Notice,
+    Reply,
+    Request,
+    Welcome,
+)
+from zeolith.server.listener import Listener
+from zeolith.server.peer import Peer
+
+from ..support.ids import number, transaction_id
+from ..support.memory import MemoryClient, MemorySession, hello_fields
+from ..support.model import ModelServer
+
+OID = number(1)
+LIMITS = replace(
+    DEFAULT,
+    frame_bytes_max=64 * 1024,
+    batch_bytes_max=32 * 1024,
+    output_bytes_max=16 * 1024,
+    requests_open_max=4,
+)
+
+
+@pytest.fixture
+async def server() -> ModelServer:
+    server = ModelServer(limits=LIMITS)
+    server.commit(OID, b"data")
+    return server
+
+
+@pytest.fixture
+async def session(server: ModelServer) -> MemorySession:
+    return MemorySession(server.service, LIMITS)
+
+
+@pytest.fixture
+async def channel(session: MemorySession) -> MemoryClient:
+    return session.channel()
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# Bytes in, bytes out
+
+
+async def test_a_request_is_answered(channel):
+    request = channel.ask("load", OID, number(2))
+    assert channel.value(request) == [b"data", number(1), None, number(1)]
+
+
+async def test_messages_may_be_cut_anywhere(channel):
+    data = channel.connection.request("ping", [], now())
+    for byte in data:
+        channel.send(bytes([byte]))
+    assert channel.value(1) is None
+
+
+async def test_the_answers_to_one_batch_leave_in_one_write(channel):
+    requests = [channel.connection.request("ping", [], now()) for _ in range(4)]
+    writes = channel.transport.writes
+    channel.send(b"".join(requests))
+    assert channel.transport.writes == writes + 1
+    assert channel.received() == [Reply(n, None) for n in (1, 2, 3, 4)]
+
+
+async def test_an_answer_that_comes_later_finds_its_request(server, channel):
+    slow = channel.ask("get_tid", OID)
+    fast = channel.ask("ping")
+    assert channel.value(fast) is None
+    assert channel.answer(slow) is None
+    await server.workers.read_step()
+    assert channel.value(slow) == number(1)
+
+
+async def test_an_answer_for_a_socket_that_is_gone_goes_nowhere(server, channel):
+    channel.ask("get_tid", OID)
+    channel.ask("get_tid", number(9))
+    await channel.lose()
+    await server.workers.work()
+    assert not channel.received()
+
+
+async def test_an_answer_that_is_too_large_for_the_wire_is_a_failure(server, channel):
+    server.commit(OID, bytes(LIMITS.frame_bytes_max))
+    request = channel.ask("load", OID, number(9))
+    assert "too large" in channel.failure(request).text
+    assert channel.value(channel.ask("ping")) is None
+
+
+# Offences: the reason is told, that one socket ends, and nobody else is disturbed
+
+
+def request_of(method: str, *args: object, id_: int = 1) -> bytes:
+    return encode(Request(id_, method, list(args)))
+
+
+OFFENCES = {
+    "an unknown method": (request_of("explode"), "there is no method 'explode'"),
+    "a method of the server's": (
+        encode(Notice("changes", [[]])),
+        "changes is not sent by the server",
+    ),
+    "a request that is a notice": (
+        request_of("stage", transaction_id(1), []),
+        "there is no method 'stage'",
+    ),
+    "a notice that is a request": (
+        encode(Notice("load", [OID, OID])),
+        "there is no method 'load'",
+    ),
+    "too few arguments": (request_of("load", OID), "load takes 2 arguments, not 1"),
+    "an argument of a wrong type": (
+        request_of("load", "oid", OID),
+        "load: oid must be oid, not str",
+    ),
+    "an oid of seven bytes": (request_of("get_tid", b"1234567"), "must be oid"),
+    "an operation that is none": (
+        encode(Notice("stage", [transaction_id(1), [["drop", OID]]])),
+        "operations must be list of operation",
+    ),
+    "a number used twice": (
+        request_of("ping", id_=1) + request_of("ping", id_=1),
+        "request 1 after request 1",
+    ),
+    "an answer": (encode(Reply(1, None)), "a Reply is not expected"),
+    "a second hello": (encode(Hello(hello_fields())), "a Hello is not expected"),
+    "an oversized frame": (
+        (LIMITS.frame_bytes_max + 1).to_bytes(4, "big"),
+        "a frame of 65537 bytes",
+    ),
+    "an empty frame": (bytes(4), "a frame of 0 bytes"),
+    "garbage": (frame(b"\xc1garbage"), "a frame is not msgpack"),
+    "msgpack that is no message": (frame(b"\x01"), "a frame holds no message"),
+    "an extension type": (frame(b"\x92\x02\xd4\x05\x00"), "a frame is not msgpack"),
+    "a message of no kind": (frame(b"\x91\x63"), "there is no message of kind 99"),
+}
+
+
+@pytest.mark.parametrize("offence", OFFENCES)
+async def test_an_offence_is_named_and_ends_that_one_socket(server, offence):
+    data, reason = OFFENCES[offence]
+    others = MemorySession(server.service, LIMITS)
+    session = MemorySession(server.service, LIMITS)
+    offender, neighbour, other = session.channel(), session.channel(), others.channel()
+    offender.send(data)
+    last_words = offender.goodbye()
+    assert last_words.reason == "protocol"
+    assert reason in last_words.text
+    await asyncio.sleep(0)
+    assert offender.transport.is_lost
+    assert offender.peer not in server.service.peers
+    for each in (neighbour, other):
+        assert each.value(each.ask("load", OID, number(2)))[0] == b"data"
+        assert not each.received()
+    server.commit(OID, b"more")
+    for stream in (session.stream, others.stream):
+        (notice,) = stream.received()
+        assert isinstance(notice, Notice)
+
+
+async def test_what_came_before_an_offence_is_answered(channel):
+    channel.send(request_of("ping") + frame(b"\xc1"))
+    answer, last_words = channel.received()
+    assert answer == Reply(1, None)
+    assert isinstance(last_words, Goodbye)
+
+
+async def test_what_comes_after_an_offence_is_not_looked_at(server, channel):
+    store = ["store", number(5), number(0), b"data"]
+    vote = request_of(
+        "vote", transaction_id(1), [b"", b"", b"", None, " "], [store], id_=2
+    )
+    channel.send(frame(b"\xc1") + vote)
+    channel.send(vote)
+    await asyncio.sleep(0)
+    assert server.committer.holder is None
+    assert not server.workers.writes_waiting
+
+
+async def test_an_offence_is_logged_with_the_address_of_the_offender(
+    server, channel, caplog
+):
+    channel.send(frame(b"\xc1"))
+    assert "192.0.2.7:4567 is disconnected: a frame is not msgpack" in caplog.text
+
+
+async def test_more_open_requests_than_allowed_are_an_offence(channel):
+    for _ in range(LIMITS.requests_open_max):
+        channel.ask("get_tid", OID)
+    channel.ask("get_tid", OID)
+    assert "more than 4 open requests" in channel.goodbye().text
+
+
+async def test_a_notice_that_cannot_be_heeded_ends_the_socket_with_the_reason(server):
+    session = MemorySession(server.service, LIMITS, read_only=True)
+    channel = session.channel()
+    ping = channel.connection.request("ping", [], now())
+    stage = channel.connection.notice("stage", [transaction_id(1), []], now())
+    channel.send(ping + stage)
+    assert channel.received() == [
+        Reply(1, None),
+        Goodbye("stage", "stage: this connection is read-only"),
+    ]
+    await asyncio.sleep(0)
+    assert channel.transport.is_lost
+    assert not session.stream.transport.is_closing()
+
+
+# Before the hello
+
+
+async def test_a_large_frame_is_refused_before_the_hello(server):
+    client = MemoryClient(server.service, LIMITS)
+    client.send((LIMITS.hello_frame_bytes_max + 1).to_bytes(4, "big"))
+    assert "a frame of 16385 bytes" in client.goodbye().text
+    await asyncio.sleep(0)
+    assert client.transport.is_lost
+
+
+async def test_an_http_request_is_refused_in_its_first_bytes(server):
+    client = MemoryClient(server.service, LIMITS)
+    client.send(b"GET / HTTP/1.1\r\n\r\n")
+    assert "a frame of" in client.goodbye().text
+
+
+async def test_a_request_before_the_hello_is_an_offence(server):
+    client = MemoryClient(server.service, LIMITS)
+    client.send(request_of("ping"))
+    assert "a Request is not expected in state opening" in client.goodbye().text
+
+
+async def test_a_request_that_does_not_wait_for_the_welcome_is_an_offence(server):
+    client = MemoryClient(server.service, LIMITS)
+    hello = client.connection.hello(hello_fields(), now())
+    client.send(hello + request_of("ping"))
+    assert isinstance(client.received()[-1], Goodbye)
+    await asyncio.sleep(0)
+    assert client.transport.is_lost
+    assert not server.service.sessions
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x00"])
+async def test_who_does_not_say_hello_in_time_is_disconnected(server, sent):
+    client = MemoryClient(server.service, LIMITS)
+    start = now()
+    server.service.tick(start + LIMITS.hello_timeout_s - 1)
+    if sent:
+        client.send(sent)
+    assert not client.transport.is_closing()
+    server.service.tick(start + LIMITS.hello_timeout_s + 1)
+    assert client.goodbye() == Goodbye("protocol", "no hello in time")
+    await asyncio.sleep(0)
+    assert not server.service.peers
+
+
+async def test_a_probe_that_connects_and_leaves_is_no_event(server, caplog):
+    client = MemoryClient(server.service, LIMITS)
+    await client.lose()
+    assert not server.service.peers
+    assert not [r for r in caplog.records if r.levelname != "DEBUG"]
+
+
+async def test_a_refused_hello_is_answered_and_the_socket_closed(server):
+    client = MemoryClient(server.service, LIMITS)
+    refusal = client.hello(storage="elsewhere")
+    assert isinstance(refusal, Failure)
+    await asyncio.sleep(0)
+    assert client.transport.is_lost
+
+
+# Heartbeats
+
+
+async def test_a_stream_gets_heartbeats_when_there_is_nothing_else(server, session):
+    start = now()
+    server.service.tick(start + LIMITS.heartbeat_interval_s)
+    assert session.stream.received() == [Heartbeat()]
+    server.commit(OID, b"more")
+    session.stream.received()
+    server.service.tick(now() + 1)
+    assert not session.stream.received()
+
+
+async def test_a_channel_gets_heartbeats_only_while_somebody_waits(server, channel):
+    start = now()
+    server.service.tick(start + LIMITS.heartbeat_interval_s)
+    assert not channel.received()
+    channel.ask("get_tid", OID)
+    server.service.tick(start + 2 * LIMITS.heartbeat_interval_s)
+    assert channel.received() == [Heartbeat()]
+
+
+async def test_a_silent_stream_ends_the_session(server, session, channel):
+    start = now()
+    server.service.tick(start + LIMITS.heartbeat_timeout_s - 1)
+    assert server.service.sessions
+    server.service.tick(start + LIMITS.heartbeat_timeout_s + 1)
+    assert "silent for 20 s" in session.stream.goodbye().text
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not server.service.sessions
+    assert not server.service.peers
+    assert channel.transport.is_lost
+
+
+async def test_a_stream_that_beats_is_not_silent(server, session):
+    start = now()
+    session.stream.peer.connection.rcvd_at = start - LIMITS.heartbeat_timeout_s - 1
+    session.stream.send(HEARTBEAT)
+    server.service.tick(now())
+    assert server.service.sessions
+
+
+async def test_an_idle_channel_may_be_silent_for_days(server, session, channel):
+    start = now()
+    session.stream.peer.connection.rcvd_at = start + 86400
+    server.service.tick(start + 86400)
+    assert channel.value(channel.ask("ping")) is None
+
+
+async def test_a_silent_peer_that_does_not_read_is_let_go_of_too(server, session):
+    """Its last words stay in the buffer for ever; the session must not."""
+    session.stream.transport.stop_reading()
+    server.commit(OID, b"more")
+    assert session.stream.transport.get_write_buffer_size()
+    server.service.tick(now() + LIMITS.heartbeat_timeout_s + 1)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not server.service.sessions
+    assert not server.served.followers
+
+
+# Output
+
+
+async def test_a_slow_reader_is_disconnected_when_too_much_waits_for_it(
+    server, session, caplog
+):
+    other = MemorySession(server.service, LIMITS)
+    session.stream.transport.stop_reading()
+    tids = []
+    while server.served.followers == {session.stream.peer, other.stream.peer}:
+        size = session.stream.transport.get_write_buffer_size()
+        assert size <= LIMITS.output_bytes_max + 1024
+        tids.append(server.commit(OID, b"more"))
+        await asyncio.sleep(0)
+    assert "it does not read" in caplog.text
+    assert session.stream.transport.is_lost
+    assert session.stream.peer not in server.service.peers
+    assert len(server.service.sessions) == 1
+    # Nobody else has missed anything.
+    received = [change for n in other.stream.received() for change in n.args[0]]
+    assert [change[1] for change in received] == tids
+
+
+async def test_a_slow_reader_may_catch_up(server, session):
+    session.stream.transport.stop_reading()
+    tids = [server.commit(OID, b"more") for _ in range(10)]
+    session.stream.transport.read_on()
+    received = [notice.args[0][0][1] for notice in session.stream.received()]
+    assert received == tids
+
+
+async def test_answers_count_as_output(server, session):
+    server.commit(OID, bytes(4096))
+    channel = session.channel()
+    channel.transport.stop_reading()
+    for _ in range(8):
+        if not channel.transport.is_closing():
+            channel.ask("load", OID, number(9))
+    await asyncio.sleep(0)
+    assert channel.transport.is_lost
+    # The session goes on.
+    other = session.channel()
+    assert other.value(other.ask("ping")) is None
+
+
+# The end
+
+
+async def test_hanging_up_tells_why(session):
+    session.stream.peer.hang_up("stopping", "the server is stopping")
+    assert session.stream.received() == [Goodbye("stopping", "the server is stopping")]
+    session.stream.peer.hang_up("stopping", "again")
+    await asyncio.sleep(0)
+    session.stream.peer.hang_up("stopping", "and again")
+    assert session.stream.transport.is_lost
+
+
+async def test_a_client_that_says_goodbye_is_let_go_without_a_warning(
+    server, session, caplog
+):
+    stream = session.stream
+    stream.send(stream.connection.goodbye("bye", "", now()))
+    await asyncio.sleep(0)
+    assert stream.transport.is_lost
+    assert not server.service.sessions
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    assert not stream.received()
+
+
+async def test_cutting_off_does_not_wait_for_a_reader(server, session):
+    session.stream.transport.stop_reading()
+    server.commit(OID, b"more")
+    session.stream.peer.cut_off()
+    await asyncio.sleep(0)
+    assert session.stream.transport.is_lost
+    session.stream.peer.cut_off()
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("peername", "address"),
+    [
+        (("192.0.2.7", 4567), "192.0.2.7:4567"),
+        (("2001:db8::7", 4567, 0, 0), "[2001:db8::7]:4567"),
+        ("", "unix"),
+    ],
+)
+async def test_an_address_is_the_clients_own(server, peername, address):
+    client = MemoryClient(server.service, LIMITS, address=peername)
+    assert client.peer.address == address
+
+
+async def test_a_unix_client_is_known_by_its_process(server, tmp_path):
+    path = str(tmp_path / "socket")
+    listener = Listener(lambda: Peer(server.service, LIMITS))
+    await listener.listen(path)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        while not server.service.peers:
+            await asyncio.sleep(0)
+        (peer,) = server.service.peers
+        assert peer.address.startswith("unix:pid=")
+        peer.cut_off()
+        while server.service.peers:
+            await asyncio.sleep(0)
+    await listener.close()
+
+
+async def test_a_welcome_answers_an_accepted_hello(server):
+    client = MemoryClient(server.service, LIMITS)
+    assert isinstance(client.hello(), Welcome)
+    assert client.peer.session is not None

@@ -1,0 +1,378 @@
+"""What a program is told of a commit when the connection breaks in the middle of it.
+
+`storage` reaches the server through a proxy, `witness` reaches it directly. Each test
+breaks the connection at a place of its own; the last one at every place there is.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ZODB.Connection import TransactionMetaData
+from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
+from ZODB.POSException import POSKeyError
+from ZODB.utils import z64
+
+from zeolith.client.errors import ClientDisconnected, CommitOutcomeUnknown
+from zeolith.client.storage import ClientStorage
+
+from ..support.proxy import Direction, Proxy, proxied
+from ..support.serving import ServerProcess
+from ..support.waiting import wait_until
+
+OBJECTS = 3
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def proxy(server: ServerProcess) -> Iterator[Proxy]:
+    with proxied(server.address) as started:
+        yield started
+
+
+@pytest.fixture
+def storage(proxy: Proxy) -> Iterator[ClientStorage]:
+    opened = ClientStorage(proxy.address)
+    yield opened
+    # Whatever the proxy does now, closing must not wait for it.
+    opened.close()
+
+
+@pytest.fixture
+def witness(server: ServerProcess) -> Iterator[ClientStorage]:
+    opened = ClientStorage(server.address)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def in_background() -> Iterator[Callable[..., Future[Any]]]:
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit
+
+
+class Attempt:
+    """A transaction that writes `data` to new objects."""
+
+    def __init__(self, storage: ClientStorage, data: bytes):
+        self.storage = storage
+        self.data = data
+        self.metadata = TransactionMetaData()
+        self.oids = [storage.new_oid() for _ in range(OBJECTS)]
+        # What tpc_finish called back with.
+        self.told: list[bytes] = []
+
+    def vote(self) -> None:
+        self.storage.tpc_begin(self.metadata)
+        for oid in self.oids:
+            self.storage.store(oid, z64, self.data, "", self.metadata)
+        self.storage.tpc_vote(self.metadata)
+
+    def finish(self) -> bytes:
+        tid: bytes = self.storage.tpc_finish(self.metadata, self.told.append)
+        return tid
+
+    def commit(self) -> bytes:
+        """Vote and finish as ZODB does."""
+        try:
+            self.vote()
+            return self.finish()
+        except BaseException:
+            self.storage.tpc_abort(self.metadata)
+            raise
+
+    def is_there(self, storage: Any) -> bool:
+        """Whether `storage` has it; it must have all or nothing."""
+        found = {self._of(storage, oid) for oid in self.oids}
+        assert found in ({self.data}, {None})
+        return found == {self.data}
+
+    @staticmethod
+    def _of(storage: Any, oid: bytes) -> bytes | None:
+        try:
+            data: bytes = storage.load(oid)[0]
+        except POSKeyError:
+            return None
+        return data
+
+
+def can_commit(storage: ClientStorage) -> bool:
+    """Whether nothing is in the way of the next transaction."""
+    attempt = Attempt(storage, b"next")
+    return attempt.commit() == attempt.told[0]
+
+
+def assert_in_file(server: ServerProcess, attempt: Attempt, is_there: bool) -> None:
+    """Stop the server and read what it has written without it."""
+    server.terminate()
+    data = FileStorage(str(server.data_path), read_only=True)
+    try:
+        assert attempt.is_there(data) is is_there
+    finally:
+        data.close()
+
+
+def test_committed_and_the_answer_lost_is_told_as_committed(
+    server, proxy, storage, witness, in_background
+):
+    attempt = Attempt(storage, b"once")
+    attempt.vote()
+    proxy.stall(Direction.TO_CLIENT)
+    finishing = in_background(attempt.finish)
+    wait_until(lambda: attempt.is_there(witness), "the commit")
+    proxy.cut()
+    proxy.restore()
+    tid = finishing.result()
+    assert attempt.told == [tid]
+    assert storage.lastTransaction() >= tid
+    assert storage.load(attempt.oids[0]) == (b"once", tid)
+    assert can_commit(storage)
+    assert_in_file(server, attempt, True)
+
+
+def test_a_finish_that_never_arrived_is_told_as_not_committed(
+    server, proxy, storage, witness, in_background
+):
+    attempt = Attempt(storage, b"never")
+    attempt.vote()
+    proxy.stall(Direction.TO_SERVER)
+    finishing = in_background(attempt.finish)
+    wait_until(lambda: proxy.held_back(Direction.TO_SERVER), "the finish")
+    proxy.cut()
+    proxy.restore()
+    with pytest.raises(ClientDisconnected):
+        finishing.result()
+    storage.tpc_abort(attempt.metadata)
+    assert not attempt.told
+    assert not attempt.is_there(storage)
+    assert can_commit(storage)
+    assert can_commit(witness)
+    assert_in_file(server, attempt, False)
+
+
+def test_a_finish_that_arrives_too_late_commits_nothing(
+    server, proxy, storage, witness, in_background
+):
+    """The client was told that it is not committed; that stays true."""
+    attempt = Attempt(storage, b"late")
+    attempt.vote()
+    proxy.stall(Direction.TO_SERVER)
+    finishing = in_background(attempt.finish)
+    wait_until(lambda: proxy.held_back(Direction.TO_SERVER), "the finish")
+    storage.new_addr(server.address)
+    proxy.cut_clients()
+    with pytest.raises(ClientDisconnected):
+        finishing.result()
+    proxy.restore()
+    wait_until(lambda: proxy.connections() == 0, "the end of the old connections")
+    assert not attempt.is_there(witness)
+    assert can_commit(storage)
+    assert_in_file(server, attempt, False)
+
+
+def test_a_vote_whose_answer_is_lost_holds_nobody_up(
+    server, proxy, storage, witness, in_background
+):
+    attempt = Attempt(storage, b"voted")
+    proxy.stall(Direction.TO_CLIENT)
+    voting = in_background(attempt.commit)
+    wait_until(lambda: proxy.held_back(Direction.TO_CLIENT), "the answer to the vote")
+    proxy.cut()
+    proxy.restore()
+    with pytest.raises(ClientDisconnected):
+        voting.result()
+    assert can_commit(witness)
+    assert can_commit(storage)
+    assert_in_file(server, attempt, False)
+
+
+def test_nothing_of_a_lost_session_goes_on_in_the_next(server, proxy, storage):
+    attempt = Attempt(storage, b"old")
+    attempt.vote()
+    proxy.cut()
+    wait_until(lambda: can_commit(storage), "a new session")
+    with pytest.raises(ClientDisconnected):
+        attempt.finish()
+    storage.tpc_abort(attempt.metadata)
+    assert_in_file(server, attempt, False)
+
+
+def test_the_successor_of_a_killed_server_knows_what_was_committed(
+    server, proxy, storage, witness, in_background
+):
+    attempt = Attempt(storage, b"survives")
+    attempt.vote()
+    proxy.stall(Direction.TO_CLIENT)
+    finishing = in_background(attempt.finish)
+    wait_until(lambda: attempt.is_there(witness), "the commit")
+    server.kill()
+    server.restart()
+    proxy.cut()
+    proxy.restore()
+    tid = finishing.result()
+    assert attempt.told == [tid]
+    assert storage.load(attempt.oids[0]) == (b"survives", tid)
+    assert_in_file(server, attempt, True)
+
+
+def test_the_successor_of_a_killed_server_knows_what_was_not_committed(
+    server, proxy, storage, witness, in_background
+):
+    attempt = Attempt(storage, b"perishes")
+    attempt.vote()
+    proxy.stall(Direction.TO_SERVER)
+    finishing = in_background(attempt.finish)
+    wait_until(lambda: proxy.held_back(Direction.TO_SERVER), "the finish")
+    server.kill()
+    proxy.cut()
+    server.restart()
+    proxy.restore()
+    with pytest.raises(ClientDisconnected):
+        finishing.result()
+    assert can_commit(witness)
+    assert_in_file(server, attempt, False)
+
+
+def test_the_successor_knows_it_also_after_others_have_committed(
+    server, proxy, storage, witness, in_background
+):
+    """Then the question is not about the last transaction any more."""
+    attempt = Attempt(storage, b"survives")
+    attempt.vote()
+    proxy.stall(Direction.TO_CLIENT)
+    finishing = in_background(attempt.finish)
+    wait_until(lambda: attempt.is_there(witness), "the commit")
+    server.kill()
+    server.restart()
+    wait_until(witness.is_connected, "a new session of the witness")
+    assert all(can_commit(witness) for _ in range(5))
+    proxy.cut()
+    proxy.restore()
+    assert attempt.told == [finishing.result()]
+    assert_in_file(server, attempt, True)
+
+
+def test_a_server_that_does_not_come_back_leaves_the_outcome_unknown(
+    server, proxy, in_background
+):
+    storage = ClientStorage(proxy.address, wait_timeout=1)
+    attempt = Attempt(storage, b"unknown")
+    attempt.vote()
+    proxy.stall(Direction.TO_SERVER)
+    finishing = in_background(attempt.finish)
+    wait_until(lambda: proxy.held_back(Direction.TO_SERVER), "the finish")
+    server.kill()
+    proxy.refuse()
+    proxy.cut()
+    with pytest.raises(CommitOutcomeUnknown):
+        finishing.result()
+    storage.tpc_abort(attempt.metadata)
+    storage.close()
+
+
+def test_a_database_that_forgets_leaves_the_outcome_unknown(tmp_path, in_background):
+    """A MappingStorage is another one after a restart; nobody knows about the old."""
+    with (
+        ServerProcess(tmp_path, storages="<mappingstorage 1/>") as server,
+        proxied(server.address) as proxy,
+    ):
+        storage = ClientStorage(proxy.address)
+        attempt = Attempt(storage, b"unknown")
+        attempt.vote()
+        proxy.stall(Direction.TO_SERVER)
+        finishing = in_background(attempt.finish)
+        wait_until(lambda: proxy.held_back(Direction.TO_SERVER), "the finish")
+        server.kill()
+        proxy.cut()
+        server.restart()
+        proxy.restore()
+        with pytest.raises(CommitOutcomeUnknown):
+            finishing.result()
+        storage.tpc_abort(attempt.metadata)
+        storage.close()
+
+
+def test_objects_and_storage_agree_after_a_lost_answer(
+    proxy, storage, witness, in_background
+):
+    """What ZODB has in memory is what was committed, for all its connections."""
+    db, other_db = DB(storage), DB(witness)
+    connection = db.open()
+    reader = db.open()
+    assert "n" not in reader.root()
+    connection.root()["n"] = 0
+    connection.transaction_manager.commit()
+    connection.root()["n"] = 1
+    finish_begins = threading.Event()
+    tpc_vote = storage.tpc_vote
+
+    def vote_and_stall(metadata: Any) -> Any:
+        voted = tpc_vote(metadata)
+        proxy.stall(Direction.TO_CLIENT)
+        finish_begins.set()
+        return voted
+
+    storage.tpc_vote = vote_and_stall
+    committing = in_background(connection.transaction_manager.commit)
+    finish_begins.wait()
+
+    def others_see_it() -> bool:
+        with other_db.transaction() as other:
+            return bool(other.root()["n"] == 1)
+
+    wait_until(others_see_it, "the commit")
+    proxy.cut()
+    proxy.restore()
+    committing.result()
+    storage.tpc_vote = tpc_vote
+    for each in (connection, reader):
+        each.sync()
+        assert each.root()["n"] == 1
+    connection.root()["n"] = 2
+    connection.transaction_manager.commit()
+    reader.sync()
+    assert reader.root()["n"] == 2
+    db.close()
+    other_db.close()
+
+
+STEPS = [
+    pytest.param(29, id="some"),
+    pytest.param(1, id="all", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+]
+
+
+@pytest.mark.parametrize("way", list(Direction), ids=lambda way: way.name.lower())
+@pytest.mark.parametrize("step_bytes", STEPS)
+def test_a_commit_cut_at_any_byte_is_told_truthfully(
+    server, proxy, storage, witness, way, step_bytes
+):
+    """Cut after 0 bytes of a commit, after one step more, ... until it passes."""
+    told = []
+    for size in range(0, 100_000, step_bytes):
+        assert can_commit(storage)
+        attempt = Attempt(storage, b"%s %d" % (way.name.encode(), size))
+        proxy.cut_after(size, way)
+        try:
+            attempt.commit()
+        except ClientDisconnected:
+            told.append((attempt, False))
+        else:
+            told.append((attempt, True))
+        if not proxy.was_cut.is_set():
+            break
+    proxy.restore()
+    assert {is_there for _attempt, is_there in told} == {True, False}
+    for attempt, is_there in told:
+        assert attempt.is_there(witness) is is_there, attempt.data
+        assert len(attempt.told) == is_there
+        assert attempt.is_there(storage) is is_there

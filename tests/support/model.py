@@ -1,0 +1,266 @@
+"""A database that is a dictionary, and workers that work when the test says so.
+
+With both, a test on one loop decides in which order everything happens, and no thread
+is involved.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ZODB.POSException import ConflictError, POSKeyError
+
+from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.server.served import Served
+from zeolith.server.service import Service
+from zeolith.server.workers import Workers
+from zeolith.storage.changes import Change, Changes
+from zeolith.storage.database import (
+    BrokenDatabase,
+    Finished,
+    LogEntry,
+    Revision,
+    Transaction,
+    Unresolved,
+    Voted,
+    WouldBlock,
+)
+
+from .ids import number
+
+
+class ModelDatabase:
+    """The inner interface over a dictionary: oid -> revisions, oldest first."""
+
+    def __init__(self, name: str = "1", *, is_read_only: bool = False):
+        self.name = name
+        self.database_id = b"model-database-1"
+        self.epoch = 1
+        self.is_read_only = is_read_only
+        self.supports_undo = False
+        self.interfaces: tuple[str, ...] = ("IStorage",)
+        self.revisions: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        self.last_tid = number(0)
+        self.tid_floor = number(0)
+        # The names of the writer's steps that were taken.
+        self.steps: list[str] = []
+        # What the next steps come to, if not to success.
+        self.unresolved: Unresolved | None = None
+        self.vote_error: Exception | None = None
+        self.finish_error: Exception | None = None
+        self.abort_error: Exception | None = None
+        # Whether loads must be made by a reader.
+        self.would_block = False
+        self._next_oid = 1
+        self._voted: Transaction | None = None
+
+    def put(self, oid: bytes, tid: bytes, data: bytes) -> None:
+        """There is a record, by no commit that anybody watched."""
+        self.revisions.setdefault(oid, []).append((tid, data))
+        self.last_tid = max(self.last_tid, tid)
+
+    # loop
+
+    def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
+        if self.would_block:
+            raise WouldBlock
+        return self.load(oid, before)
+
+    # reader
+
+    def last_changes(self) -> tuple[bytes, list[Change]]:
+        return self.last_tid, []
+
+    def load(self, oid: bytes, before: bytes) -> Revision | None:
+        if oid not in self.revisions:
+            raise POSKeyError(oid)
+        end = None
+        for tid, data in reversed(self.revisions[oid]):
+            if tid < before:
+                return Revision(data, tid, end)
+            end = tid
+        return None
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        for each, data in self.revisions.get(oid, ()):
+            if each == tid:
+                return data
+        raise POSKeyError(oid)
+
+    def get_tid(self, oid: bytes) -> bytes:
+        if oid not in self.revisions:
+            raise POSKeyError(oid)
+        return self.revisions[oid][-1][0]
+
+    def history(self, oid: bytes, size: int) -> list[LogEntry]:
+        return self._log([tid for tid, _data in self.revisions[oid]], size)
+
+    def undo_log(self, before: bytes | None, size: int) -> list[LogEntry]:
+        tids = {tid for each in self.revisions.values() for tid, _data in each}
+        return self._log([tid for tid in tids if before is None or tid < before], size)
+
+    def committed(self, tid: bytes) -> bool | None:
+        return any(
+            tid == each for rows in self.revisions.values() for each, _data in rows
+        )
+
+    def new_oids(self, count: int) -> list[bytes]:
+        first, self._next_oid = self._next_oid, self._next_oid + count
+        return [number(first + n) for n in range(count)]
+
+    def info(self) -> tuple[int, int]:
+        size = sum(len(data) for rows in self.revisions.values() for _tid, data in rows)
+        return size, len(self.revisions)
+
+    def pack(self, time_s: float) -> None:
+        self.steps.append("pack")
+
+    def close(self) -> None:
+        self.steps.append("close")
+
+    # writer
+
+    def raise_tid_floor(self, tid: bytes) -> None:
+        self.tid_floor = max(self.tid_floor, tid)
+
+    def vote(self, transaction: Transaction) -> Voted | Unresolved:
+        self.steps.append("vote")
+        assert self._voted is None, "a vote between vote and finish"
+        if self.vote_error is not None:
+            raise self.vote_error
+        for operation in transaction.operations:
+            if operation[0] == "store":
+                oid, serial = operation[1:3]
+                have = self.revisions.get(oid)
+                if have and have[-1][0] != serial and self.unresolved is None:
+                    raise ConflictError(oid=oid, serials=(have[-1][0], serial))
+        self._voted = transaction
+        return self.unresolved or Voted(self._next_tid, [])
+
+    def resolve(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
+        self.steps.append("resolve")
+        assert self._voted is not None, "a resolution without a vote"
+        return Voted(self._next_tid, list(resolutions))
+
+    def finish(self) -> Finished:
+        self.steps.append("finish")
+        transaction, self._voted = self._voted, None
+        assert transaction is not None, "finish without a vote"
+        if self.finish_error is not None:
+            raise BrokenDatabase(str(self.finish_error))
+        tid = self._next_tid
+        for operation in transaction.operations:
+            if operation[0] == "store":
+                self.put(operation[1], tid, operation[3])
+        self.last_tid = tid
+        return Finished(tid, [o[1] for o in transaction.operations if o[0] == "store"])
+
+    def abort(self) -> None:
+        self.steps.append("abort")
+        self._voted = None
+        if self.abort_error is not None:
+            raise self.abort_error
+
+    @property
+    def is_in_transaction(self) -> bool:
+        """Whether something was voted and neither finished nor aborted."""
+        return self._voted is not None
+
+    @property
+    def _next_tid(self) -> bytes:
+        return number(int.from_bytes(max(self.last_tid, self.tid_floor), "big") + 1)
+
+    @staticmethod
+    def _log(tids: list[bytes], size: int) -> list[LogEntry]:
+        newest_first = sorted(tids, reverse=True)[:size]
+        return [LogEntry(tid, b"", b"", b"", 0) for tid in newest_first]
+
+
+class HandWorkers(Workers):
+    """Workers whose steps wait until the test has them done, one by one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._writes: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._reads: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+
+    def write(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
+        return self._queue(self._writes, step, args)
+
+    def read(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
+        return self._queue(self._reads, step, args)
+
+    async def close(self, timeout_s: float) -> bool:
+        await self.work()
+        return True
+
+    @property
+    def writes_waiting(self) -> int:
+        """How many steps the writer has been asked for and has not done."""
+        return len(self._writes)
+
+    async def write_step(self) -> None:
+        """The writer does its next step, and the loop hears of it."""
+        await self._do(self._writes)
+
+    async def read_step(self) -> None:
+        """A reader does its next step, and the loop hears of it."""
+        await self._do(self._reads)
+
+    async def work(self) -> None:
+        """Everything is done that there is to do."""
+        while self._writes or self._reads:
+            await self._do(self._writes or self._reads)
+
+    def _queue(
+        self,
+        queue: "deque[tuple[Callable[[], Any], asyncio.Future[Any]]]",
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+    ) -> "asyncio.Future[Any]":
+        future = self._loop.create_future()
+        queue.append((lambda: step(*args), future))
+        return future
+
+    async def _do(
+        self, queue: "deque[tuple[Callable[[], Any], asyncio.Future[Any]]]"
+    ) -> None:
+        step, future = queue.popleft()
+        try:
+            future.set_result(step())
+        except Exception as error:
+            future.set_exception(error)
+        # Callbacks run in the next step of the loop.
+        await asyncio.sleep(0)
+
+
+class ModelServer:
+    """A Service over one ModelDatabase, with everything a test wants to look at."""
+
+    def __init__(
+        self,
+        database: ModelDatabase | None = None,
+        limits: Limits = DEFAULT,
+        *,
+        is_read_only: bool = False,
+    ):
+        self.database = database or ModelDatabase()
+        self.workers = HandWorkers()
+        self.served = Served(
+            self.database,
+            self.workers,
+            Changes(self.database.last_tid),
+            info=(0, 0),
+            is_read_only=is_read_only,
+        )
+        self.committer = self.served.committer
+        self.limits = limits
+        self.service = Service({"1": self.served}, limits)
+
+    def commit(self, oid: bytes, data: bytes) -> bytes:
+        """Somebody has committed, and it is announced; returns the tid."""
+        tid = number(int.from_bytes(self.database.last_tid, "big") + 1)
+        self.database.put(oid, tid, data)
+        self.served.publish(tid, [oid], None)
+        return tid
