@@ -39,7 +39,7 @@ coverage: $(VENV)/installed-dev  ## run the tests and report what they do not re
 	$(BIN)/coverage report
 
 bench: $(VENV)/installed-dev  ## measure zeolith against ZEO
-	$(BIN)/python tests/bench/compare.py
+	$(BIN)/python -m tests.bench.compare $(ARGS)
 
 wheel: $(VENV)/installed-dev  ## build the wheel into dist/
 	rm -rf build

@@ -18,6 +18,7 @@ holder of the position's lock only.
 """
 
 import threading
+from collections import OrderedDict
 from typing import Protocol
 
 from zeolith.client.tids import Z64, following
@@ -25,6 +26,9 @@ from zeolith.client.tids import Z64, following
 DEFAULT_CACHE_BYTES = 20 * 1024 * 1024
 # What an entry costs beside its data: objects, tuple, dictionary slots (measured).
 ENTRY_BYTES = 400
+# Of one object. Old snapshots are read from the server if they are older than that; an
+# object that changes with every commit must not cost more each time.
+REVISIONS_MAX = 8
 # How many changed oids are remembered to judge answers that are older than the last
 # change. An answer older than that is used once and not kept.
 RECENT_OIDS_MAX = 20_000
@@ -85,7 +89,7 @@ class MemoryCache:
         # revision first.
         self._by_oid: dict[bytes, tuple[Entry, ...]] = {}
         # In the order of eviction.
-        self._entries: dict[Entry, None] = {}
+        self._entries: OrderedDict[Entry, None] = OrderedDict()
         self._used_bytes = 0
         # oid -> tid of its last change, for changes after _recent_since.
         self._recent: dict[bytes, bytes] = {}
@@ -134,11 +138,12 @@ class MemoryCache:
             if any(entry.tid == tid for entry in have):
                 return
             entry = Entry(oid, tid, end, data)
-            self._by_oid[oid] = tuple(
-                sorted((*have, entry), key=lambda each: each.tid, reverse=True)
-            )
+            entries = sorted((*have, entry), key=_tid_of, reverse=True)
             self._entries[entry] = None
             self._used_bytes += size
+            if len(entries) > REVISIONS_MAX:
+                self._remove(entries.pop())
+            self._by_oid[oid] = tuple(entries)
             if self._used_bytes > self.cache_bytes:
                 self._evict()
 
@@ -183,13 +188,11 @@ class MemoryCache:
         """Make room: first in, first out, but what was read gets a second round."""
         goal = self.cache_bytes - self.cache_bytes // 20
         while self._used_bytes > goal and self._entries:
-            entry = next(iter(self._entries))
-            del self._entries[entry]
+            entry, _nothing = self._entries.popitem(last=False)
+            self._entries[entry] = None
             if entry.was_used:
                 entry.was_used = False
-                self._entries[entry] = None
                 continue
-            self._entries[entry] = None
             rest = tuple(e for e in self._by_oid[entry.oid] if e is not entry)
             if rest:
                 self._by_oid[entry.oid] = rest
@@ -200,3 +203,7 @@ class MemoryCache:
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry]
         self._used_bytes -= len(entry.data) + ENTRY_BYTES
+
+
+def _tid_of(entry: Entry) -> bytes:
+    return entry.tid

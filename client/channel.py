@@ -49,14 +49,22 @@ class Channel:
         self._connection = connection
         self.is_lost = False
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether an answer is still to come: the call was interrupted."""
+        return bool(self._connection.open_requests)
+
     def call(self, method: str, *args: Any) -> Any:
         """The value of ``method``.
 
-        Raises what the server raised, LocalProtocolError for what cannot be sent,
-        or ChannelLost; then the channel is of no more use and it is not known whether
-        the server did it.
+        Raises what the server raised; LocalProtocolError for what cannot be sent, or
+        was refused as nonsense; or ChannelLost: then the channel is of no more use,
+        and it is not known whether the server did it.
         """
         connection = self._connection
+        if connection.is_closed:
+            # A goodbye came right behind the last answer.
+            raise self._lost(connection.error)
         data = connection.request(method, list(args), _monotonic())
         try:
             self._socket.sendall(data)
@@ -92,8 +100,13 @@ class Channel:
         if isinstance(message, Failure):
             raise errors.error_of(message.name, message.attributes, message.text)
 
-    def _lost(self, error: Exception | None) -> ChannelLost:
+    def _lost(self, error: Exception | None) -> Exception:
+        """The error for whoever called: the channel is of no more use."""
         self.close()
+        goodbye = self._connection.goodbye_rcvd
+        if goodbye is not None and goodbye.reason == "protocol":
+            # It is what we said that was wrong; it would be the next time, too.
+            return errors.LocalProtocolError(goodbye.text)
         if isinstance(error, OSError) and error.errno in _SILENT:
             silence_s = self._connection.limits.heartbeat_timeout_s
             return ChannelLost(f"the server was silent for {silence_s:g} s")

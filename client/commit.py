@@ -15,7 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ZODB.ConflictResolution import tryToResolveConflict
-from ZODB.POSException import ConflictError, StorageTransactionError
+from ZODB.POSException import ConflictError, StorageSystemError, StorageTransactionError
 
 from zeolith.client.channel import Channel
 from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcomeUnknown
@@ -50,6 +50,11 @@ class _States:
         return self._states[serial]
 
 
+def _as_bytes(text: bytes | str) -> bytes:
+    # Whoever sets the attributes of TransactionMetaData may set text.
+    return text.encode() if isinstance(text, str) else text
+
+
 class Commit:
     """A transaction between tpc_begin and its end."""
 
@@ -64,8 +69,8 @@ class Commit:
         self._storage = storage
         self._session = session
         self._metadata = [
-            metadata.user,
-            metadata.description,
+            _as_bytes(metadata.user),
+            _as_bytes(metadata.description),
             metadata.extension_bytes,
             tid,
             status,
@@ -131,6 +136,10 @@ class Commit:
         """Commit; calls ``callback(tid)`` in its place among the changes."""
         if self.phase is not Phase.VOTED:
             raise StorageTransactionError("tpc_finish before tpc_vote")
+        if self._session.ended is not None:
+            # The server aborts what it loses sight of: there is nobody to ask.
+            self.end()
+            raise ClientDisconnected(f"{self._session.ended}; nothing was committed")
         position = self._storage.position
         sent_at = position.begin_finish(self.stores.id)
         try:
@@ -141,6 +150,10 @@ class Commit:
                 self._ask_for_outcome(sent_at, self._session.lost(error)),
                 None,
             )
+        except StorageSystemError as error:
+            position.give_up(self.stores.id)
+            self.end()
+            raise CommitOutcomeUnknown(str(error)) from error
         except BaseException:
             position.give_up(self.stores.id)
             self.end()
@@ -200,7 +213,7 @@ class Commit:
 
     def _abort_quietly(self) -> None:
         channel = self._channel
-        if channel is not None and not channel.is_lost:
+        if channel is not None and not channel.is_lost and not channel.is_busy:
             try:
                 channel.call("abort", self.stores.id)
             except (ChannelLost, ZeolithError) as error:

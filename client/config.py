@@ -11,7 +11,6 @@ for ``_ARGUMENT_OF_KEY`` and what ``NOT_IN_CONFIG`` leaves out.
 
 from typing import Any
 
-from ZConfig.datatypes import stock_datatypes
 from ZODB.config import BaseConfig
 
 from zeolith.client.storage import ClientStorage
@@ -37,16 +36,3 @@ class ZeolithStorage(BaseConfig):
             if value is not None:
                 arguments[_ARGUMENT_OF_KEY.get(attribute, attribute)] = value
         return ClientStorage(**arguments)
-
-
-def seconds(text: str) -> float:
-    """``text`` as a time in seconds: ``30``, ``0.5``, ``30s``, ``2m``, ``1h 30m``."""
-    # ZConfig's datatype wants a unit everywhere, ours is seconds.
-    with_units = f"{text}s" if text[-1:].isdigit() else text
-    try:
-        value = float(stock_datatypes["timedelta"](with_units).total_seconds())
-    except (TypeError, ValueError, OverflowError):
-        value = -1.0
-    if value < 0 or not text.strip():
-        raise ValueError(f"{text!r} is not a time to wait: write 30, 0.5, 30s or 2m")
-    return value

@@ -25,7 +25,7 @@ def DB(addr: Any, **arguments: Any) -> ZODB.DB:
             return ZODB.DB(storage, **arguments)
         except ConflictError:
             # Somebody else made the root of the empty database at the same moment.
-            arguments.get("databases", {}).pop(_database_name(arguments), None)
+            (arguments.get("databases") or {}).pop(_database_name(arguments), None)
             return ZODB.DB(storage, **arguments)
     except BaseException:
         storage.close()

@@ -57,8 +57,10 @@ class Position:
         self._tid: bytes | None = None
         # The ZODB database that wants to hear of changes.
         self._listener: Any = None
-        # The session that feeds us.
+        # The session that feeds us, and the one that did last: it may be lost, but what
+        # it has answered is true.
         self._source: Source | None = None
+        self._last_source: Source | None = None
         # What came and cannot be applied yet, in tid order.
         self._pending: list[Change] = []
         # The own transactions that a thread is finishing now.
@@ -89,7 +91,7 @@ class Position:
         hello; None means that there is no way from there to ``last_tid``.
         """
         with self._condition:
-            self._source = source
+            self._source = self._last_source = source
             self._pending.clear()
             if self._tid is None:
                 self._tid = last_tid
@@ -100,7 +102,7 @@ class Position:
                 self._merge(changes)
                 self._advance()
                 if self._source is None:
-                    self._source = source
+                    self._source = self._last_source = source
                     self._start_afresh(last_tid)
             self._condition.notify_all()
 
@@ -134,7 +136,7 @@ class Position:
     def forget(self) -> None:
         """In a forked child: the locks may be held by threads that are not here."""
         self._condition = threading.Condition()
-        self._source = None
+        self._source = self._last_source = None
         self._pending = []
         self._finishing = set()
         self._cache.reset(self._tid or Z64)
@@ -166,14 +168,17 @@ class Position:
         ``before`` are the changes between the position sent and this one; None if the
         server has forgotten some, then they come over the stream. ``apply`` is called
         exactly once, under the lock, when everything before the change was applied;
-        or, when the session is lost meanwhile, at once, and the next session brings
-        the change like anybody's.
+        or, when the session is lost before that has come, at once, but after the
+        database was told to trust nothing that it has in memory. The next session then
+        brings the change like anybody's.
         """
         with self._condition:
             is_in_place = self._wait_for_turn(source, change, before)
             if is_in_place:
                 del self._pending[0]
                 self._cache.apply(change.tid, change.oids)
+            elif self._at() < change.tid and self._listener is not None:
+                self._listener.invalidateCache()
             try:
                 apply(change.tid)
             finally:
@@ -187,15 +192,19 @@ class Position:
         self, source: Source, change: Change, before: Iterable[Change] | None
     ) -> bool:
         """Wait until ``change`` is the next one; false if it will not be, here."""
-        if before is not None and source is self._source:
+        if before is not None and source is self._last_source:
             self._merge(before)
             self._merge([change])
-        while source is self._source and self._at() < change.tid:
             self._advance()
+            self._condition.notify_all()
+        while self._at() < change.tid:
             pending = self._pending
             if pending and pending[0].transaction == change.transaction:
                 return True
-            self._condition.notify_all()
+            # What is pending waits for nothing but threads that finish.
+            is_pending = any(each.tid == change.tid for each in pending)
+            if source is not self._source and not is_pending:
+                return False
             self._condition.wait()
         return False
 
@@ -228,6 +237,7 @@ class Position:
 
     def _leave_gap(self, change: Change) -> None:
         source, self._source = self._source, None
+        self._last_source = None
         self._pending.clear()
         reason = (
             f"changes between {self._at().hex()} and {change.since.hex()} are missing"

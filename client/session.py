@@ -10,8 +10,6 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence, shut_down
@@ -61,19 +59,13 @@ class Session:
 
     def give_back(self, channel: Channel) -> None:
         """The calling thread needs ``channel`` no more."""
-        if channel.is_lost or self.ended is not None:
+        if channel.is_lost or channel.is_busy:
+            # An interrupted call left an answer behind, which the next one would get.
             self._drop(channel)
         else:
             self._idle.append(channel)
-
-    @contextmanager
-    def channel(self) -> Iterator[Channel]:
-        """A channel for the time of a with block."""
-        channel = self.borrow()
-        try:
-            yield channel
-        finally:
-            self.give_back(channel)
+            if self.ended is not None:
+                self._drop_idle()
 
     def call(self, method: str, *args: Any) -> Any:
         """One call on any channel; see Channel.call."""
@@ -83,14 +75,17 @@ class Session:
         except IndexError:
             channel = self._open_channel()
         try:
-            return channel.call(method, *args)
+            value = channel.call(method, *args)
         except ChannelLost as error:
+            self.give_back(channel)
             raise self.lost(error) from error
-        finally:
-            if channel.is_lost or self.ended is not None:
-                self._drop(channel)
-            else:
-                self._idle.append(channel)
+        except BaseException:
+            self.give_back(channel)
+            raise
+        self._idle.append(channel)
+        if self.ended is not None:
+            self._drop_idle()
+        return value
 
     def lost(self, error: ChannelLost) -> ChannelLost:
         """``error``, or why the session ended if that is the reason for it."""
@@ -111,6 +106,14 @@ class Session:
             self._drop(channel)
             raise ChannelLost(self.ended)
         return channel
+
+    def _drop_idle(self) -> None:
+        while True:
+            try:
+                channel = self._idle.pop()
+            except IndexError:
+                return
+            self._drop(channel)
 
     def _drop(self, channel: Channel) -> None:
         with self._lock:
@@ -173,8 +176,7 @@ class Session:
             shut_down(self._stream)
         for channel in channels:
             channel.shut()
-        while self._idle:
-            self._drop(self._idle.pop())
+        self._drop_idle()
 
     def forget(self) -> None:
         """In a forked child: close our copies of the sockets, and nothing else."""

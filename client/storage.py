@@ -30,10 +30,12 @@ from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
+from zeolith.client.dial import delays
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
 from zeolith.client.position import Change, Position
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64
+from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,10 @@ class ClientStorage(ConflictResolvingStorage):
             blob_dir=blob_dir,
             shared_blob_dir=shared_blob_dir or None,
             blob_cache_size=blob_cache_size,
+            # 10 is the default, which configurations write out.
+            blob_cache_size_check=(
+                None if blob_cache_size_check == 10 else blob_cache_size_check
+            ),
             ssl=ssl,
             ssl_server_hostname=ssl_server_hostname,
             username=username,
@@ -92,7 +98,7 @@ class ClientStorage(ConflictResolvingStorage):
         )
         addresses = addresses_of(addr)
         self.limits = limits
-        self.__name__ = name or ", ".join(map(str, addresses))
+        self.__name__ = name or ", ".join(map(format_address, addresses))
         self._storage = storage
         self._wait_timeout_s = wait_timeout
         self._is_read_only = bool(read_only)
@@ -143,38 +149,47 @@ class ClientStorage(ConflictResolvingStorage):
 
         Raises ClientDisconnected if there is none within ``wait_timeout``.
         """
-        deadline: float | None = None
-        left_s = self._wait_timeout_s
-        while True:
-            session = self._connector.session(left_s)
+        try:
+            return self._connector.session(self._wait_timeout_s).call(method, *args)
+        except ChannelLost as error:
+            lost = error
+        deadline = time.monotonic() + self._wait_timeout_s
+        for delay_s in delays():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
             try:
-                return session.call(method, *args)
+                return self._connector.session(left_s).call(method, *args)
             except ChannelLost as error:
-                now = time.monotonic()
-                if deadline is None:
-                    deadline = now + self._wait_timeout_s
-                left_s = deadline - now
-                if left_s <= 0:
-                    raise ClientDisconnected(str(error)) from error
+                lost = error
+            # A server that takes the session and drops its channels is not hurried.
+            time.sleep(delay_s)
+        raise ClientDisconnected(str(lost)) from lost
 
     def sync(self, force: bool = True) -> None:
         """With ``server_sync``: see everything committed before this call.
 
         Without a connection the snapshot stays what it is.
         """
+        if self._server_sync:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Apply what the server has committed until now, if it is there."""
         session = self._connector.current
         position = self.position.tid
-        if self._server_sync and session is not None and position is not None:
-            try:
-                last_tid, changes = session.call("changes_since", position)
-            except ChannelLost:
-                return
-            if changes is None:
-                session.close("the server forgot the changes since our position")
-                return
-            self.position.catch_up(
-                session, last_tid, [Change(*change) for change in changes]
-            )
+        if session is None or position is None:
+            return
+        try:
+            last_tid, changes = session.call("changes_since", position)
+        except ChannelLost:
+            return
+        if changes is None:
+            session.close("the server forgot the changes since our position")
+            return
+        self.position.catch_up(
+            session, last_tid, [Change(*change) for change in changes]
+        )
 
     def ping(self) -> None:
         """A round trip to the server and back."""
@@ -243,6 +258,8 @@ class ClientStorage(ConflictResolvingStorage):
         """Tell ``wrapper`` of changes from now on."""
         super().registerDB(wrapper)
         self.position.register(wrapper)
+        # ZODB.DB looks for the root next, which somebody else may just have made.
+        self._catch_up()
 
     def lastTransaction(self) -> bytes:
         """The last transaction that this process has been told of completely."""
@@ -308,6 +325,13 @@ class ClientStorage(ConflictResolvingStorage):
         """The record that transaction ``serial`` wrote."""
         data: bytes = self.call("load_serial", oid, serial)
         return data
+
+    def loadBlob(self, oid: bytes, serial: bytes) -> str:
+        """Blobs arrive with a later release."""
+        raise Unsupported(
+            "blobs are not supported yet by zeolith: the object is there, its blob is"
+            " not reachable through the server"
+        )
 
     def getTid(self, oid: bytes) -> bytes:
         """The tid of the current record."""

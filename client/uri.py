@@ -21,9 +21,9 @@ from urllib.parse import parse_qsl, unquote
 
 from zodburi.datatypes import FALSETYPES, TRUETYPES, convert_bytesize
 
-from zeolith.client.config import seconds
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.addresses import Address, parse_address
+from zeolith.protocol.durations import parse_seconds
 
 SCHEME = "zeolith://"
 
@@ -68,7 +68,7 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "cache_size": _bytes,
     "name": str,
     "wait": _flag,
-    "wait_timeout": seconds,
+    "wait_timeout": parse_seconds,
     "read_only": _flag,
     "read_only_fallback": _flag,
     "blob_dir": str,

@@ -15,6 +15,7 @@ From the bottom up:
 * ``methods``     the table of everything that can be asked
 * ``connection``  one socket's conversation: states, open requests, heartbeats
 * ``addresses``   how an address is spelled
+* ``durations``   how a length of time is spelled
 
 ``README.md`` beside this file is the specification of the wire.
 """

@@ -22,7 +22,7 @@ def parse_address(text: str) -> Address:
         raise ValueError("an address is missing: write host:port or a socket's path")
     if "/" in text:
         return text
-    if text.isdigit():
+    if _is_number(text):
         return DEFAULT_HOST, _port(text, text)
     host, colon, port = text.rpartition(":")
     if not colon:
@@ -45,9 +45,14 @@ def format_address(address: Address) -> str:
 
 
 def _port(digits: str, text: str) -> int:
-    if not digits.isdigit() or int(digits) > 65535:
+    if not _is_number(digits) or len(digits) > 5 or int(digits) > 65535:
         raise ValueError(
             f"{text!r} is not an address: {digits!r} is no port (0 to 65535);"
             " write host:port, or a path with a slash for a Unix socket"
         )
     return int(digits)
+
+
+def _is_number(text: str) -> bool:
+    # isdigit alone knows the digits of other scripts too, and superscripts.
+    return text.isascii() and text.isdigit()

@@ -119,8 +119,8 @@ class Connection:
         self.kind: SocketKind | None = None
         # Why the conversation ended, for the owner's log and errors; None until then.
         self.error: Exception | None = None
-        # Whether it ended with the peer's own word for it.
-        self.said_goodbye = False
+        # The peer's last words, if it had any.
+        self.goodbye_rcvd: Goodbye | None = None
         # Requests sent (client) or received (server) that have no answer yet.
         self.open_requests: set[int] = set()
         # When this end last said something, and when it last heard something.
@@ -189,7 +189,7 @@ class Connection:
         elif kind is Welcome:
             check_fields("Welcome", message.fields, WELCOME)  # type: ignore[union-attr]
         elif kind is Goodbye:
-            self.said_goodbye = True
+            self.goodbye_rcvd = message  # type: ignore[assignment]
             self.error = RemoteProtocolError(f"{message.reason}: {message.text}")  # type: ignore[union-attr]
         self._enter(state)
 

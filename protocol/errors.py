@@ -88,6 +88,9 @@ def _oid_of(error: Exception) -> Attributes:
 
 
 def _conflict_attributes(error: POSException.ConflictError) -> Attributes:
+    if isinstance(error, POSException.BTreesConflictError):
+        # It has nothing of what its base class has.
+        return {"message": str(error)}
     return {
         "oid": error.oid,
         "serials": list(error.serials) if error.serials else None,

@@ -16,8 +16,8 @@ Invariants:
 1. Whatever ends a commit (finish, abort, an error, the channel's end, a timeout), it
    ends through ``_end``, and ``_end`` gives the turn to the next in line.
 2. Nothing is announced before the writer thread said that it is on disk; and then
-   the change is appended and published, the committer answered and the turn given
-   on in one callback, so nobody can see a part of it.
+   the change is appended, the turn given on, the committer answered and everybody
+   told in one callback, so nobody can see a part of it.
 3. A commit whose channel is gone while the writer works for it is only marked
    (``is_abandoned``); the callback of that step aborts it. A commit that is being
    finished is never aborted.
@@ -27,6 +27,7 @@ Invariants:
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from zeolith.server.served import Served
 
 logger = logging.getLogger(__name__)
+
+_ENDED = StorageTransactionError("the transaction has ended")
 
 # Called once with a value, or with an error.
 Answer = Callable[[Any, BaseException | None], None]
@@ -99,7 +102,12 @@ class Committer:
     def vote(self, commit: Commit, answer: Answer) -> None:
         """Get in line; the answer is Voted or Unresolved."""
         if self._broken is not None:
-            answer(None, StorageSystemError(str(self._broken)))
+            answer(
+                None,
+                StorageSystemError(
+                    f"nothing is written any more until a restart: {self._broken}"
+                ),
+            )
         elif self._is_stopping:
             answer(None, ShuttingDown("the server is stopping"))
         else:
@@ -127,6 +135,9 @@ class Committer:
     def abandon(self, commit: Commit, reason: Exception, answer: Answer | None) -> None:
         """Abort ``commit`` in whatever phase it is; ``answer`` when it has ended."""
         commit.ended_by = commit.ended_by or reason
+        if commit.phase is Phase.RESOLVING:
+            # Its client could not do it either.
+            self._served.counters.conflicts += 1
         if commit.phase is Phase.WAITING:
             self._answer(commit, None, reason)
             self._end(commit, reason)
@@ -190,6 +201,9 @@ class Committer:
                     timeout_s,
                 )
                 self.abandon(holder, ShuttingDown("the server is stopping"), None)
+                # It may sit in the writer thread; then the thread is waited for later.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     # What status asks for
 
@@ -243,10 +257,13 @@ class Committer:
         error = self._disaster(done)
         if error is None:
             tid, oids = done.result()
-            self._served.publish(tid, oids, commit.transaction.id)
+            change = self._served.append(tid, oids, commit.transaction.id)
             self._served.counters.commits += 1
             self._served.counters.stores += len(oids)
+            # Whoever waits for the server goes before whoever only listens.
+            self._end(commit, _ENDED)
             self._answer(commit, done.result(), None)
+            self._served.announce(change)
         else:
             logger.critical(
                 "%s: nothing is written any more until a restart",
@@ -257,7 +274,7 @@ class Committer:
             self._answer(commit, None, StorageSystemError(str(error)))
             for waiting in self._turn.waiting:
                 self.abandon(waiting, StorageSystemError(str(error)), None)
-        self._end(commit, StorageTransactionError("the transaction has ended"))
+            self._end(commit, _ENDED)
 
     def _disaster(self, finishing: "asyncio.Future[Finished]") -> BaseException | None:
         """Why the database must not be written any more, if that is so."""

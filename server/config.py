@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import ZConfig
-from ZConfig.datatypes import stock_datatypes
 
 from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
+from zeolith.protocol.durations import parse_seconds
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.opening import open_database, open_file
 
@@ -43,6 +43,8 @@ class Options:
 
 def read_file(path: str) -> Options:
     """The options that the file at ``path`` describes; raises ConfigError."""
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: there is no such file")
     schema = ZConfig.loadSchema(str(SCHEMA))
     try:
         document, _handlers = ZConfig.loadConfig(schema, path)
@@ -72,9 +74,9 @@ def ServerSection(section: Any) -> Any:
 
 
 def seconds(text: str) -> float:
-    """Datatype: a time like 30, 30s or 2m, more than none."""
-    value = float(stock_datatypes["time-interval"](text))
-    if value <= 0:
+    """Datatype: a time like 30, 0.5, 30s or 2m, more than none."""
+    value = parse_seconds(text)
+    if value == 0:
         raise ValueError(f"{text!r} is no time to wait; write for example 30s")
     return value
 
@@ -97,6 +99,8 @@ def _options(path: str, document: Any) -> Options:
     storages: dict[str, Callable[[], AdaptedStorage]] = {}
     for factory in document.storages:
         name = factory.name or DEFAULT_STORAGE
+        if getattr(factory.config, "path", None) == "":
+            raise ConfigError(f"{path}: the path of storage {name!r} is empty")
         if name in storages:
             raise ConfigError(
                 f"{path}: there are two storages with the name {name!r}; a name is"

@@ -125,7 +125,21 @@ async def _serve(
         await listener.close()
         ticking.cancel()
         all_ended = await _wind_down(service, options.shutdown_timeout_s)
+        _heed_no_more_signals(loop)
     return all_ended
+
+
+def _heed_no_more_signals(loop: asyncio.AbstractEventLoop) -> None:
+    """Let nobody who is impatient end the process before the indexes are saved.
+
+    The loop would restore the default, which is to die, when it is closed.
+    """
+    numbers = (*_STOPPING, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    for number in numbers:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> Served:

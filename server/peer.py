@@ -38,6 +38,8 @@ class Peer(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         # Replies to one batch of requests leave in one write.
         self._batch: list[bytes] | None = None
+        # Whether it was closing at the last tick already.
+        self._is_lingering = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is accepted."""
@@ -85,6 +87,13 @@ class Peer(asyncio.Protocol):
 
     def tick(self, now: float) -> None:
         """Send a heartbeat if one is due; give up a peer that was silent too long."""
+        transport = self._transport
+        if transport is not None and transport.is_closing():
+            # Whoever does not read its last words must not be kept for them.
+            if self._is_lingering:
+                transport.abort()
+            self._is_lingering = True
+            return
         data = self.connection.tick(now)
         if data:
             self._write(data)
@@ -120,7 +129,7 @@ class Peer(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         error = self.connection.error
-        if error is not None and not self.connection.said_goodbye:
+        if error is not None and self.connection.goodbye_rcvd is None:
             logger.warning("%s is disconnected: %s", self.address, error)
             self._write(self.connection.farewell())
         transport.close()

@@ -75,15 +75,21 @@ class Served:
         """Send ``follower`` no more; harmless if it does not follow."""
         self.followers.discard(follower)
 
-    def publish(self, tid: bytes, oids: list[bytes], transaction: bytes | None) -> None:
-        """Announce a transaction that is on disk.
+    def append(
+        self, tid: bytes, oids: list[bytes], transaction: bytes | None
+    ) -> Change:
+        """Let a transaction that is on disk be the last one."""
+        change = Change(self.changes.last_tid, tid, oids, transaction)
+        self.changes.append(change)
+        self.horizon = following(tid)
+        return change
+
+    def announce(self, change: Change) -> None:
+        """Announce the change that was just appended.
 
         The bytes are the same for everybody, the committer included: it knows its
         own transaction by the id.
         """
-        change = Change(self.changes.last_tid, tid, oids, transaction)
-        self.changes.append(change)
-        self.horizon = following(tid)
         data = encode(Notice("changes", [[change]]))
         # A follower whose output is full leaves the set meanwhile.
         for follower in tuple(self.followers):

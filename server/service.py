@@ -240,7 +240,12 @@ class Service:
 
     def _status(self, peer: Peer, number: int) -> object:
         async def collect() -> None:
-            self._reply(peer, number, await status_of(self))
+            try:
+                status = await status_of(self)
+            except Exception as error:  # noqa: BLE001 - every error is an answer
+                self._fail(peer, number, "status", error)
+            else:
+                self._reply(peer, number, status)
 
         asyncio.get_running_loop().create_task(collect())
         return LATER
@@ -417,7 +422,7 @@ class Service:
                 self._fail(peer, number, "finish", error)
                 return
             changes = served.changes.since(position)
-            # The last one is the transaction itself, published a moment ago.
+            # The last one is the transaction itself, appended a moment ago.
             before = None if changes is None else changes[:-1]
             self._reply(peer, number, (result.tid, before))
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from zeolith.server.peer import Peer
 
 TOKEN_BYTES = 16
+# What an operation takes beside its data, about.
+OPERATION_BYTES = 200
 
 
 class Session:
@@ -68,7 +70,7 @@ class ChannelTransactions:
             # A transaction that was given up before its vote leaves its stores.
             staged = self._staged = Transaction(transaction_id)
             self._staged_bytes = 0
-        self._staged_bytes += sum(
+        self._staged_bytes += OPERATION_BYTES * len(operations) + sum(
             len(operation[3]) for operation in operations if operation[0] == "store"
         )
         if self._staged_bytes > self._bytes_max:

@@ -6,14 +6,67 @@ handed over runs in a thread, and the future's callbacks run on the loop again.
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from queue import SimpleQueue
+from typing import Any, ParamSpec, TypeVar
 
 READERS = 4
 
 Args = ParamSpec("Args")
 Value = TypeVar("Value")
+_Step = tuple[Callable[..., Any], tuple[Any, ...], "asyncio.Future[Any]"]
+
+
+class _Writer(threading.Thread):
+    """A thread that takes one step after the other.
+
+    What an executor does, with half the hand-overs: every commit passes here twice.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, name: str):
+        super().__init__(name=name, daemon=True)
+        self._loop = loop
+        self._steps: SimpleQueue[_Step | None] = SimpleQueue()
+        self._is_stopped = False
+        self.start()
+
+    def submit(self, step: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":
+        """Called on the loop."""
+        if self._is_stopped:
+            raise RuntimeError("the writer was stopped")
+        ended = self._loop.create_future()
+        self._steps.put((step, args, ended))
+        return ended
+
+    def stop(self) -> None:
+        """Let the thread end after the steps it has."""
+        self._is_stopped = True
+        self._steps.put(None)
+
+    def run(self) -> None:
+        while (next_step := self._steps.get()) is not None:
+            step, args, ended = next_step
+            value, error = None, None
+            try:
+                value = step(*args)
+            except BaseException as raised:  # noqa: BLE001 - it is the futures
+                error = raised
+            try:
+                self._loop.call_soon_threadsafe(_settle, ended, value, error)
+            except RuntimeError:
+                # The loop was closed without us: nobody waits for the step any more.
+                return
+
+
+def _settle(ended: "asyncio.Future[Any]", value: Any, error: Any) -> None:
+    if ended.cancelled():
+        return
+    if error is None:
+        ended.set_result(value)
+    else:
+        ended.set_exception(error)
 
 
 class Workers:
@@ -21,7 +74,7 @@ class Workers:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str):
         self._loop = loop
-        self._writer = ThreadPoolExecutor(1, f"{name}-writer")
+        self._writer = _Writer(loop, f"{name}-writer")
         self._readers = ThreadPoolExecutor(READERS, f"{name}-reader")
 
     def write(
@@ -29,7 +82,7 @@ class Workers:
     ) -> "asyncio.Future[Value]":
         """Run ``step`` in the writer thread, after everything asked for before."""
         assert not kwargs
-        return self._loop.run_in_executor(self._writer, step, *args)
+        return self._writer.submit(step, *args)
 
     def read(
         self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
@@ -44,9 +97,10 @@ class Workers:
         Nothing may be asked for afterwards. Only a pack takes longer than moments; it
         can be given up at any time.
         """
-        for executor in (self._writer, self._readers):
-            executor.shutdown(wait=False, cancel_futures=True)
-        threads = {*self._writer._threads, *self._readers._threads}
+        # The writer's next step may be the abort of what did not finish.
+        self._writer.stop()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        threads = {self._writer, *self._readers._threads}
         deadline = self._loop.time() + timeout_s
         for thread in threads:
             left_s = max(0.0, deadline - self._loop.time())

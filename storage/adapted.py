@@ -34,9 +34,9 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.tids import Z64, advanced
 
+_ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
 # After opening: more than were voted on in vain by any server while its clock stood
 # still; less than a quarter of a second of tids.
-_ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
 TIDS_SKIPPED = 2**24
 _TAKES_TID = (FileStorage, MappingStorage, DemoStorage)
 

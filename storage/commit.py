@@ -128,7 +128,8 @@ class Committing:
             tid = self._storage.tpc_finish(self._metadata, told.append)
         except Exception as error:
             raise BrokenDatabase(
-                f"the storage failed while finishing a transaction: {error!r}"
+                f"the storage failed while finishing a transaction: {error!r}; whether"
+                " it was committed is known after a restart"
             ) from error
         self._begun = False
         oids = dict.fromkeys(

@@ -15,24 +15,25 @@ What cannot be resolved so is not lost: the client, which has the classes, gets 
 three states. Called in the writer thread only.
 """
 
-import re
 from io import BytesIO
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from BTrees import _FAMILIES
 from BTrees.Length import Length
-from ZODB._compat import PersistentPickler, PersistentUnpickler, _protocol
+from ZODB._compat import PersistentPickler, _protocol
 from ZODB.ConflictResolution import PersistentReference
 from ZODB.POSException import ConflictError
-from zodbpickle.slowpickle import Unpickler as _Unpickler
+from zodbpickle.pickle_3 import DICT, SETITEM, SETITEMS
+from zodbpickle.slowpickle import Unpickler
 
 # A bucket of a BTree takes a few KiB. More would be a risk rather than a service: with
 # keys that were made to collide, a dictionary takes quadratic time.
 RECORD_BYTES_MAX = 128 * 1024
-
-# The opcodes LONG_BINPUT and PUT, with an index of more than five digits.
-_LONG_PUT = re.compile(rb"(?=r(....))", re.DOTALL)
-_TEXT_PUT = re.compile(rb"p[0-9]{6,}\n")
+# Of a dictionary among the values; what a class keeps in its own state is a tuple.
+DICTIONARY_KEYS_MAX = 1000
+_PLAIN_KEYS = (str, bytes, int, float, bool, type(None))
+# Of a loaded record, when shared parts are counted as often as they occur.
+PARTS_MAX = 1_000_000
 
 
 class Unresolvable(Exception):
@@ -109,27 +110,42 @@ def _load(record: bytes, references: dict[Any, PersistentReference]) -> tuple[An
             references[key] = PersistentReference(data)
         return references[key]
 
-    if _reaches_far(record):
-        unpickler: Any = _PatientUnpickler(record, persistent_load)
-    else:
-        unpickler = PersistentUnpickler(ClassName, persistent_load, BytesIO(record))
-    return unpickler.load(), unpickler.load()
+    unpickler = _StateUnpickler(record, persistent_load)
+    loaded = unpickler.load(), unpickler.load()
+    _bound_expansion(loaded)
+    return loaded
 
 
-def _reaches_far(record: bytes) -> bool:
-    """Whether the record may put something into the memo far beyond its own size.
+def _bound_expansion(loaded: Any) -> None:
+    """Refuse a state that is small only because its parts are shared.
 
-    The C unpickler's memo is an array, which it makes as long as a pickle says: five
-    bytes are enough for 64 GB. Text may look like it; that only costs time.
+    Merging compares keys of three states, which share nothing with each other: forty
+    tuples, each holding the next one twice, would take half a day.
     """
-    return any(
-        int.from_bytes(found[1], "little") > len(record)
-        for found in _LONG_PUT.finditer(record)
-    ) or bool(_TEXT_PUT.search(record))
+    sizes: dict[int, float] = {}
+
+    def size_of(thing: Any) -> float:
+        if not isinstance(thing, tuple | list | dict | set | frozenset):
+            return 1
+        if id(thing) not in sizes:
+            # What contains itself has no end.
+            sizes[id(thing)] = float("inf")
+            parts = thing if not isinstance(thing, dict) else (*thing, *thing.values())
+            sizes[id(thing)] = 1 + sum(map(size_of, parts))
+        return sizes[id(thing)]
+
+    if size_of(loaded) > PARTS_MAX:
+        raise Unresolvable("a state that shares its parts too often")
 
 
-class _PatientUnpickler(_Unpickler):
-    """Slower, written in Python: its memo is a dictionary."""
+class _StateUnpickler(Unpickler):
+    """Loads a record; every global in it is only a name.
+
+    The one that is written in Python: the memo of the C unpickler is an array as long
+    as a pickle says, and five bytes are enough to say 64 GB.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(Unpickler.dispatch)
 
     def __init__(self, record: bytes, persistent_load: Any):
         super().__init__(BytesIO(record), errors="bytes")
@@ -137,6 +153,32 @@ class _PatientUnpickler(_Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         return ClassName(module, name)
+
+    def load_setitem(self) -> None:
+        _check_dictionary(self.stack[-3], self.stack[-2:])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        mark = self.marker()
+        _check_dictionary(self.stack[mark - 1], self.stack[mark + 1 :])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _check_dictionary({}, self.stack[self.marker() + 1 :])
+        super().load_dict()
+
+    dispatch[SETITEM[0]] = load_setitem
+    dispatch[SETITEMS[0]] = load_setitems
+    dispatch[DICT[0]] = load_dict
+
+
+def _check_dictionary(into: Any, keys_and_values: list[Any]) -> None:
+    """Refuse keys that take long to hash, and many that may have the same hash."""
+    keys = keys_and_values[::2]
+    if type(into) is not dict or len(into) + len(keys) > DICTIONARY_KEYS_MAX:
+        raise Unresolvable("a large dictionary in a state")
+    if not all(type(key) in _PLAIN_KEYS for key in keys):
+        raise Unresolvable("a dictionary with keys that are not plain")
 
 
 def _checked_reference(data: Any) -> Any:

@@ -16,6 +16,9 @@ import os
 import uuid
 from pathlib import Path
 
+# What reading the file may raise: nested or large beyond reason counts too.
+_NOT_WHAT_WE_WROTE = (KeyError, OverflowError, RecursionError, TypeError, ValueError)
+
 
 class IdentityError(Exception):
     """The file is there but cannot be used; the text says why and what to do."""
@@ -60,7 +63,7 @@ class Identity:
             self.oids_reserved = int(fields["oids_reserved"], 16)
             if len(self.database_id) != 16 or self.epoch < 1 or self.oids_reserved < 0:
                 raise ValueError("a value out of range")
-        except (ValueError, KeyError, TypeError) as error:
+        except _NOT_WHAT_WE_WROTE as error:
             raise IdentityError(
                 f"{self._path} is damaged ({error}). Restore it from a backup, or"
                 " remove it: clients will then drop their caches once"

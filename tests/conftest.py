@@ -2,8 +2,18 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import transaction
+
+# A machine that is busy with something else is no reason to fail.
+hypothesis.settings.register_profile(
+    "zeolith",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
+hypothesis.settings.load_profile("zeolith")
 
 
 @pytest.fixture(autouse=True)

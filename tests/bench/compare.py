@@ -32,7 +32,7 @@ def main() -> int:
     began_s = time.monotonic()
     figures = _measure(peers, wanted, scale, options.directory)
     print(table.markdown(rows, peers, figures))
-    print(f"\n{table.machine()}; medians of {scale.rounds} interleaved rounds")
+    print(f"\n{table.machine()}; medians; interleaved rounds: {scale.rounds}")
     _say(f"{time.monotonic() - began_s:.0f} s")
     if options.json:
         Path(options.json).write_text(json.dumps(table.report(rows, figures), indent=1))

@@ -48,16 +48,15 @@ FULL = Scale(
 )
 QUICK = Scale(
     rounds=3,
-    loads=1000,
+    loads=800,
     loads_each=500,
-    commits=150,
+    commits=100,
     commits_each=40,
     commits_of_100=10,
     commits_of_1000=4,
-    inserted=10_000,
+    inserted=5_000,
 )
 INSERTED_PER_TRANSACTION = 1000
-FULL_CACHE_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +88,6 @@ def _load(placement: str, running: Running, scale: Scale) -> tuple[float, ...]:
         loads=scale.loads,
     )
     return (_p50_us(work),)
-
-
-def _load_full(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
-        running,
-        workloads.load_into_full_cache,
-        placement=SAME_CORE,
-        loads=scale.loads,
-        cache_bytes=FULL_CACHE_BYTES,
-    )
-    # Not the median: a cache may make room for many at once.
-    return (1e6 / _rate(work),)
 
 
 def _load_connection(
@@ -201,11 +188,6 @@ def _loading() -> Iterator[Trial]:
             partial(_load, at),
             ALL,
         )
-    yield Trial(
-        (Row("load-full", f"load into a full cache, mean, {SAME_CORE}", "us"),),
-        _load_full,
-        SERVED,
-    )
     for at, suffix in ((SAME_CORE, ""), (OTHER_CORE, "-apart")):
         title = "load through a Connection, p50"
         yield Trial(

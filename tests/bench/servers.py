@@ -31,9 +31,9 @@ class Endpoint:
     peer: str
     place: Any
 
-    def open(self, **options: int) -> Any:
+    def open(self) -> Any:
         """A fresh storage with its peer's defaults, and so with an empty cache."""
-        return _client(self.peer)(self.place, **options)
+        return _client(self.peer)(self.place)
 
 
 @dataclass(frozen=True, slots=True)

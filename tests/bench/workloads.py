@@ -70,24 +70,6 @@ def load_from_storage(endpoint: Endpoint, share: int, loads: int) -> Workload:
     storage.close()
 
 
-def load_into_full_cache(
-    endpoint: Endpoint, share: int, loads: int, cache_bytes: int
-) -> Workload:
-    """Like load_from_storage, but each record has to drive another from the cache."""
-    db = open_db(endpoint)
-    shelves = range(dataset.SHELVES)
-    oids = dataset.oids(db.open(), shelves)
-    random.Random(share).shuffle(oids)
-    db.close()
-    storage = endpoint.open(cache_size=cache_bytes)
-    filling = 2 * cache_bytes // dataset.PAYLOAD_BYTES
-    for oid in oids[loads : loads + filling]:
-        storage.loadBefore(oid, maxtid)
-    yield None
-    yield timed(loads, lambda number: storage.loadBefore(oids[number], maxtid))
-    storage.close()
-
-
 def exchange(endpoint: Endpoint, share: int, loads: int) -> Workload:
     """Send and receive as many bytes as a load does, and nothing else."""
     sock = endpoint.open()

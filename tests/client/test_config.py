@@ -9,7 +9,8 @@ from ZODB.config import databaseFromString, storageFromString
 from ZODB.MappingStorage import MappingStorage
 
 from zeolith.client import config
-from zeolith.client.config import NOT_IN_CONFIG, seconds
+from zeolith.client.config import NOT_IN_CONFIG
+from zeolith.protocol.durations import parse_seconds
 from zeolith.client.storage import ClientStorage
 
 from ..support.serving import ServerProcess
@@ -158,13 +159,13 @@ def test_a_mistake_is_told_in_one_line_with_its_place(keys, line, complaint):
     ],
 )
 def test_a_time_is_seconds_or_has_a_unit(text, expected):
-    assert seconds(text) == expected
+    assert parse_seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", " ", "-1", "soon", "3 apples", "inf", "nan"])
 def test_what_is_no_time_is_refused_by_its_text(text):
     with pytest.raises(ValueError, match=f"^{text!r} is not a time to wait"):
-        seconds(text)
+        parse_seconds(text)
 
 
 def test_a_database_from_a_file_is_the_servers(tmp_path):

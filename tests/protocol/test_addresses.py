@@ -51,7 +51,7 @@ def test_what_an_address_may_look_like(text, address):
         "fe80::1:8100",
         "[::1]",
         "localhost:²",
-        "²",
+        "9" * 5000,
         "localhost:٣",
     ],
 )

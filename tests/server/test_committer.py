@@ -6,7 +6,7 @@ import pytest
 from ZODB.POSException import ConflictError, StorageSystemError, StorageTransactionError
 
 from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
-from zeolith.server.committer import Commit, Committer, Phase
+from zeolith.server.committer import Commit, Phase
 from zeolith.storage.database import (
     Conflict,
     Finished,
@@ -37,6 +37,9 @@ class Client:
     @property
     def phase(self) -> Phase:
         return self.commit.phase
+
+    def is_in(self, phase: Phase) -> bool:
+        return self.commit.phase is phase
 
     def vote(self) -> None:
         self._committer.vote(self.commit, self.answer)
@@ -81,23 +84,23 @@ async def voted(server: ModelServer, id_: int = 0) -> Client:
     client = Client(server, id_)
     client.vote()
     await server.workers.write_step()
-    assert client.phase is Phase.VOTED
+    assert client.is_in(Phase.VOTED)
     return client
 
 
 async def test_a_transaction_goes_from_vote_to_finish(server):
     client = Client(server, 0)
     client.vote()
-    assert client.phase is Phase.VOTING
+    assert client.is_in(Phase.VOTING)
     assert not client.answers
     await server.workers.write_step()
-    assert client.phase is Phase.VOTED
+    assert client.is_in(Phase.VOTED)
     assert client.answers == [Voted(number(1), [])]
     client.finish()
-    assert client.phase is Phase.FINISHING
+    assert client.is_in(Phase.FINISHING)
     assert len(client.answers) == 1
     await server.workers.write_step()
-    assert client.phase is Phase.ENDED
+    assert client.is_in(Phase.ENDED)
     assert client.answers[1:] == [Finished(number(1), [number(100)])]
     assert server.database.steps == ["vote", "finish"]
     assert server.served.counters.commits == 1
@@ -112,7 +115,7 @@ async def test_votes_are_taken_in_the_order_in_which_they_came(server):
     assert server.committer.waiting == tuple(each.commit for each in waiting)
     for client in all_of_them:
         await server.workers.write_step()
-        assert client.phase is Phase.VOTED
+        assert client.is_in(Phase.VOTED)
         client.finish()
         await server.workers.write_step()
     assert [client.answers[1].tid for client in all_of_them] == [
@@ -128,9 +131,9 @@ async def test_nobody_votes_while_another_is_between_vote_and_finish(server):
     await server.workers.work()
     assert (first.phase, second.phase) == (Phase.VOTED, Phase.WAITING)
     first.finish()
-    assert second.phase is Phase.WAITING
+    assert second.is_in(Phase.WAITING)
     await server.workers.write_step()
-    assert second.phase is Phase.VOTING
+    assert second.is_in(Phase.VOTING)
 
 
 async def test_nothing_is_announced_before_the_writer_has_finished(server):
@@ -146,7 +149,7 @@ async def test_nothing_is_announced_before_the_writer_has_finished(server):
     assert len(follower.phases_at_announcement) == 1
 
 
-async def test_announcing_comes_before_the_answer_and_before_the_next_turn(server):
+async def test_the_next_turn_and_the_answer_come_before_the_announcement(server):
     first, second = clients(server, 2)
     follower = Follower(lambda: [first.phase, second.phase])
     server.served.follow(follower)
@@ -155,7 +158,31 @@ async def test_announcing_comes_before_the_answer_and_before_the_next_turn(serve
     await server.workers.write_step()
     first.finish()
     await server.workers.write_step()
-    assert follower.phases_at_announcement == [[Phase.FINISHING, Phase.WAITING]]
+    assert follower.phases_at_announcement == [[Phase.ENDED, Phase.VOTING]]
+
+
+async def test_a_commit_is_appended_answered_and_announced_in_one_step(server):
+    """Whoever hears of it first, by whatever way, finds it to be the last one."""
+    client = await voted(server)
+    seen: list[tuple[str, bytes]] = []
+
+    class Follower:
+        def send_shared(self, data: bytes) -> None:
+            see("announced")
+
+    def see(what: str) -> None:
+        seen.append((what, server.served.changes.last_tid))
+
+    server.served.follow(Follower())
+    server.committer.finish(client.commit, lambda _value, _error: see("answered"))
+    server.committer.settle(transaction_id(0), lambda: see("settled"))
+    assert not seen
+    await server.workers.write_step()
+    assert sorted(seen) == [
+        ("announced", number(1)),
+        ("answered", number(1)),
+        ("settled", number(1)),
+    ]
 
 
 async def test_a_failed_vote_gives_the_turn_on_and_leaves_nothing(server):
@@ -165,13 +192,13 @@ async def test_a_failed_vote_gives_the_turn_on_and_leaves_nothing(server):
     second.vote()
     await server.workers.write_step()
     assert first.answers == [server.database.vote_error]
-    assert first.phase is Phase.ENDED
-    assert second.phase is Phase.VOTING
+    assert first.is_in(Phase.ENDED)
+    assert second.is_in(Phase.VOTING)
     assert server.served.counters.conflicts == 1
     assert server.served.counters.aborts == 1
     server.database.vote_error = None
     await server.workers.write_step()
-    assert second.phase is Phase.VOTED
+    assert second.is_in(Phase.VOTED)
 
 
 async def test_a_client_resolves_while_it_holds_the_turn(server):
@@ -180,13 +207,13 @@ async def test_a_client_resolves_while_it_holds_the_turn(server):
     first.vote()
     second.vote()
     await server.workers.work()
-    assert first.phase is Phase.RESOLVING
+    assert first.is_in(Phase.RESOLVING)
     assert first.answers == [server.database.unresolved]
-    assert second.phase is Phase.WAITING
+    assert second.is_in(Phase.WAITING)
     first.resolve()
-    assert first.phase is Phase.VOTING
+    assert first.is_in(Phase.VOTING)
     await server.workers.write_step()
-    assert first.phase is Phase.VOTED
+    assert first.is_in(Phase.VOTED)
     assert server.served.counters.conflicts_resolved == 1
     first.finish()
     await server.workers.write_step()
@@ -213,7 +240,7 @@ async def test_what_is_out_of_order_is_refused(server, what, phase):
     getattr(client, what)()
     assert len(client.answers) == answers + 1
     assert isinstance(client.answers[-1], StorageTransactionError)
-    assert client.phase is Phase(phase)
+    assert client.is_in(Phase(phase))
     assert server.database.steps == steps
 
 
@@ -233,7 +260,7 @@ async def client_in(phase: Phase, server: ModelServer) -> Client:
         client.lose()
     if phase is Phase.ENDED:
         await server.workers.write_step()
-    assert client.phase is phase
+    assert client.is_in(phase)
     return client
 
 
@@ -248,7 +275,7 @@ async def test_a_lost_channel_lets_the_next_one_go_on(server, phase):
         assert server.committer.holder is not None
         server.committer.abandon(server.committer.holder, GONE, None)
     await server.workers.work()
-    assert client.phase is Phase.ENDED
+    assert client.is_in(Phase.ENDED)
     assert succeeding.phase in (Phase.VOTED, Phase.RESOLVING)
     assert server.committer.holder is succeeding.commit
     assert server.committer.waiting == ()
@@ -262,7 +289,7 @@ async def test_losing_a_channel_twice_is_like_losing_it_once(server, phase):
     await server.workers.work()
     client.lose()
     await server.workers.work()
-    assert client.phase is Phase.ENDED
+    assert client.is_in(Phase.ENDED)
     assert server.database.steps.count("abort") <= 1
     # Nobody holds the turn, or the one whom it waited for.
     assert server.committer.holder is not client.commit
@@ -272,11 +299,11 @@ async def test_losing_a_channel_twice_is_like_losing_it_once(server, phase):
 async def test_what_is_lost_while_it_votes_is_aborted_after_the_vote(server):
     client = await client_in(Phase.VOTING, server)
     client.lose()
-    assert client.phase is Phase.VOTING
+    assert client.is_in(Phase.VOTING)
     await server.workers.write_step()
-    assert client.phase is Phase.ABORTING
+    assert client.is_in(Phase.ABORTING)
     await server.workers.write_step()
-    assert client.phase is Phase.ENDED
+    assert client.is_in(Phase.ENDED)
     assert server.database.steps == ["vote", "abort"]
     assert not server.database.is_in_transaction
 
@@ -323,7 +350,7 @@ async def test_a_failing_abort_is_told_and_gives_the_turn_on(server, caplog):
     await server.workers.write_step()
     assert client.answers[-1] is server.database.abort_error
     assert "aborting a transaction failed" in caplog.text
-    assert succeeding.phase is Phase.VOTING
+    assert succeeding.is_in(Phase.VOTING)
 
 
 # Time
@@ -333,10 +360,10 @@ async def test_a_voted_transaction_is_aborted_when_its_time_is_over(server, capl
     client = await voted(server)
     now = asyncio.get_running_loop().time()
     server.committer.tick(now + 29, 30)
-    assert client.phase is Phase.VOTED
+    assert client.is_in(Phase.VOTED)
     server.committer.tick(now + 31, 30)
     await server.workers.work()
-    assert client.phase is Phase.ENDED
+    assert client.is_in(Phase.ENDED)
     assert not server.database.is_in_transaction
     assert server.served.counters.timeouts == 1
     assert "client 0" in caplog.text
@@ -351,18 +378,18 @@ async def test_the_next_one_votes_when_the_time_of_the_first_is_over(server):
     now = asyncio.get_running_loop().time()
     server.committer.tick(now + 31, 30)
     await server.workers.work()
-    assert client.phase is Phase.ENDED
-    assert succeeding.phase is Phase.VOTED
+    assert client.is_in(Phase.ENDED)
+    assert succeeding.is_in(Phase.VOTED)
     # Its time begins when it has voted, not when it got in line.
     server.committer.tick(now + 29, 30)
-    assert succeeding.phase is Phase.VOTED
+    assert succeeding.is_in(Phase.VOTED)
 
 
 async def test_a_client_that_does_not_resolve_runs_out_of_time_too(server):
     client = await client_in(Phase.RESOLVING, server)
     server.committer.tick(asyncio.get_running_loop().time() + 31, 30)
     await server.workers.work()
-    assert client.phase is Phase.ENDED
+    assert client.is_in(Phase.ENDED)
     assert not server.database.is_in_transaction
 
 
@@ -370,7 +397,7 @@ async def test_a_client_that_does_not_resolve_runs_out_of_time_too(server):
 async def test_time_does_not_run_while_the_server_works(server, phase):
     client = await client_in(phase, server)
     server.committer.tick(asyncio.get_running_loop().time() + 1000, 30)
-    assert client.phase is phase
+    assert client.is_in(phase)
     assert server.served.counters.timeouts == 0
 
 
@@ -412,7 +439,7 @@ async def test_settling_leaves_other_transactions_alone(server):
     settled: list[bool] = []
     server.committer.settle(transaction_id(1), lambda: settled.append(True))
     assert settled == [True]
-    assert client.phase is Phase.VOTED
+    assert client.is_in(Phase.VOTED)
 
 
 # Disasters
@@ -452,7 +479,7 @@ async def test_nothing_is_written_after_a_disaster_by_those_who_waited(server):
     assert server.database.steps == ["vote", "finish"]
     for each in waiting:
         assert isinstance(each.answers[0], StorageSystemError)
-        assert each.phase is Phase.ENDED
+        assert each.is_in(Phase.ENDED)
     assert server.committer.holder is None
 
 

@@ -25,7 +25,7 @@ def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("times", times)
 
 
-@few_or_many(3, 30)
+@few_or_many(3, 40)
 def test_a_killed_server_loses_no_acknowledged_commit(tmp_path: Path, times: int):
     bank = Bank(tmp_path, programs=2, threads=2)
     bank.make(tmp_path / "Data.fs", OBJECTS)
@@ -43,7 +43,7 @@ def test_a_killed_server_loses_no_acknowledged_commit(tmp_path: Path, times: int
     assert bank.counts["disconnects"] >= times // 5
 
 
-@few_or_many(10, 150)
+@few_or_many(10, 300)
 def test_a_cut_connection_tells_no_lie(tmp_path: Path, times: int):
     bank = Bank(tmp_path, programs=2, threads=2)
     bank.make(tmp_path / "Data.fs", OBJECTS)
@@ -61,7 +61,7 @@ def test_a_cut_connection_tells_no_lie(tmp_path: Path, times: int):
     assert "unknown" not in bank.counts
 
 
-@few_or_many(3, 30)
+@few_or_many(3, 40)
 def test_cuts_and_kills_together_tell_no_lie(tmp_path: Path, times: int):
     bank = Bank(tmp_path, programs=2, threads=2)
     bank.make(tmp_path / "Data.fs", OBJECTS)

@@ -11,8 +11,9 @@ What is in the root, and what always holds:
 
 `accounts`   IOBTree, number -> amount. A transfer changes two of them; the sum is
              `TOTAL` in every snapshot.
-`entries`    OOBTree, key -> amount. Every transaction inserts one under a key that no
-             other transaction uses. The key is the transaction's description, too.
+`entries`    OOBTree, key -> PersistentMapping with the `key` and the `amount`. Every
+             transaction adds one, a new object under a key that no other transaction
+             uses. The key is the transaction's description, too.
 `things`     IOBTree, number -> PersistentMapping with an `n`. Thing 2k and thing
              2k + 1 are twins: their `n` is the same in every snapshot.
 `pairs`      how many twins there are.
@@ -117,6 +118,12 @@ def unlike_marks(root: Any, worker: str) -> str | None:
     return None if len(keys) == 1 else f"the marks of {worker} are {keys}"
 
 
+def mistaken_entry(root: Any, key: str) -> str | None:
+    """What is wrong with the entry under `key` in this snapshot."""
+    found = root["entries"][key]["key"]
+    return None if found == key else f"under {key} is the entry {found}"
+
+
 # Judging
 
 
@@ -151,7 +158,9 @@ def judge_snapshot(root: Any) -> None:
 
 def judge_entries(root: Any, lines: list[Line]) -> None:
     """What was acknowledged is there, what was refused is not, and nothing else is."""
-    entries = dict(root["entries"])
+    entries = {key: entry["amount"] for key, entry in root["entries"].items()}
+    mistaken = [mistaken_entry(root, key) for key in entries]
+    assert not any(mistaken), [wrong for wrong in mistaken if wrong]
     told = {line.key: line for line in lines}
     assert len(told) == len(lines), "a key was used twice"
     lost = [

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import transaction
+from persistent.mapping import PersistentMapping
 from ZODB.DB import DB
 from ZODB.POSException import ConflictError
 
@@ -31,12 +32,15 @@ from .bank import (
     REFUSED,
     UNKNOWN,
     imbalance,
+    mistaken_entry,
     unlike_marks,
     unlike_twins,
 )
 
 PAIRS_READ = 20
 TRANSFER_MAX = 10
+LARGE_SHARE = 0.02
+LARGE_BYTES_MAX = 300_000
 
 
 class Worker:
@@ -109,6 +113,9 @@ class Worker:
         self._complain(imbalance(root))
         for worker in root["marks"]:
             self._complain(unlike_marks(root, worker))
+            last_key = root["marks"][worker][0]["key"]
+            if last_key:
+                self._complain(mistaken_entry(root, last_key))
         for _ in range(PAIRS_READ // 2):
             self._complain(unlike_twins(root, self._random.randrange(pairs)))
         self.counts["snapshots"] += 1
@@ -126,11 +133,15 @@ class Worker:
         giver, taker = self._random.sample(range(ACCOUNTS), 2)
         root["accounts"][giver] -= amount
         root["accounts"][taker] += amount
-        root["entries"][key] = amount
+        root["entries"][key] = PersistentMapping({"key": key, "amount": amount})
         things = root["things"]
         pair = self._random.randrange(root["pairs"])
+        # Now and then a large record, which takes a while to be written.
+        is_large = self._random.random() < LARGE_SHARE
+        size = self._random.randrange(LARGE_BYTES_MAX) if is_large else 0
         for thing in (things[2 * pair], things[2 * pair + 1]):
             thing["n"] += 1
+            thing["padding"] = bytes(size)
         for mark in root["marks"][self.name]:
             mark["key"] = key
 

@@ -101,10 +101,10 @@ class Bank:
             for program, _errors in self._running:
                 self._collect(program)
         finally:
-            for program, errors in self._running:
+            for program, complaints in self._running:
                 program.kill()
                 program.communicate()
-                errors.close()
+                complaints.close()
 
     def complaints(self) -> str:
         """What the workers saw that may not be."""

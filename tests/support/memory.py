@@ -12,7 +12,7 @@ from typing import Any
 
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import DEFAULT, Limits
-from zeolith.protocol.messages import Failure, Goodbye, Message, Reply, Welcome
+from zeolith.protocol.messages import Failure, Goodbye, Message, Notice, Reply, Welcome
 from zeolith.protocol.methods import VERSION
 from zeolith.server.peer import Peer
 from zeolith.server.service import Service
@@ -136,6 +136,11 @@ class MemoryClient:
         self._receive()
         received, self._received = self._received, []
         return received
+
+    def changes(self) -> list[list[Any]]:
+        """The changes that came since the last time, one by one."""
+        notices = [each for each in self.received() if isinstance(each, Notice)]
+        return [change for notice in notices for change in notice.args[0]]
 
     def answer(self, number: int) -> Reply | Failure | None:
         """The answer to request ``number`` if it is here."""

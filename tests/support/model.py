@@ -262,5 +262,12 @@ class ModelServer:
         """Somebody has committed, and it is announced; returns the tid."""
         tid = number(int.from_bytes(self.database.last_tid, "big") + 1)
         self.database.put(oid, tid, data)
-        self.served.publish(tid, [oid], None)
+        publish(self.served, tid, [oid])
         return tid
+
+
+def publish(
+    served: Served, tid: bytes, oids: list[bytes], transaction: bytes | None = None
+) -> None:
+    """What a committer does when a transaction is on disk."""
+    served.announce(served.append(tid, oids, transaction))

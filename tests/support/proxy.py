@@ -64,7 +64,9 @@ class _Link:
                 if is_the_last:
                     proxy.cut()
                     proxy.was_cut.set()
-        # What was on its way when one end closed still arrives at the other.
+        # The end passes, and waits, like everything else; what was on its way when one
+        # end closed arrives at the other before it.
+        proxy.wait_for_passage(way)
         with suppress(OSError):
             target.shutdown(socket.SHUT_WR)
         with suppress(OSError):
@@ -167,6 +169,11 @@ class Proxy:
         """Whether bytes wait here because of a stall."""
         with self._lock:
             return self._waiting[way] > 0
+
+    def is_cut_due(self) -> bool:
+        """Whether a `cut_after` is still to come."""
+        with self._lock:
+            return any(budget is not None for budget in self._budget_bytes.values())
 
     # For the threads of a link.
 

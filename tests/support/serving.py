@@ -114,13 +114,15 @@ class ServerProcess:
     def terminate(self) -> None:
         """Stop it as an operator does; it must end well."""
         self.process.terminate()
+        self.wait_for_end()
+
+    def wait_for_end(self) -> None:
+        """Wait for a server that was told to stop; it must end well."""
         try:
             code = self.process.wait(EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(
-                f"SIGTERM was ignored:\n{self.stderr_text()}"
-            ) from None
+            raise AssertionError(f"it does not stop:\n{self.stderr_text()}") from None
         self._close()
         assert code == 0, f"exit status {code}:\n{self.stderr_text()}"
 

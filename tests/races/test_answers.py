@@ -1,0 +1,297 @@
+"""Answers, notices and changes travel apart; their order in time must not matter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ZODB.Connection import TransactionMetaData
+
+from zeolith.client.storage import ClientStorage
+from zeolith.protocol.limits import Limits
+from zeolith.server.peer import Peer
+
+from ..support.gates import Background
+from ..support.inprocess import HeldStream, InProcessServer, client_of
+from ..support.records import (
+    Listening,
+    commit,
+    oid_of,
+    seen,
+    vote,
+    wait_for_position,
+)
+from ..support.waiting import wait_until
+
+X, Y = oid_of("x"), oid_of("y")
+
+
+def committing_channel(server: InProcessServer) -> Peer:
+    """The server's end of the channel that holds the turn."""
+
+    def find() -> Peer:
+        holder = server.served.committer.holder
+        (peer,) = (
+            peer
+            for peer in server.service.peers
+            if peer.transactions.commit is not None
+            and peer.transactions.commit is holder
+        )
+        return peer
+
+    peer: Peer = server.on_loop(find)
+    return peer
+
+
+class HeldAnswers:
+    """Answers on one channel that stay in the server until `release`."""
+
+    def __init__(self, server: InProcessServer, peer: Peer):
+        self._server = server
+        self._peer: Any = peer
+        self._reply = peer.reply
+        self._held: list[tuple[int, Any]] = []
+
+    def hold(self) -> None:
+        def hold(number: int, value: Any) -> None:
+            self._held.append((number, value))
+
+        self._server.on_loop(lambda: setattr(self._peer, "reply", hold))
+
+    def wait_for_one(self) -> None:
+        wait_until(lambda: self._held, "an answer to hold")
+
+    def release(self) -> None:
+        def release() -> None:
+            self._peer.reply = self._reply
+            for number, value in self._held:
+                self._reply(number, value)
+
+        self._server.on_loop(release)
+
+
+def finish(storage: ClientStorage, transaction: Any, told: list[bytes]) -> bytes:
+    tid: bytes = storage.tpc_finish(transaction, told.append)
+    return tid
+
+
+# The answer to finish against the stream
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_the_answer_to_finish_may_come_before_everything_on_the_stream(
+    server, writer, reader, others: int
+):
+    """The answer itself brings what it must be preceded by."""
+    database = Listening()
+    reader.registerDB(database)
+    commit(writer, x=b"old", y=b"old")
+    wait_for_position(reader, writer.lastTransaction())
+    assert seen(reader, "y") == b"old"
+    del database.told[:]
+    stream = HeldStream(server, reader).hold()
+    tids = [commit(writer, y=b"%d" % n) for n in range(others)]
+    told: list[bytes] = []
+    own = finish(reader, vote(reader, x=b"own"), told)
+    assert told == [own]
+    assert reader.lastTransaction() == own
+    assert database.told == [(tid, {Y}) for tid in tids]
+    assert seen(reader, "x") == b"own"
+    assert seen(reader, "y") == (b"%d" % (others - 1) if others else b"old")
+    stream.release()
+    later = commit(writer, y=b"later")
+    wait_for_position(reader, later)
+    assert database.tids == [*tids, later]
+    assert told == [own]
+    assert reader.is_connected()
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_the_stream_may_bring_a_commit_before_its_answer(
+    server, writer, reader, others: int
+):
+    """The thread that commits keeps its place; what comes after it waits."""
+    database = Listening()
+    reader.registerDB(database)
+    commit(reader, x=b"old")
+    old = reader.lastTransaction()
+    transaction = vote(reader, x=b"own")
+    answers = HeldAnswers(server, committing_channel(server))
+    answers.hold()
+    told: list[bytes] = []
+    finishing = Background(finish, reader, transaction, told)
+    answers.wait_for_one()
+    tids = [commit(writer, y=b"%d" % n) for n in range(others)]
+    position = reader.position
+    wait_until(
+        lambda: len(position._pending) == 1 + others, "the changes on the stream"
+    )
+    assert reader.lastTransaction() == old
+    assert not database.told
+    answers.release()
+    own = finishing.result()
+    assert told == [own]
+    last = tids[-1] if tids else own
+    wait_for_position(reader, last)
+    assert database.told == [(tid, {Y}) for tid in tids]
+    assert seen(reader, "x") == b"own"
+
+
+def test_two_threads_may_finish_and_be_answered_in_the_wrong_order(server, reader):
+    """The second commit's answer comes first: its thread waits for the first one's."""
+    database = Listening()
+    reader.registerDB(database)
+    commit(reader, x=b"old")
+    first_told: list[bytes] = []
+    second_told: list[bytes] = []
+    first = vote(reader, x=b"first")
+    answers = HeldAnswers(server, committing_channel(server))
+    answers.hold()
+    finishing_first = Background(finish, reader, first, first_told)
+    answers.wait_for_one()
+    finishing_second = Background(
+        lambda: finish(reader, vote(reader, y=b"second"), second_told)
+    )
+    served = server.served
+    wait_until(
+        lambda: server.on_loop(lambda: served.counters.commits) == 3, "both commits"
+    )
+    assert not finishing_second.returns_soon()
+    assert not second_told
+    answers.release()
+    tids = [finishing_first.result(), finishing_second.result()]
+    assert tids == sorted(tids)
+    assert [*first_told, *second_told] == tids
+    assert reader.lastTransaction() == tids[1]
+    assert not database.told
+
+
+def test_an_own_commit_whose_answer_is_lost_is_told_to_its_thread(
+    server, writer, reader, proxy
+):
+    """The stream has brought it already; the thread asks, and is told once."""
+    database = Listening()
+    reader.registerDB(database)
+    commit(reader, x=b"old")
+    transaction = vote(reader, x=b"own")
+    answers = HeldAnswers(server, committing_channel(server))
+    answers.hold()
+    told: list[bytes] = []
+    finishing = Background(finish, reader, transaction, told)
+    answers.wait_for_one()
+    proxy.cut()
+    own = finishing.result()
+    assert told == [own]
+    assert writer.load(X) == (b"own", own)
+    later = commit(writer, y=b"later")
+    wait_for_position(reader, later)
+    assert reader.load(X) == (b"own", own)
+    assert own in [*database.tids, *told]
+    assert later in database.tids
+
+
+# Requests and notices on one channel
+
+
+SMALL = Limits(batch_bytes_max=1000)
+
+
+@pytest.mark.parametrize("stores", [1, 10, 100])
+def test_a_vote_does_not_overtake_what_was_staged_for_it(server, stores: int):
+    """A large transaction is sent in pieces that are not answered."""
+    with client_of(server, limits=SMALL) as storage:
+        records = {f"n{n}": b"%d" % n * 200 for n in range(stores)}
+        tid = commit(storage, **records)
+        loaded = storage.load_many(map(oid_of, records), b"\x7f" + b"\xff" * 7)
+    assert {oid: found[:2] for oid, found in loaded.items()} == {
+        oid_of(name): (data, tid) for name, data in records.items()
+    }
+
+
+def test_of_several_stores_of_an_object_the_last_one_counts_in_every_batch(server):
+    """Also when the stores are in different messages."""
+    with client_of(server, limits=SMALL) as storage:
+        transaction = TransactionMetaData()
+        storage.tpc_begin(transaction)
+        for n in range(20):
+            storage.store(X, None, b"%02d" % n * 200, "", transaction)
+        storage.tpc_vote(transaction)
+        tid = storage.tpc_finish(transaction)
+        assert storage.load(X) == (b"19" * 200, tid)
+
+
+Ask = Callable[[ClientStorage], Any]
+QUESTIONS: dict[str, Ask] = {
+    "load": lambda storage: storage.load(X),
+    "getTid": lambda storage: storage.getTid(X),
+    "history": lambda storage: storage.history(X),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_slow_answer_goes_to_the_one_who_asked(
+    server, writer, gate, monkeypatch, question
+):
+    """Meanwhile others ask and are answered, on the same session."""
+    tid = commit(writer, x=b"data", y=b"other")
+    expected = QUESTIONS[question](writer)
+    database = server.database
+    with client_of(server) as storage:
+        for method in ("load_nowait", "get_tid", "history"):
+            step = getattr(database, method)
+
+            def gated(oid: bytes, *args: Any, step: Any = step) -> Any:
+                if oid == X and step.__name__ != "load_nowait":
+                    gate.pass_through()
+                return step(oid, *args)
+
+            monkeypatch.setattr(database, method, gated)
+        if question == "load":
+            monkeypatch.setattr(database, "load_nowait", would_block_for_x(database))
+            monkeypatch.setattr(database, "load", gate.before(database.load))
+        gate.shut()
+        asking = Background(QUESTIONS[question], storage)
+        gate.wait_until_reached()
+        for _ in range(3):
+            assert storage.load(Y) == (b"other", tid)
+            storage.ping()
+        gate.open()
+        assert asking.result() == expected
+
+
+def would_block_for_x(database: Any) -> Callable[..., Any]:
+    from zeolith.storage.database import WouldBlock
+
+    load = database.load_nowait
+
+    def load_nowait(oid: bytes, before: bytes) -> Any:
+        if oid == X:
+            raise WouldBlock
+        return load(oid, before)
+
+    return load_nowait
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next_one(server, writer, gate):
+    """A thread that is stopped in a call must not get a later call's channel dirty."""
+    tid = commit(writer, x=b"data", y=b"other")
+    with client_of(server) as storage:
+        storage.ping()
+        session = storage.current_session
+        assert session is not None
+        channel = session.borrow()
+
+        class Interrupted(BaseException):
+            pass
+
+        receive = channel._connection.receive_data
+
+        def interrupt(_data: bytes, _now: float) -> Any:
+            raise Interrupted
+
+        channel._connection.receive_data = interrupt  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            channel.call("load", X, b"\x7f" + b"\xff" * 7)
+        channel._connection.receive_data = receive  # type: ignore[method-assign]
+        session.give_back(channel)
+        assert storage.load(Y) == (b"other", tid)
+        assert storage.load(X) == (b"data", tid)

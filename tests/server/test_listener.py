@@ -1,0 +1,138 @@
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from zeolith.server.listener import Listener, ListenError
+
+
+class Greeter(asyncio.Protocol):
+    """Says that it is there, and hangs up."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(b"here")
+        transport.close()
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[Listener]:
+    listener = Listener(Greeter)
+    yield listener
+    await listener.close()
+
+
+async def greeting(address: object) -> bytes:
+    if isinstance(address, str):
+        reader, writer = await asyncio.open_unix_connection(address)
+    else:
+        assert isinstance(address, tuple)
+        reader, writer = await asyncio.open_connection(*address)
+    said = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return said
+
+
+async def test_port_0_is_a_free_port_that_is_told(listener):
+    await listener.listen(("127.0.0.1", 0))
+    ((host, port),) = listener.addresses
+    assert host == "127.0.0.1"
+    assert await greeting((host, int(port))) == b"here"
+
+
+async def test_several_addresses_are_listened_to(listener, tmp_path):
+    await listener.listen(("127.0.0.1", 0))
+    await listener.listen(("127.0.0.1", 0))
+    await listener.listen(str(tmp_path / "socket"))
+    assert len(set(listener.addresses)) == 3
+    for address in listener.addresses:
+        assert await greeting(address) == b"here"
+
+
+async def test_nobody_is_accepted_after_the_end(listener, tmp_path):
+    path = str(tmp_path / "socket")
+    await listener.listen(("127.0.0.1", 0))
+    await listener.listen(path)
+    addresses = list(listener.addresses)
+    await listener.close()
+    assert os.listdir(tmp_path) == []
+    for address in addresses:
+        with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+            await greeting(address)
+    await listener.close()
+
+
+async def test_who_was_accepted_before_the_end_goes_on(tmp_path):
+    class Echo(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            assert isinstance(self.transport, asyncio.Transport)
+            self.transport.write(data)
+            self.transport.close()
+
+    listener = Listener(Echo)
+    await listener.listen(("127.0.0.1", 0))
+    (address,) = listener.addresses
+    reader, writer = await asyncio.open_connection(*address)
+    # An answer proves that the server has accepted us.
+    other_reader, other_writer = await asyncio.open_connection(*address)
+    other_writer.write(b"first")
+    assert await other_reader.read() == b"first"
+    other_writer.close()
+    await other_writer.wait_closed()
+    await listener.close()
+    writer.write(b"still there?")
+    assert await reader.read() == b"still there?"
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_an_address_in_use_is_named(listener):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = other.getsockname()
+        with pytest.raises(ListenError) as raised:
+            await listener.listen(address)
+    assert str(raised.value).startswith(f"cannot listen on 127.0.0.1:{address[1]}: ")
+    assert "in use" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+async def test_a_name_that_nobody_knows_is_told(listener):
+    with pytest.raises(ListenError, match=r"no-such-host\.invalid"):
+        await listener.listen(("no-such-host.invalid", 0))
+
+
+async def test_the_socket_of_a_dead_server_is_replaced(listener, tmp_path):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    await listener.listen(path)
+    assert await greeting(path) == b"here"
+
+
+async def test_the_socket_of_a_living_server_is_left_alone(listener, tmp_path):
+    path = str(tmp_path / "socket")
+    await listener.listen(path)
+    other = Listener(Greeter)
+    with pytest.raises(ListenError, match="another server listens there"):
+        await other.listen(path)
+    await other.close()
+    assert await greeting(path) == b"here"
+
+
+async def test_a_file_that_is_no_socket_is_left_alone(listener, tmp_path):
+    path = tmp_path / "precious"
+    path.write_text("data")
+    with pytest.raises(ListenError, match="no socket"):
+        await listener.listen(str(path))
+    assert path.read_text() == "data"
+
+
+async def test_a_folder_that_is_not_there_is_told(listener, tmp_path):
+    with pytest.raises(ListenError, match="nowhere"):
+        await listener.listen(str(tmp_path / "nowhere" / "socket"))

@@ -1,0 +1,317 @@
+"""Records of a Data.fs, read without a lock: against FileStorage's own answers."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage.format import CorruptedDataError
+from ZODB.POSException import POSKeyError
+
+from zeolith.storage import records
+from zeolith.storage.database import Revision, WouldBlock
+from zeolith.storage.records import HEADER_BYTES, NOWAIT, Generation
+from zeolith.storage.tids import MAX_TID, Z64
+
+from ..support.ids import number
+from .histories import (
+    MISSING,
+    OIDS,
+    READ_BYTES,
+    histories,
+    moments,
+    opened,
+    outcome,
+    write,
+)
+
+OID = OIDS[0]
+# A flag that is not 0, for the tests that give preadv another meaning.
+FLAG = NOWAIT or 8
+
+
+def one_record(size: int, then: int = 0) -> Any:
+    """A history of one object of `size` bytes, and perhaps one behind it."""
+    no_texts = {"user": b"", "description": b""}
+    history: list[Any] = [(("store", {OID: size}), no_texts)]
+    if then:
+        history.append((("store", {OIDS[1]: then}), no_texts))
+    return history
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[FileStorage]:
+    storage = opened(tmp_path / "Data.fs")
+    yield storage
+    storage.close()
+
+
+@pytest.fixture
+def make(storage: FileStorage) -> Callable[[Any], tuple[Generation, list[bytes]]]:
+    def make(history: Any) -> tuple[Generation, list[bytes]]:
+        tids = write(storage, history)
+        return Generation(storage._file_name, storage._index), tids
+
+    return make
+
+
+@pytest.fixture
+def page_cache(monkeypatch) -> Callable[..., None]:
+    """Puts something else in the place of preadv: pieces, nothing, or an error."""
+
+    def install(answer: Callable[[int, int], int]) -> None:
+        def preadv(fd: int, buffers: list[bytearray], position: int, flags: int) -> int:
+            assert flags == FLAG
+            size = answer(position, len(buffers[0]))
+            data = os.pread(fd, size, position)
+            buffers[0][: len(data)] = data
+            return len(data)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    return install
+
+
+@settings(max_examples=60)
+@given(histories)
+def test_any_history_reads_as_file_storage_reads_it(tmp_path_factory, history):
+    storage = opened(tmp_path_factory.mktemp("records") / "Data.fs")
+    try:
+        tids = write(storage, history)
+        generation = Generation(storage._file_name, storage._index)
+        for oid in (*OIDS, MISSING):
+            for moment in moments(tids):
+                read = outcome(generation.load, oid, moment)
+                assert read == outcome(storage.loadBefore, oid, moment)
+            for tid in (Z64, *tids, MAX_TID):
+                read = outcome(generation.load_serial, oid, tid)
+                assert read == outcome(storage.loadSerial, oid, tid)
+            assert outcome(generation.get_tid, oid) == outcome(storage.getTid, oid)
+            revisions = [header.tid for header, *_rest in generation.revisions(oid)]
+            if revisions:
+                history_of = storage.history(oid, 1000)
+                assert revisions == [entry["tid"] for entry in history_of]
+            else:
+                assert oid not in storage._index
+        generation.close()
+    finally:
+        storage.close()
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        1,
+        READ_BYTES - HEADER_BYTES - 1,
+        READ_BYTES - HEADER_BYTES,
+        READ_BYTES - HEADER_BYTES + 1,
+        READ_BYTES,
+        3 * READ_BYTES,
+        1_000_000,
+    ],
+)
+@pytest.mark.parametrize("behind", [0, 10_000])
+def test_a_record_is_read_whole_whatever_its_size(make, size, behind):
+    """At the end of the file, and in its middle."""
+    generation, tids = make(one_record(size, behind))
+    revision = generation.load(OID, MAX_TID)
+    assert revision is not None
+    assert len(revision.data) == size
+    assert revision.tid == tids[0]
+    assert revision.data == generation.load_serial(OID, tids[0])
+
+
+def test_an_object_that_did_not_exist_yet_is_none(make):
+    generation, tids = make(one_record(10))
+    assert generation.load(OID, tids[0]) is None
+    assert generation.load(OID, number(int.from_bytes(tids[0], "big") + 1)) is not None
+
+
+def test_an_object_that_never_existed_is_an_error(make):
+    generation, _tids = make(one_record(10))
+    for read in (
+        lambda: generation.load(MISSING, MAX_TID),
+        lambda: generation.load_serial(MISSING, Z64),
+        lambda: generation.get_tid(MISSING),
+    ):
+        with pytest.raises(POSKeyError) as raised:
+            read()
+        assert raised.value.args == (MISSING,)
+
+
+# What the page cache can say
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO]
+)
+def test_what_is_not_in_memory_would_block(make, page_cache, number):
+    generation, _tids = make(one_record(10))
+
+    def answer(_position: int, _size: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    page_cache(answer)
+    with pytest.raises(WouldBlock):
+        generation.load(OID, MAX_TID, FLAG)
+
+
+@pytest.mark.parametrize("size", [10, READ_BYTES, 50_000])
+def test_who_may_wait_does_not_ask_the_page_cache(make, page_cache, size):
+    generation, _tids = make(one_record(size))
+
+    def answer(_position: int, _size: int) -> int:
+        raise AssertionError("asked for what is in memory")
+
+    page_cache(answer)
+    revision = generation.load(OID, MAX_TID)
+    assert revision is not None
+    assert len(revision.data) == size
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 10_000), st.lists(st.integers(1, 5000), min_size=1, max_size=5))
+def test_short_reads_are_put_together(tmp_path_factory, size, pieces):
+    """What is in memory may end anywhere; then the rest is asked for."""
+    storage = opened(tmp_path_factory.mktemp("records") / "Data.fs")
+    write(storage, one_record(size, 100))
+    generation = Generation(storage._file_name, storage._index)
+    served = 0
+
+    def preadv(fd: int, buffers: list[bytearray], position: int, _flags: int) -> int:
+        nonlocal served
+        least = HEADER_BYTES if served == 0 else 1
+        wanted = min(len(buffers[0]), max(pieces[served % len(pieces)], least))
+        served += 1
+        data = os.pread(fd, wanted, position)
+        buffers[0][: len(data)] = data
+        return len(data)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "preadv", preadv)
+        revision = generation.load(OID, MAX_TID, FLAG)
+    assert revision == Revision(*storage.loadBefore(OID, MAX_TID))
+    generation.close()
+    storage.close()
+
+
+@pytest.mark.parametrize("in_memory", [1, HEADER_BYTES, HEADER_BYTES + 7, READ_BYTES])
+def test_a_record_of_which_the_rest_is_not_in_memory_would_block(
+    make, page_cache, in_memory
+):
+    generation, _tids = make(one_record(3 * READ_BYTES))
+    start = generation.index[OID]
+
+    def answer(position: int, size: int) -> int:
+        left = start + in_memory - position
+        if left <= 0:
+            raise OSError(errno.EAGAIN, "not in memory")
+        return min(size, left)
+
+    page_cache(answer)
+    with pytest.raises(WouldBlock):
+        generation.load(OID, MAX_TID, FLAG)
+
+
+def test_the_loop_asks_the_kernel_and_gets_an_answer_or_would_block(make):
+    """Whatever this machine's file system can say of its page cache."""
+    generation, _tids = make(one_record(3 * READ_BYTES))
+    try:
+        revision = generation.load(OID, MAX_TID, NOWAIT)
+    except WouldBlock:
+        return
+    assert revision == generation.load(OID, MAX_TID)
+
+
+# Damage
+
+
+def test_a_record_of_another_object_is_damage(make, storage):
+    generation, _tids = make(one_record(10, 10))
+    wrong = {OID: storage._index[OIDS[1]]}
+    with pytest.raises(CorruptedDataError):
+        Generation(storage._file_name, wrong).load(OID, MAX_TID)
+    assert generation.load(OID, MAX_TID)
+
+
+@pytest.mark.parametrize("left", [0, 10, HEADER_BYTES, HEADER_BYTES + 50])
+def test_a_file_that_ends_in_a_record_is_damage(make, tmp_path, left):
+    generation, _tids = make(one_record(100))
+    path = tmp_path / "cut.fs"
+    whole = Path(tmp_path / "Data.fs").read_bytes()
+    path.write_bytes(whole[: generation.index[OID] + left])
+    cut = Generation(str(path), generation.index)
+    with pytest.raises(CorruptedDataError):
+        cut.load(OID, MAX_TID)
+    cut.close()
+
+
+def test_a_large_record_that_is_cut_is_damage(make, tmp_path):
+    generation, _tids = make(one_record(3 * READ_BYTES))
+    path = tmp_path / "cut.fs"
+    whole = Path(tmp_path / "Data.fs").read_bytes()
+    path.write_bytes(whole[: generation.index[OID] + 2 * READ_BYTES])
+    cut = Generation(str(path), generation.index)
+    with pytest.raises(CorruptedDataError):
+        cut.load(OID, MAX_TID)
+    cut.close()
+
+
+# Descriptors
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_generation_closes_its_file_once(make):
+    generation, _tids = make(one_record(10))
+    fd = generation._fd
+    assert is_open(fd)
+    generation.close()
+    assert not is_open(fd)
+    # Somebody else may have that number now.
+    taken = os.open(os.devnull, os.O_RDONLY)
+    generation.close()
+    assert is_open(taken)
+    os.close(taken)
+
+
+def test_the_last_reader_closes_the_door(make):
+    generation, _tids = make(one_record(10))
+    fd = generation._fd
+    del generation
+    assert not is_open(fd)
+
+
+def test_a_duplicate_outlives_its_generation(make):
+    generation, _tids = make(one_record(10))
+    fd = generation.duplicate()
+    generation.close()
+    assert os.pread(fd, 4, 0) == b"FS30"
+    os.close(fd)
+
+
+def test_a_file_that_is_not_there_leaves_no_generation(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Generation(str(tmp_path / "Data.fs"), {})
+
+
+def test_the_old_file_goes_on_being_read_when_another_took_its_name(make, tmp_path):
+    generation, _tids = make(one_record(10))
+    (tmp_path / "other.fs").write_bytes(b"something else")
+    (tmp_path / "other.fs").rename(tmp_path / "Data.fs")
+    assert generation.load(OID, MAX_TID) is not None
+
+
+def test_the_layout_is_that_of_zodb():
+    assert records._HEADER.size == HEADER_BYTES
