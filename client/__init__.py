@@ -18,6 +18,7 @@
 * ``position``   the one who applies changes, in order
 * ``commit``     one transaction from begin to its end
 * ``stores``     what it wants to write
+* ``log``        undo logs and histories in ZODB's form
 * ``cache``      revisions and the snapshots they are good for
 * ``config``     the <zeolith> section of a ZODB configuration
 * ``uri``        zeolith:// for zodburi

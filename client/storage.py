@@ -10,13 +10,11 @@ import os
 import threading
 import time
 import weakref
-from base64 import decodebytes, encodebytes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from base64 import decodebytes
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from persistent.TimeStamp import TimeStamp
 from ZODB import interfaces
-from ZODB._compat import loads
 from ZODB.ConflictResolution import ConflictResolvingStorage
 from ZODB.POSException import (
     POSKeyError,
@@ -26,6 +24,7 @@ from ZODB.POSException import (
 )
 from zope.interface import alsoProvides, implementer
 
+from zeolith.client import log
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
 from zeolith.client.commit import Commit, Phase
@@ -41,7 +40,6 @@ from zeolith.protocol.limits import DEFAULT, Limits
 logger = logging.getLogger(__name__)
 
 NEW_OIDS = 100
-LOG_BATCH = 100
 # What we can do if the server's storage can.
 _OPTIONAL_INTERFACES = {"IStorageUndoable": interfaces.IStorageUndoable}
 
@@ -341,7 +339,7 @@ class ClientStorage(ConflictResolvingStorage):
     def history(self, oid: bytes, size: int = 1) -> list[dict[str, Any]]:
         """The last ``size`` revisions, newest first."""
         return [
-            {**_log_entry(entry), "tid": entry[0]}
+            {**log.describe(entry), "tid": entry[0]}
             for entry in self.call("history", oid, size)
         ]
 
@@ -453,18 +451,7 @@ class ClientStorage(ConflictResolvingStorage):
         A negative ``last`` is a number of transactions. The filter runs here, so it
         may be anything.
         """
-        if last < 0:
-            last = first - last
-        found: list[dict[str, Any]] = []
-        number = 0
-        for description in self._undoable():
-            if number >= last:
-                break
-            if filter is None or filter(description):
-                if number >= first:
-                    found.append(description)
-                number += 1
-        return found
+        return log.between(log.undoable(self.call), first, last, filter)
 
     def undoInfo(
         self,
@@ -473,29 +460,8 @@ class ClientStorage(ConflictResolvingStorage):
         specification: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """undoLog of the transactions that have all of ``specification``."""
-        if not specification:
-            return self.undoLog(first, last)
-        wanted = tuple(specification.items())
-
-        def fits(description: dict[str, Any]) -> bool:
-            # The specified value is on the left: it may be a ZopeUndo Prefix.
-            return all(
-                key in description and value == _as_type_of(value, description[key])
-                for key, value in wanted
-            )
-
-        return self.undoLog(first, last, fits)
-
-    def _undoable(self) -> Iterator[dict[str, Any]]:
-        before = None
-        while True:
-            entries = self.call("undo_log", before, LOG_BATCH)
-            for entry in entries:
-                tid = entry[0]
-                yield {**_log_entry(entry), "id": encodebytes(tid).rstrip()}
-            if len(entries) < LOG_BATCH:
-                return
-            before = entries[-1][0]
+        wanted = log.having(specification) if specification else None
+        return self.undoLog(first, last, wanted)
 
     def pack(
         self,
@@ -523,30 +489,6 @@ def _refuse_arguments_to_come(**arguments: object) -> None:
             raise NotSupportedYet(
                 f"ClientStorage: {name} is not supported yet by this release of zeolith"
             )
-
-
-def _log_entry(entry: Sequence[Any]) -> dict[str, Any]:
-    """A transaction of the log in ZODB's form."""
-    tid, user, description, extension, size = entry
-    described: dict[str, Any] = {
-        "time": TimeStamp(tid).timeTime(),
-        "user_name": user,
-        "description": description,
-        "size": size,
-    }
-    if extension:
-        try:
-            described.update(loads(extension))
-        except Exception as error:  # noqa: BLE001 - whatever a class may raise
-            logger.warning("the extension of %s is unreadable: %s", tid.hex(), error)
-    return described
-
-
-def _as_type_of(wanted: Any, value: Any) -> Any:
-    """``value`` as text if it is compared with text; ZODB has bytes there."""
-    if isinstance(value, bytes) and not isinstance(wanted, bytes):
-        return value.decode("utf-8", "replace")
-    return value
 
 
 # Storages of this process, so that a forked child can let go of its parent's sockets.

@@ -9,6 +9,7 @@ from ZODB.Connection import TransactionMetaData
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.limits import Limits
 from zeolith.server.peer import Peer
+from zeolith.storage.database import WouldBlock
 
 from ..support.gates import Background
 from ..support.inprocess import HeldStream, InProcessServer, client_of
@@ -219,11 +220,11 @@ def test_of_several_stores_of_an_object_the_last_one_counts_in_every_batch(serve
         assert storage.load(X) == (b"19" * 200, tid)
 
 
-Ask = Callable[[ClientStorage], Any]
-QUESTIONS: dict[str, Ask] = {
-    "load": lambda storage: storage.load(X),
-    "getTid": lambda storage: storage.getTid(X),
-    "history": lambda storage: storage.history(X),
+# What is asked, and which method of the database answers it.
+QUESTIONS: dict[str, tuple[Callable[[ClientStorage], Any], str]] = {
+    "load": (lambda storage: storage.load(X), "load"),
+    "getTid": (lambda storage: storage.getTid(X), "get_tid"),
+    "history": (lambda storage: storage.history(X), "history"),
 }
 
 
@@ -233,46 +234,34 @@ def test_a_slow_answer_goes_to_the_one_who_asked(
 ):
     """Meanwhile others ask and are answered, on the same session."""
     tid = commit(writer, x=b"data", y=b"other")
-    expected = QUESTIONS[question](writer)
-    database = server.database
+    ask, method = QUESTIONS[question]
+    expected = ask(writer)
+    step = getattr(server.database, method)
+
+    def gated(oid: bytes, *args: Any) -> Any:
+        if oid == X:
+            gate.pass_through()
+        return step(oid, *args)
+
+    def would_block(*_args: Any) -> None:
+        raise WouldBlock
+
+    monkeypatch.setattr(server.database, method, gated)
+    monkeypatch.setattr(server.database, "load_nowait", would_block)
     with client_of(server) as storage:
-        for method in ("load_nowait", "get_tid", "history"):
-            step = getattr(database, method)
-
-            def gated(oid: bytes, *args: Any, step: Any = step) -> Any:
-                if oid == X and step.__name__ != "load_nowait":
-                    gate.pass_through()
-                return step(oid, *args)
-
-            monkeypatch.setattr(database, method, gated)
-        if question == "load":
-            monkeypatch.setattr(database, "load_nowait", would_block_for_x(database))
-            monkeypatch.setattr(database, "load", gate.before(database.load))
         gate.shut()
-        asking = Background(QUESTIONS[question], storage)
+        asking = Background(ask, storage)
         gate.wait_until_reached()
         for _ in range(3):
+            storage.cache.forget(Y)
             assert storage.load(Y) == (b"other", tid)
             storage.ping()
         gate.open()
         assert asking.result() == expected
 
 
-def would_block_for_x(database: Any) -> Callable[..., Any]:
-    from zeolith.storage.database import WouldBlock
-
-    load = database.load_nowait
-
-    def load_nowait(oid: bytes, before: bytes) -> Any:
-        if oid == X:
-            raise WouldBlock
-        return load(oid, before)
-
-    return load_nowait
-
-
-def test_an_interrupted_call_leaves_no_answer_to_the_next_one(server, writer, gate):
-    """A thread that is stopped in a call must not get a later call's channel dirty."""
+def test_an_interrupted_call_leaves_no_answer_to_the_next_one(server, writer):
+    """A Ctrl-C in the middle of a call, say: its answer is still on the way."""
     tid = commit(writer, x=b"data", y=b"other")
     with client_of(server) as storage:
         storage.ping()

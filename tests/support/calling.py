@@ -12,7 +12,8 @@ class InThread:
         self._call = function, args, kwargs
         self._value: Any = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="in-thread")
+        # A call that never ends makes its test fail, not the whole run hang.
+        self._thread = threading.Thread(target=self._run, name="in-thread", daemon=True)
         self._thread.start()
 
     @property

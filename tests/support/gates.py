@@ -61,9 +61,10 @@ class Gate:
 class Background:
     """A call in a thread of its own, whose end the test waits for."""
 
-    def __init__(self, function: Callable[..., Any], *args: Any):
+    def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any):
         self._function = function
         self._args = args
+        self._kwargs = kwargs
         self._value: Any = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -96,6 +97,6 @@ class Background:
 
     def _run(self) -> None:
         try:
-            self._value = self._function(*self._args)
+            self._value = self._function(*self._args, **self._kwargs)
         except BaseException as error:
             self._error = error

@@ -1,0 +1,512 @@
+"""Nobody can hold up the others: not by hanging, breaking, misbehaving or dying."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from ZODB.FileStorage import FileStorage
+
+from zeolith.client import connector
+from zeolith.client.errors import ClientDisconnected
+from zeolith.client.storage import ClientStorage
+from zeolith.protocol.errors import TransactionTimeout
+from zeolith.protocol.limits import Limits
+
+from ..support.gates import Background, Gate
+from ..support.inprocess import HeldStream, InProcessServer, client_of, serving
+from ..support.proxy import Direction, Proxy
+from ..support.records import Listening, commit, oid_of, seen, vote, wait_for_position
+from ..support.waiting import wait_until
+
+X = oid_of("x")
+# A network that falls silent is found out about soon.
+IMPATIENT = Limits(heartbeat_interval_s=0.1, heartbeat_timeout_s=0.5)
+
+
+def is_idle(server: InProcessServer) -> bool:
+    return not server.status()["in transaction"]
+
+
+# A transaction that is not finished
+
+
+@pytest.fixture
+def hasty(tmp_path) -> Iterator[InProcessServer]:
+    """A server that does not wait long for a voted transaction."""
+    with serving(tmp_path / "Data.fs", transaction_timeout_s=0.05) as server:
+        yield server
+
+
+def test_a_client_that_hangs_after_its_vote_holds_nobody_up(hasty):
+    """It is told so, may try again, and the others go on at once."""
+    with client_of(hasty) as hanging, client_of(hasty) as other:
+        transaction = vote(hanging, x=b"hanging")
+        tid = commit(other, x=b"other")
+        with pytest.raises(TransactionTimeout, match="transaction-timeout"):
+            hanging.tpc_finish(transaction)
+        hanging.tpc_abort(transaction)
+        wait_for_position(hanging, tid)
+        assert seen(hanging, "x") == b"other"
+        again = commit(hanging, x=b"again")
+        wait_for_position(other, again)
+        assert seen(other, "x") == b"again"
+
+
+def test_many_that_hang_are_passed_over_one_after_the_other(hasty):
+    with ExitStack() as closing:
+        hanging = [closing.enter_context(client_of(hasty)) for _ in range(4)]
+        voting = [Background(vote, storage, x=b"hanging") for storage in hanging]
+        other = closing.enter_context(client_of(hasty))
+        for each in voting:
+            each.result()
+        commit(other, y=b"other")
+        assert is_idle(hasty)
+
+
+def test_a_transaction_timeout_leaves_no_half_client_behind(hasty):
+    """Its session goes on: the same client still hears of what others commit."""
+    with client_of(hasty) as hanging, client_of(hasty) as other:
+        before = hasty.status()
+        vote(hanging, x=b"hanging")
+        wait_until(lambda: is_idle(hasty), "the end of the transaction")
+        assert hasty.status()["sessions"] == before["sessions"] == 2
+        tid = commit(other, y=b"other")
+        wait_for_position(hanging, tid)
+
+
+# A client that is gone, whatever the reason
+
+
+def offend(hold: "Hold") -> None:
+    """Bytes that are no message."""
+    hold.channel._socket.sendall(b"\xff" * 16)
+
+
+def oversize(hold: "Hold") -> None:
+    """The length of a frame that nobody may send."""
+    hold.channel._socket.sendall((2**32 - 1).to_bytes(4, "big"))
+
+
+def lose_the_channel(hold: "Hold") -> None:
+    hold.channel._socket.shutdown(socket.SHUT_RDWR)
+
+
+def lose_the_stream(hold: "Hold") -> None:
+    assert hold.session is not None
+    hold.session._stream.shutdown(socket.SHUT_RDWR)
+
+
+def lose_everything(hold: "Hold") -> None:
+    hold.proxy.cut()
+
+
+def close_the_storage(hold: "Hold") -> None:
+    hold.storage.close()
+
+
+def vote_elsewhere(hold: "Hold") -> None:
+    """A second transaction on a channel that is in one: refused, and no harm done."""
+    hold.channel.close()
+
+
+ENDS: list[Callable[["Hold"], None]] = [
+    offend,
+    oversize,
+    lose_the_channel,
+    lose_the_stream,
+    lose_everything,
+    close_the_storage,
+    vote_elsewhere,
+]
+
+
+class Hold:
+    """A client that has voted and holds the turn."""
+
+    def __init__(self, storage: ClientStorage, proxy: Proxy):
+        self.storage = storage
+        self.proxy = proxy
+        self.transaction = vote(storage, x=b"held")
+        self.session = storage.current_session
+        channel = storage._commits[self.transaction]._channel
+        assert channel is not None
+        self.channel = channel
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_next_one_commits_whatever_became_of_the_holder(
+    server, writer, reader, proxy, end: Callable[[Hold], None]
+):
+    """Every end of a connection leads through the same teardown."""
+    hold = Hold(reader, proxy)
+    waiting = Background(commit, writer, y=b"next")
+    wait_until(
+        lambda: server.on_loop(lambda: server.served.committer.waiting),
+        "the next one in line",
+    )
+    end(hold)
+    waiting.result()
+    assert is_idle(server)
+    with pytest.raises(Exception):
+        reader.tpc_finish(hold.transaction)
+    plain = server.on_loop(lambda: server.served.changes.last_tid)
+    assert plain == writer.lastTransaction()
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_nothing_is_left_of_a_client_that_is_gone(
+    server, writer, reader, proxy, monkeypatch, end: Callable[[Hold], None]
+):
+    """No session, no follower to whom every later change would be sent in vain."""
+    hold = Hold(reader, proxy)
+    before = server.status()["sessions"]
+    assert before == 2
+    end(hold)
+    reader.close()
+    expected = {"peers": 1, "sessions": 1, "followers": 1, "in transaction": 0}
+
+    def only_the_writer() -> bool:
+        # Its channels come and go.
+        status = server.status()
+        return {**status, "peers": 1} == expected and status["peers"] <= 3
+
+    wait_until(only_the_writer, "the end of the other client")
+    commit(writer, y=b"more")
+    assert only_the_writer()
+
+
+def test_a_silent_network_frees_the_turn_and_the_client(tmp_path):
+    """Nothing arrives any more, and nothing says so."""
+    with serving(tmp_path / "Data.fs", limits=IMPATIENT) as server:
+        from ..support.proxy import proxied
+
+        with (
+            proxied(server.address) as proxy,
+            client_of(server, limits=IMPATIENT) as other,
+            client_of(server, addr=proxy.address, limits=IMPATIENT) as silent,
+        ):
+            transaction = vote(silent, x=b"silent")
+            proxy.stall()
+            commit(other, y=b"other")
+            assert is_idle(server)
+            wait_until(lambda: not silent.is_connected(), "the end of the session")
+            with pytest.raises(ClientDisconnected, match="nothing was committed"):
+                silent.tpc_finish(transaction)
+            proxy.cut()
+            proxy.restore()
+
+
+@pytest.mark.parametrize("way", list(Direction))
+def test_a_call_does_not_wait_for_ever_for_a_silent_server(tmp_path, way: Direction):
+    """The cause is in the error, and the client comes back by itself."""
+    with serving(tmp_path / "Data.fs", limits=IMPATIENT) as server:
+        from ..support.proxy import proxied
+
+        with (
+            proxied(server.address) as proxy,
+            client_of(
+                server, addr=proxy.address, limits=IMPATIENT, wait_timeout=0
+            ) as storage,
+        ):
+            tid = commit(storage, x=b"data")
+            storage.cache.forget(X)
+            proxy.stall(way)
+            loading = Background(storage.load, X)
+            assert "silent" in str(loading.error())
+            proxy.cut()
+            proxy.restore()
+            wait_until(storage.is_connected, "the return")
+            assert storage.load(X) == (b"data", tid)
+
+
+def test_a_quiet_connection_is_kept_alive(tmp_path):
+    """Nothing happens for many times the time after which silence is an end."""
+    with (
+        serving(tmp_path / "Data.fs", limits=IMPATIENT) as server,
+        client_of(server, limits=IMPATIENT) as storage,
+    ):
+        commit(storage, x=b"data")
+        session = storage.current_session
+        assert session is not None
+        beats = count_beats(session)
+        wait_until(lambda: beats() >= 12, "heartbeats")
+        assert storage.current_session is session
+        assert commit(storage, x=b"more")
+
+
+def count_beats(session: Any) -> Callable[[], int]:
+    receive = session._connection.receive_data
+    count = 0
+
+    def counting(data: bytes, now: float) -> Any:
+        nonlocal count
+        count += 1
+        return receive(data, now)
+
+    session._connection.receive_data = counting
+    return lambda: count
+
+
+def test_a_long_call_is_kept_alive_by_the_server(tmp_path, gate, monkeypatch):
+    """It may take longer than silence is suffered: the server says that it works."""
+    with (
+        serving(tmp_path / "Data.fs", limits=IMPATIENT) as server,
+        client_of(server, limits=IMPATIENT) as storage,
+    ):
+        commit(storage, x=b"data")
+        session = storage.current_session
+        assert session is not None
+        database = server.database
+        monkeypatch.setattr(database, "pack", gate.before(lambda _time: None))
+        gate.shut()
+        packing = Background(storage.pack)
+        gate.wait_until_reached()
+        beats = count_beats(session)
+        wait_until(lambda: beats() >= 12, "heartbeats")
+        gate.open()
+        packing.result()
+        assert storage.current_session is session
+
+
+# A storage that is slow, or held by a pack
+
+
+def test_a_vote_that_waits_for_a_lock_holds_up_no_reader(server, writer, reader):
+    """A packer holds the storage's commit lock, and somebody wants to commit."""
+    tid = commit(writer, x=b"data")
+    wait_for_position(reader, tid)
+    files: Any = server.database
+    with files._file._commit_lock:
+        voting = Background(vote, writer, y=b"other")
+        wait_until(
+            lambda: server.on_loop(lambda: server.served.committer.holder),
+            "the vote under way",
+        )
+        for _ in range(10):
+            reader.cache.forget(X)
+            assert reader.load(X) == (b"data", tid)
+            reader.ping()
+        with client_of(server) as newcomer:
+            assert newcomer.load(X) == (b"data", tid)
+        assert not voting.returns_soon()
+    writer.tpc_finish(voting.result())
+
+
+@pytest.mark.parametrize("step", ["vote", "finish", "abort"])
+def test_a_slow_step_of_one_client_holds_up_no_reader(
+    server, writer, reader, gate, monkeypatch, step: str
+):
+    """A conflict that takes seconds to resolve, or a disk that takes them to sync."""
+    tid = commit(writer, x=b"data")
+    wait_for_position(reader, tid)
+    database = server.database
+    monkeypatch.setattr(database, step, gate.before(getattr(database, step)))
+    gate.shut()
+    if step == "vote":
+        working = Background(vote, writer, y=b"other")
+    else:
+        transaction = vote(writer, y=b"other")
+        working = Background(getattr(writer, f"tpc_{step}"), transaction)
+    gate.wait_until_reached()
+    for _ in range(10):
+        reader.cache.forget(X)
+        assert reader.load(X) == (b"data", tid)
+        reader.ping()
+    assert reader.server_status()["storages"]["1"]["transaction"] is not None
+    assert not working.returns_soon()
+    gate.open()
+    working.result()
+
+
+def test_a_load_that_waits_for_the_disk_holds_up_nobody(
+    server, writer, reader, gate, monkeypatch
+):
+    tid = commit(writer, x=b"data", y=b"other")
+    wait_for_position(reader, tid)
+    generation = server.database.__class__._generation  # type: ignore[attr-defined]
+    assert generation is not None
+    database = server.database
+    load_nowait = database.load_nowait
+
+    def not_in_memory(oid: bytes, before: bytes) -> Any:
+        from zeolith.storage.database import WouldBlock
+
+        if oid == X:
+            raise WouldBlock
+        return load_nowait(oid, before)
+
+    monkeypatch.setattr(database, "load_nowait", not_in_memory)
+    monkeypatch.setattr(database, "load", gate.before(database.load))
+    gate.shut()
+    loading = Background(reader.load, X)
+    gate.wait_until_reached()
+    commit(writer, z=b"committed meanwhile")
+    assert reader.load(oid_of("y")) == (b"other", tid)
+    gate.open()
+    assert loading.result() == (b"data", tid)
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(tmp_path, proxy):
+    """What waits for it is bounded; then it is let go, and comes back."""
+    limits = Limits(output_bytes_max=100_000)
+    with serving(tmp_path / "Slow.fs", limits=limits) as server:
+        from ..support.proxy import proxied
+
+        with (
+            proxied(server.address) as road,
+            client_of(server) as writer,
+            client_of(server, addr=road.address) as slow,
+        ):
+            commit(writer, x=b"old")
+            database = Listening()
+            slow.registerDB(database)
+            stream = server.stream_of(slow)
+            road.stall(Direction.TO_CLIENT)
+            oids = [b"%08d" % n for n in range(20_000)]
+            from ..support.model import publish
+
+            def flood() -> bool:
+                served = server.served
+                last = int.from_bytes(served.changes.last_tid, "big")
+                publish(served, (last + 1).to_bytes(8, "big"), oids)
+                return stream in served.followers
+
+            while server.on_loop(flood):
+                pass
+            last = commit(writer, x=b"new")
+            road.restore()
+            wait_for_position(slow, last)
+            assert seen(slow, "x") == b"new"
+            assert server.stream_of(slow) is not stream
+
+
+# Closing
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """The threads of clients that begin inside end inside."""
+    before = client_threads()
+    yield
+    wait_until(lambda: client_threads() <= before, "the end of the threads")
+
+
+def client_threads() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if each.name.startswith("zeolith-")}
+
+
+def unreachable() -> tuple[str, int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address: tuple[str, int] = listener.getsockname()
+    return address
+
+
+def test_closing_ends_the_search_for_a_server():
+    with nothing_left_behind():
+        storage = ClientStorage(unreachable(), wait=False)
+        asking = Background(storage.load, X)
+        assert not asking.returns_soon()
+        storage.close()
+        assert "closed" in str(asking.error())
+
+
+def test_closing_ends_a_dial_that_is_not_answered():
+    """The server accepts and says nothing."""
+    limits = Limits(hello_timeout_s=0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener, nothing_left_behind():
+        storage = ClientStorage(listener.getsockname(), wait=False, limits=limits)
+        accepted, _address = listener.accept()
+        with accepted:
+            accepted.recv(1)
+            storage.close()
+        assert not storage.is_connected()
+
+
+def test_closing_ends_calls_that_are_under_way(server, writer, gate, monkeypatch):
+    commit(writer, x=b"data")
+    database = server.database
+    monkeypatch.setattr(database, "get_tid", gate.before(database.get_tid))
+    with nothing_left_behind():
+        storage = ClientStorage(server.address)
+        gate.shut()
+        asking = [Background(storage.getTid, X) for _ in range(3)]
+        for _ in asking:
+            gate.wait_until_reached()
+        storage.close()
+        for each in asking:
+            assert isinstance(each.error(), ClientDisconnected)
+        storage.close()
+    gate.open()
+
+
+def test_closing_in_the_middle_of_an_adoption_leaves_no_session(
+    server, gate, monkeypatch
+):
+    """The welcome is there, and nobody wants it any more."""
+    monkeypatch.setattr(connector, "CLOSE_TIMEOUT_S", 0.01)
+    with nothing_left_behind():
+        storage = ClientStorage(server.address, wait=False)
+        position = storage.position
+        storage.close()
+        wait_until(lambda: not server.status()["peers"], "the end of the first one")
+        del storage
+        storage = ClientStorage(unreachable(), wait=False)
+        position = storage.position
+        monkeypatch.setattr(position, "adopt", gate.before(position.adopt))
+        gate.shut()
+        storage.new_addr(server.address)
+        gate.wait_until_reached()
+        storage.close()
+        gate.open()
+        wait_until(lambda: not server.status()["peers"], "the end of the session")
+        assert not storage.is_connected()
+
+
+def test_closing_while_a_better_server_is_looked_for_leaves_no_session(
+    tmp_path, gate, monkeypatch
+):
+    """The second thread has just found one."""
+    FileStorage(str(tmp_path / "Data.fs")).close()
+    with serving(tmp_path / "Data.fs") as server:
+        with client_of(server) as writer:
+            commit(writer, x=b"data")
+        readonly = InProcessServer(
+            {"1": server._storages["1"]}, is_read_only=True
+        )
+        del readonly
+        found_gate: Gate = gate
+        reach = connector.Connector._reach
+        tried = threading.Event()
+
+        def refuse_at_first(self: Any, *, is_read_only: bool) -> Any:
+            from zeolith.protocol.errors import HelloRefused
+
+            if not is_read_only and not tried.is_set():
+                tried.set()
+                raise HelloRefused("read-only", "not yet")
+            reached = reach(self, is_read_only=is_read_only)
+            if not is_read_only:
+                found_gate.pass_through()
+            return reached
+
+        monkeypatch.setattr(connector.Connector, "_reach", refuse_at_first)
+        monkeypatch.setattr(connector, "UPGRADE_INTERVAL_S", 0.01)
+        with nothing_left_behind():
+            found_gate.shut()
+            storage = ClientStorage(server.address, read_only_fallback=True)
+            assert storage.isReadOnly()
+            found_gate.wait_until_reached()
+            storage.close()
+            found_gate.open()
+        wait_until(lambda: not server.status()["peers"], "the end of both sessions")
+
+
+def test_a_stream_that_is_held_does_not_hold_up_the_end(server):
+    with nothing_left_behind():
+        storage = ClientStorage(server.address)
+        HeldStream(server, storage).hold()
+        storage.close()
+    wait_until(lambda: not server.status()["peers"], "the end of the session")

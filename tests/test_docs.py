@@ -1,0 +1,266 @@
+"""What the documentation says is there, and what is there is in the documentation."""
+
+import doctest
+import inspect
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import fields
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+import ZConfig
+from zodburi import resolve_uri
+
+from zeolith.client import errors, uri
+from zeolith.client.storage import ClientStorage
+from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
+from zeolith.server import config
+from zeolith.server.cli import main
+from zeolith.server.served import Counters
+
+from .support.serving import ServerProcess
+from .support.zope import ZODB_DB
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [
+        *DOCS.glob("*.md"),
+        *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
+        *(ROOT / "protocol" / "README.md", ROOT / "deploy" / "README.md"),
+    ]
+)
+REFERENCE = (DOCS / "reference.md").read_text()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+URI = re.compile(r"zeolith://\S+")
+# Of a page, what is no heading although it begins with a hash.
+INSIDE_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """What stands between two fences."""
+
+    page: Path
+    language: str
+    text: str
+
+
+BLOCKS = [Block(page, *found) for page in PAGES for found in FENCE.findall(page.read_text())]
+
+
+def name_of(value: object) -> str | None:
+    """How pytest calls a page or a block."""
+    if isinstance(value, Path):
+        return str(value.relative_to(ROOT))
+    if isinstance(value, Block):
+        return f"{value.page.name}: {value.text.splitlines()[0]}"
+    return None
+
+
+def section(heading: str) -> str:
+    """The part of the reference below ``heading``, up to the next heading."""
+    (found,) = re.findall(rf"^{heading}\n(.*?)(?=^#|\Z)", REFERENCE, re.M | re.S)
+    return str(found)
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The rows of the tables below ``heading``, without the backticks."""
+    return [
+        [cell.strip().replace("`", "") for cell in line.strip("| ").split("|")]
+        for line in section(heading).splitlines()
+        if line.startswith("|")
+    ]
+
+
+def keys(schema: Path, sectiontype: str) -> dict[str, str | None]:
+    """The keys of a section and their defaults."""
+    root = ElementTree.parse(schema).getroot()
+    (found,) = (
+        each for each in root.iter("sectiontype") if each.get("name") == sectiontype
+    )
+    return {
+        str(key.get("name")): key.get("default")
+        for key in found
+        if key.tag in ("key", "multikey")
+    }
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    assert isinstance(main, click.Group)
+    yield from main.commands.items()
+
+
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_every_command_and_option_is_in_the_reference(name, command):
+    text = section(f"### zeolith {name}")
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert set(parameter.opts) <= set(re.findall(r"(?<![\w-])--?[\w-]+", text))
+        else:
+            assert str(parameter.name).upper() in text
+
+
+def test_the_options_of_all_commands_are_in_the_reference():
+    text = section("## The command")
+    context = click.Context(main)
+    options = {
+        opt
+        for parameter in main.get_params(context)
+        for opt in parameter.opts
+        if isinstance(parameter, click.Option)
+    }
+    assert options == {"--help", "-h", "--version"}
+    assert all(option in text for option in options)
+
+
+def test_every_key_of_the_server_is_in_the_reference_with_its_default():
+    described = {row[0]: row for row in rows("## The server's configuration file")}
+    for key, default in keys(config.SCHEMA, "zeolith").items():
+        assert key in described
+        assert default in (None, described[key][2]), key
+
+
+def test_every_key_of_a_client_is_in_the_reference_with_its_default():
+    described = {row[1].split(",")[0].split(";")[0]: row for row in rows("### Options")}
+    for key, default in keys(ROOT / "client" / "component.xml", "zeolith").items():
+        assert key in described
+        assert default in (None, described[key][3]), key
+
+
+def test_every_argument_of_a_client_is_in_the_reference():
+    described = {row[0].split(";")[0] for row in rows("### Options")}
+    arguments = set(inspect.signature(ClientStorage).parameters)
+    assert arguments | {"argument and URI parameter", "---"} == described
+
+
+def test_every_parameter_of_a_uri_is_an_argument_in_the_reference():
+    described = {row[0].split(";")[0] for row in rows("### Options")}
+    assert set(uri.PARAMETERS) | set(uri.NOT_IN_URI) <= described
+
+
+def test_every_exception_is_in_the_reference():
+    text = section("## Exceptions")
+    classes = inspect.getmembers(errors, inspect.isclass)
+    ours = [name for name, cls in classes if cls.__module__ == errors.__name__]
+    assert {"ClientDisconnected", "CommitOutcomeUnknown", "NotSupportedYet"} <= set(ours)
+    for name in (*ours, TransactionTimeout.__name__, ShuttingDown.__name__):
+        assert f"`{name}`" in text
+
+
+def test_every_key_of_the_status_is_in_the_reference(tmp_path):
+    with ServerProcess(tmp_path) as server:
+        storage = ClientStorage(server.address)
+        status = storage.server_status()
+        storage.close()
+    served = status["storages"]["1"]
+    described = set(re.findall(r"`(\w+)`", section("### zeolith status")))
+    assert {*status, *served, *served["clients"][0]} <= described
+    assert {each.name for each in fields(Counters)} <= described
+    assert json.loads(json.dumps(status)) == status
+
+
+def test_the_index_leads_to_every_page():
+    linked = set(LINK.findall((DOCS / "index.md").read_text()))
+    assert {page.name for page in DOCS.glob("*.md")} - {"index.md"} <= linked
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    text = heading.strip().lower().replace("`", "")
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    text = INSIDE_FENCE.sub("", page.read_text())
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(INSIDE_FENCE.sub("", page.read_text())):
+        if link.startswith("https://"):
+            continue
+        path, _hash, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_only_targets_of_the_makefile_are_made():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    for page in PAGES:
+        code = "".join(text for _language, text in FENCE.findall(page.read_text()))
+        code += " ".join(re.findall(r"`([^`\n]+)`", page.read_text()))
+        assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets, page
+
+
+def python_blocks() -> list[Block]:
+    return [block for block in BLOCKS if block.language == "python"]
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=name_of)
+def test_python_compiles(block):
+    compile(block.text, block.page.name, "exec")
+
+
+def test_what_is_typed_compiles():
+    typed = [block for block in BLOCKS if block.language == "pycon"]
+    assert typed
+    for block in typed:
+        for example in doctest.DocTestParser().get_examples(block.text):
+            compile(example.source, block.page.name, "single")
+
+
+def server_configurations() -> list[Block]:
+    return [
+        block
+        for block in BLOCKS
+        if "<zeolith>" in block.text and "</filestorage>" in block.text
+    ]
+
+
+@pytest.mark.parametrize("block", server_configurations(), ids=name_of)
+def test_a_configuration_of_a_server_is_right(block, tmp_path):
+    path = tmp_path / "server.conf"
+    path.write_text(block.text.replace("/var/lib/zeolith", str(tmp_path)))
+    assert config.read_file(str(path)).storages
+
+
+def client_configurations() -> list[Block]:
+    return [
+        block for block in BLOCKS if block.text.startswith("%import zeolith.client")
+    ]
+
+
+@pytest.mark.parametrize("block", client_configurations(), ids=name_of)
+def test_a_configuration_of_a_client_is_right(block):
+    schema = ZConfig.loadSchemaFile(StringIO(ZODB_DB))
+    document, _handlers = ZConfig.loadConfigFile(schema, StringIO(block.text))
+    (database,) = document.databases
+    assert database.config.storage.config.server
+
+
+def test_uris_are_right():
+    found = [
+        address
+        for block in BLOCKS
+        for address in URI.findall(block.text)
+        if not block.language
+    ]
+    assert len(found) >= 4
+    for address in found:
+        resolve_uri(address)
+
+
+def test_there_is_something_to_check():
+    assert python_blocks()
+    assert server_configurations()
+    assert len(client_configurations()) >= 3
