@@ -45,10 +45,24 @@ class Cache(Protocol):
     ) -> tuple[bytes, bytes, bytes | None] | None:
         """``(data, tid, end)`` of the revision for snapshot ``before``, or None."""
 
+    # Grows whenever all was forgotten; see ``store``.
+    history: int
+
     def store(
-        self, oid: bytes, tid: bytes, end: bytes | None, data: bytes, as_of: bytes
+        self,
+        oid: bytes,
+        tid: bytes,
+        end: bytes | None,
+        data: bytes,
+        as_of: bytes,
+        history: int | None = None,
     ) -> None:
-        """Keep an answer of the server's that is true as of ``as_of``, if possible."""
+        """Keep an answer of the server's that is true as of ``as_of``, if possible.
+
+        ``history`` is the cache's when the server was asked: an answer from before
+        everything was forgotten may be of a history that was given up (the server was
+        restored from an older copy) and is not kept. None: it is known to be of this.
+        """
 
     def apply(self, tid: bytes, oids: list[bytes]) -> None:
         """The change ``(tid, oids)``, the next one after ``valid_through``."""
@@ -83,6 +97,7 @@ class MemoryCache:
     def __init__(self, cache_bytes: int = DEFAULT_CACHE_BYTES):
         self.cache_bytes = cache_bytes
         self.valid_through = Z64
+        self.history = 0
         self.hits = self.misses = 0
         self._lock = threading.Lock()
         # Tuples are replaced, never changed, so that readers need no lock. Newest
@@ -122,13 +137,21 @@ class MemoryCache:
         return None
 
     def store(
-        self, oid: bytes, tid: bytes, end: bytes | None, data: bytes, as_of: bytes
+        self,
+        oid: bytes,
+        tid: bytes,
+        end: bytes | None,
+        data: bytes,
+        as_of: bytes,
+        history: int | None = None,
     ) -> None:
         """See Cache.store."""
         size = len(data) + ENTRY_BYTES
         if size > self.cache_bytes // 4:
             return
         with self._lock:
+            if history is not None and history != self.history:
+                return
             if end is None and as_of < self.valid_through:
                 if as_of < self._recent_since:
                     return
@@ -171,6 +194,7 @@ class MemoryCache:
             self._recent.clear()
             self._used_bytes = 0
             self._recent_since = self.valid_through = valid_through
+            self.history += 1
 
     def reset(self, valid_through: bytes) -> None:
         """See Cache.reset."""

@@ -141,6 +141,7 @@ class Commit:
             self.end()
             raise ClientDisconnected(f"{self._session.ended}; nothing was committed")
         position = self._storage.position
+        history = self._storage.cache.history
         sent_at = position.begin_finish(self.stores.id)
         try:
             tid, before = self._call("finish", sent_at)
@@ -164,7 +165,7 @@ class Commit:
         change = Change(since, tid, oids, self.stores.id)
 
         def apply(tid: bytes) -> None:
-            self._fill_cache(tid)
+            self._fill_cache(tid, history)
             callback(tid)
 
         try:
@@ -197,13 +198,13 @@ class Commit:
             raise ClientDisconnected(f"{cause}; nothing was committed") from cause
         raise unknown from cause
 
-    def _fill_cache(self, tid: bytes) -> None:
+    def _fill_cache(self, tid: bytes, history: int) -> None:
         """Keep what we have just written; never at the price of the commit."""
         cache = self._storage.cache
         resolved = set(self._resolved)
         for oid, data in self.stores.kept.items():
             if oid not in resolved:
-                cache.store(oid, tid, None, data, tid)
+                cache.store(oid, tid, None, data, tid, history)
 
     # The end
 

@@ -130,10 +130,12 @@ class Connector:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-            sessions = (self._current, self._better)
-        for session in sessions:
-            if session is not None:
-                session.close("the storage is closed")
+            session = self._current
+            better, self._better = self._better, None
+        if session is not None:
+            session.close("the storage is closed")
+        if better is not None:
+            better.discard("the storage is closed")
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(CLOSE_TIMEOUT_S)
@@ -184,7 +186,7 @@ class Connector:
             # Most likely the application's database did not take an invalidation.
             logger.exception("storage %s: following failed", self._storage)
             reason = repr(error)
-            session.close(reason)
+            session.discard(reason)
             self._pause(RETRY_MAX_S)
         self._position.leave(session)
         if not self._is_closed:
@@ -239,7 +241,10 @@ class Connector:
         with self._changed:
             self._current = session
             self._cause = None
+            late, self._better = self._better, None
             self._changed.notify_all()
+        if late is not None:
+            late.discard("another server was found before it")
         if self._is_closed:
             session.close("the storage is closed")
 
@@ -269,7 +274,11 @@ class Connector:
             except (OSError, ZeolithError):
                 continue
             with self._changed:
-                self._better = better
+                is_late = self._is_closed
+                if not is_late:
+                    self._better = better
+            if is_late:
+                better.discard("the storage is closed")
             fallback.close("a server that takes writes is there again")
             return
 

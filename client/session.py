@@ -178,6 +178,11 @@ class Session:
             channel.shut()
         self._drop_idle()
 
+    def discard(self, reason: str) -> None:
+        """End a session that nobody listens to; ``listen`` would close its stream."""
+        self.close(reason)
+        self._stream.close()
+
     def forget(self) -> None:
         """In a forked child: close our copies of the sockets, and nothing else."""
         self.ended = "the process was forked"

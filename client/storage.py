@@ -276,10 +276,11 @@ class ClientStorage(ConflictResolvingStorage):
         found = self.cache.load(oid, tid)
         if found is not None:
             return found
+        history = self.cache.history
         data, start, end, as_of = self.call("load", oid, tid)
         if data is None:
             return None
-        self.cache.store(oid, start, end, data, as_of)
+        self.cache.store(oid, start, end, data, as_of, history)
         return data, start, end
 
     def load(self, oid: bytes, version: str = "") -> tuple[bytes, bytes]:
@@ -306,11 +307,12 @@ class ClientStorage(ConflictResolvingStorage):
                 loaded[oid] = found
         while wanted:
             batch = wanted[: self.limits.load_many_max]
+            history = self.cache.history
             as_of, revisions = self.call("load_many", batch, before)
             for oid, revision in zip(batch, revisions, strict=False):
                 if revision is not None:
                     data, start, end = revision
-                    self.cache.store(oid, start, end, data, as_of)
+                    self.cache.store(oid, start, end, data, as_of, history)
                     loaded[oid] = data, start, end
             del wanted[: len(revisions)]
         return loaded

@@ -43,6 +43,9 @@ class Stores:
 
     def store(self, oid: bytes, serial: bytes, data: bytes) -> None:
         """Add a record; raises StorageError if it is too large for the wire."""
+        if type(data) is not bytes:
+            # A buffer may change before it is sent, or while it is in the cache.
+            data = bytes(memoryview(data))
         if len(data) > self._limits.record_bytes_max:
             raise StorageError(
                 f"a record of {len(data)} bytes is too large to be sent"

@@ -51,9 +51,9 @@ class Method:
             )
         for value, (name, kind) in zip(args, self.arguments, strict=True):
             if not kind.accepts(value):
+                what = "another" if type(value) is list else type(value).__name__
                 raise RemoteProtocolError(
-                    f"{self.name}: {name} must be {kind.name},"
-                    f" not {type(value).__name__}"
+                    f"{self.name}: {name} must be {kind.name}, not {what}"
                 )
 
 

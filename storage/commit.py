@@ -147,13 +147,8 @@ class Committing:
             self._storage.tpc_abort(self._metadata)
 
     def _last_stores(self) -> Iterable[list[Any]]:
-        """The operations, of several stores of one oid only the last one.
-
-        With an undo in between all are kept, for the undo may depend on them.
-        """
+        """The operations, of several stores of one oid only the last one."""
         operations = self._transaction.operations
-        if any(operation[0] == "undo" for operation in operations):
-            return operations
         last = {
             operation[1]: index
             for index, operation in enumerate(operations)

@@ -451,7 +451,7 @@ def test_a_goodbye_ends_the_conversation_for_both(state):
     assert received == Goodbye("stopping", "the server stops")
     assert pair.server.is_closed
     assert pair.client.is_closed
-    assert pair.client.said_goodbye
+    assert pair.client.goodbye_rcvd is not None
     assert str(pair.client.error) == "stopping: the server stops"
 
 
@@ -705,7 +705,7 @@ class Conversation(RuleBasedStateMachine):
     @invariant()
     def nobody_finds_fault(self) -> None:
         for end in (self.pair.client, self.pair.server):
-            assert end.error is None or end.said_goodbye
+            assert end.error is None or end.goodbye_rcvd
 
     @invariant()
     def what_is_heard_is_what_was_said(self) -> None:

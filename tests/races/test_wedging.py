@@ -7,17 +7,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from ZODB.FileStorage import FileStorage
+from ZODB.POSException import StorageError
 
 from zeolith.client import connector
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
-from zeolith.protocol.errors import TransactionTimeout
+from zeolith.protocol.errors import HelloRefused, TransactionTimeout
 from zeolith.protocol.limits import Limits
+from zeolith.storage.database import WouldBlock
 
-from ..support.gates import Background, Gate
+from ..support.gates import Background
 from ..support.inprocess import HeldStream, InProcessServer, client_of, serving
-from ..support.proxy import Direction, Proxy
+from ..support.model import publish
+from ..support.proxy import Direction, Proxy, proxied
 from ..support.records import Listening, commit, oid_of, seen, vote, wait_for_position
 from ..support.waiting import wait_until
 
@@ -107,8 +109,8 @@ def close_the_storage(hold: "Hold") -> None:
     hold.storage.close()
 
 
-def vote_elsewhere(hold: "Hold") -> None:
-    """A second transaction on a channel that is in one: refused, and no harm done."""
+def forget_the_channel(hold: "Hold") -> None:
+    """As when its thread dies."""
     hold.channel.close()
 
 
@@ -119,7 +121,7 @@ ENDS: list[Callable[["Hold"], None]] = [
     lose_the_stream,
     lose_everything,
     close_the_storage,
-    vote_elsewhere,
+    forget_the_channel,
 ]
 
 
@@ -150,10 +152,10 @@ def test_the_next_one_commits_whatever_became_of_the_holder(
     end(hold)
     waiting.result()
     assert is_idle(server)
-    with pytest.raises(Exception):
+    with pytest.raises(StorageError):
         reader.tpc_finish(hold.transaction)
-    plain = server.on_loop(lambda: server.served.changes.last_tid)
-    assert plain == writer.lastTransaction()
+    last_tid = server.on_loop(lambda: server.served.changes.last_tid)
+    assert last_tid == writer.lastTransaction()
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -180,46 +182,41 @@ def test_nothing_is_left_of_a_client_that_is_gone(
 
 def test_a_silent_network_frees_the_turn_and_the_client(tmp_path):
     """Nothing arrives any more, and nothing says so."""
-    with serving(tmp_path / "Data.fs", limits=IMPATIENT) as server:
-        from ..support.proxy import proxied
-
-        with (
-            proxied(server.address) as proxy,
-            client_of(server, limits=IMPATIENT) as other,
-            client_of(server, addr=proxy.address, limits=IMPATIENT) as silent,
-        ):
-            transaction = vote(silent, x=b"silent")
-            proxy.stall()
-            commit(other, y=b"other")
-            assert is_idle(server)
-            wait_until(lambda: not silent.is_connected(), "the end of the session")
-            with pytest.raises(ClientDisconnected, match="nothing was committed"):
-                silent.tpc_finish(transaction)
-            proxy.cut()
-            proxy.restore()
+    with (
+        serving(tmp_path / "Data.fs", limits=IMPATIENT) as server,
+        proxied(server.address) as proxy,
+        client_of(server, limits=IMPATIENT) as other,
+        client_of(server, addr=proxy.address, limits=IMPATIENT) as silent,
+    ):
+        transaction = vote(silent, x=b"silent")
+        proxy.stall()
+        commit(other, y=b"other")
+        assert is_idle(server)
+        wait_until(lambda: not silent.is_connected(), "the end of the session")
+        with pytest.raises(ClientDisconnected, match="nothing was committed"):
+            silent.tpc_finish(transaction)
+        proxy.cut()
+        proxy.restore()
 
 
 @pytest.mark.parametrize("way", list(Direction))
 def test_a_call_does_not_wait_for_ever_for_a_silent_server(tmp_path, way: Direction):
     """The cause is in the error, and the client comes back by itself."""
-    with serving(tmp_path / "Data.fs", limits=IMPATIENT) as server:
-        from ..support.proxy import proxied
-
-        with (
-            proxied(server.address) as proxy,
-            client_of(
-                server, addr=proxy.address, limits=IMPATIENT, wait_timeout=0
-            ) as storage,
-        ):
-            tid = commit(storage, x=b"data")
-            storage.cache.forget(X)
-            proxy.stall(way)
-            loading = Background(storage.load, X)
-            assert "silent" in str(loading.error())
-            proxy.cut()
-            proxy.restore()
-            wait_until(storage.is_connected, "the return")
-            assert storage.load(X) == (b"data", tid)
+    with (
+        serving(tmp_path / "Data.fs", limits=IMPATIENT) as server,
+        proxied(server.address) as proxy,
+        client_of(server, addr=proxy.address, limits=IMPATIENT) as storage,
+    ):
+        storage._wait_timeout_s = 0
+        tid = commit(storage, x=b"data")
+        storage.cache.forget(X)
+        proxy.stall(way)
+        loading = Background(storage.load, X)
+        assert "silent" in str(loading.error())
+        proxy.cut()
+        proxy.restore()
+        wait_until(storage.is_connected, "the return")
+        assert storage.load(X) == (b"data", tid)
 
 
 def test_a_quiet_connection_is_kept_alive(tmp_path):
@@ -326,14 +323,10 @@ def test_a_load_that_waits_for_the_disk_holds_up_nobody(
 ):
     tid = commit(writer, x=b"data", y=b"other")
     wait_for_position(reader, tid)
-    generation = server.database.__class__._generation  # type: ignore[attr-defined]
-    assert generation is not None
     database = server.database
     load_nowait = database.load_nowait
 
     def not_in_memory(oid: bytes, before: bytes) -> Any:
-        from zeolith.storage.database import WouldBlock
-
         if oid == X:
             raise WouldBlock
         return load_nowait(oid, before)
@@ -349,38 +342,35 @@ def test_a_load_that_waits_for_the_disk_holds_up_nobody(
     assert loading.result() == (b"data", tid)
 
 
-def test_a_client_that_does_not_read_holds_up_nobody(tmp_path, proxy):
+def test_a_client_that_does_not_read_holds_up_nobody(tmp_path):
     """What waits for it is bounded; then it is let go, and comes back."""
     limits = Limits(output_bytes_max=100_000)
-    with serving(tmp_path / "Slow.fs", limits=limits) as server:
-        from ..support.proxy import proxied
+    with (
+        serving(tmp_path / "Slow.fs", limits=limits) as server,
+        proxied(server.address) as road,
+        client_of(server) as writer,
+        client_of(server, addr=road.address) as slow,
+    ):
+        commit(writer, x=b"old")
+        database = Listening()
+        slow.registerDB(database)
+        stream = server.stream_of(slow)
+        road.stall(Direction.TO_CLIENT)
+        oids = [b"%08d" % n for n in range(20_000)]
 
-        with (
-            proxied(server.address) as road,
-            client_of(server) as writer,
-            client_of(server, addr=road.address) as slow,
-        ):
-            commit(writer, x=b"old")
-            database = Listening()
-            slow.registerDB(database)
-            stream = server.stream_of(slow)
-            road.stall(Direction.TO_CLIENT)
-            oids = [b"%08d" % n for n in range(20_000)]
-            from ..support.model import publish
+        def flood() -> bool:
+            served = server.served
+            last = int.from_bytes(served.changes.last_tid, "big")
+            publish(served, (last + 1).to_bytes(8, "big"), oids)
+            return stream in served.followers
 
-            def flood() -> bool:
-                served = server.served
-                last = int.from_bytes(served.changes.last_tid, "big")
-                publish(served, (last + 1).to_bytes(8, "big"), oids)
-                return stream in served.followers
-
-            while server.on_loop(flood):
-                pass
-            last = commit(writer, x=b"new")
-            road.restore()
-            wait_for_position(slow, last)
-            assert seen(slow, "x") == b"new"
-            assert server.stream_of(slow) is not stream
+        while server.on_loop(flood):
+            pass
+        last = commit(writer, x=b"new")
+        road.restore()
+        wait_for_position(slow, last)
+        assert seen(slow, "x") == b"new"
+        assert server.stream_of(slow) is not stream
 
 
 # Closing
@@ -448,11 +438,6 @@ def test_closing_in_the_middle_of_an_adoption_leaves_no_session(
     """The welcome is there, and nobody wants it any more."""
     monkeypatch.setattr(connector, "CLOSE_TIMEOUT_S", 0.01)
     with nothing_left_behind():
-        storage = ClientStorage(server.address, wait=False)
-        position = storage.position
-        storage.close()
-        wait_until(lambda: not server.status()["peers"], "the end of the first one")
-        del storage
         storage = ClientStorage(unreachable(), wait=False)
         position = storage.position
         monkeypatch.setattr(position, "adopt", gate.before(position.adopt))
@@ -466,42 +451,31 @@ def test_closing_in_the_middle_of_an_adoption_leaves_no_session(
 
 
 def test_closing_while_a_better_server_is_looked_for_leaves_no_session(
-    tmp_path, gate, monkeypatch
+    server, gate, monkeypatch
 ):
-    """The second thread has just found one."""
-    FileStorage(str(tmp_path / "Data.fs")).close()
-    with serving(tmp_path / "Data.fs") as server:
-        with client_of(server) as writer:
-            commit(writer, x=b"data")
-        readonly = InProcessServer(
-            {"1": server._storages["1"]}, is_read_only=True
-        )
-        del readonly
-        found_gate: Gate = gate
-        reach = connector.Connector._reach
-        tried = threading.Event()
+    """The thread that looks for it has just found one."""
+    reach = connector.Connector._reach
+    refusals = iter([HelloRefused("read-only", "not yet")])
 
-        def refuse_at_first(self: Any, *, is_read_only: bool) -> Any:
-            from zeolith.protocol.errors import HelloRefused
+    def reach_late(self: Any, *, is_read_only: bool) -> Any:
+        if is_read_only:
+            return reach(self, is_read_only=True)
+        for refusal in refusals:
+            raise refusal
+        reached = reach(self, is_read_only=False)
+        gate.pass_through()
+        return reached
 
-            if not is_read_only and not tried.is_set():
-                tried.set()
-                raise HelloRefused("read-only", "not yet")
-            reached = reach(self, is_read_only=is_read_only)
-            if not is_read_only:
-                found_gate.pass_through()
-            return reached
-
-        monkeypatch.setattr(connector.Connector, "_reach", refuse_at_first)
-        monkeypatch.setattr(connector, "UPGRADE_INTERVAL_S", 0.01)
-        with nothing_left_behind():
-            found_gate.shut()
-            storage = ClientStorage(server.address, read_only_fallback=True)
-            assert storage.isReadOnly()
-            found_gate.wait_until_reached()
-            storage.close()
-            found_gate.open()
-        wait_until(lambda: not server.status()["peers"], "the end of both sessions")
+    monkeypatch.setattr(connector.Connector, "_reach", reach_late)
+    monkeypatch.setattr(connector, "UPGRADE_INTERVAL_S", 0.01)
+    with nothing_left_behind():
+        gate.shut()
+        storage = ClientStorage(server.address, read_only_fallback=True)
+        assert storage.isReadOnly()
+        gate.wait_until_reached()
+        storage.close()
+        gate.open()
+    wait_until(lambda: not server.status()["peers"], "the end of both sessions", 10)
 
 
 def test_a_stream_that_is_held_does_not_hold_up_the_end(server):
