@@ -37,6 +37,7 @@ class Stores:
         # oid -> the record last stored, for the cache; empty if there are too many.
         self.kept: dict[bytes, bytes] = {}
         self._limits = limits
+        self._data_bytes = 0
         self._gathered_bytes = 0
         self._kept_bytes = 0
         self._spill: IO[bytes] | None = None
@@ -51,6 +52,13 @@ class Stores:
                 f"a record of {len(data)} bytes is too large to be sent"
                 f" (record_bytes_max is {self._limits.record_bytes_max});"
                 " keep large data in a blob"
+            )
+        self._data_bytes += len(data)
+        if self._data_bytes > self._limits.transaction_bytes_max:
+            raise StorageError(
+                "the transaction has more data than a server takes at once"
+                f" (transaction_bytes_max is {self._limits.transaction_bytes_max});"
+                " divide it into several"
             )
         self._add(["store", oid, serial, data], len(data))
         self.oids.add(oid)

@@ -84,7 +84,8 @@ class Service:
             self._permit(peer, notice.method)
             self._handlers[notice.method](peer, 0, *notice.args)
         except _EXPECTED as error:
-            peer.hang_up(notice.method, f"{notice.method}: {error}")
+            # As after an offence: it would be the same the next time.
+            peer.hang_up("protocol", f"{notice.method}: {error}")
 
     def lost(self, peer: Peer) -> None:
         """A socket is gone: let go of everything that hung on it."""
@@ -207,6 +208,9 @@ class Service:
     def _fail(self, peer: Peer, number: int, name: str, error: BaseException) -> None:
         if not isinstance(error, _EXPECTED):
             logger.error("%s of %s failed", name, peer.address, exc_info=error)
+        elif isinstance(error, OSError):
+            # The disk's fault, not the client's: the operator must hear of it.
+            logger.error("%s of %s failed: %s", name, peer.address, error)
         peer.fail(number, error)
 
     def _read(

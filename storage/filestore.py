@@ -38,6 +38,19 @@ class _DataFile(FileStorage):
     """FileStorage that says when its index changes hands, and imports no classes."""
 
     generation: Generation | None = None
+    # Set by FileStorage.__init__ after the first _initIndex.
+    _file: Any = None
+
+    def __init__(self, path: str, **options: Any):
+        try:
+            super().__init__(path, **options)
+        except BaseException:
+            # FileStorage would leave them open, and the lock taken.
+            for name in ("_file", "_tfile", "_lock_file"):
+                opened = getattr(self, name, None)
+                if opened is not None:
+                    opened.close()
+            raise
 
     def _initIndex(self, index: Any, tindex: Any) -> None:
         """Called at opening and when a pack has replaced the file."""
@@ -49,8 +62,17 @@ class _DataFile(FileStorage):
         """Read from the file that has the name now, by the index that goes with it."""
         self.generation = Generation(self._file_name, self._index)
 
-    # Set by FileStorage.__init__ after the first _initIndex.
-    _file: Any = None
+    def _begin(self, tid: bytes, user: bytes, description: bytes, ext: bytes) -> None:
+        """Called by tpc_begin, which holds the commit lock.
+
+        A disk that was full at an earlier vote, and at undoing it, has left some of
+        that transaction behind the last one; it must not end up behind this one.
+        """
+        super()._begin(tid, user, description, ext)
+        self._file.flush()
+        if os.fstat(self._file.fileno()).st_size > self._pos:
+            self._file.truncate(self._pos)
+            self._files.flush()
 
     def tryToResolveConflict(
         self,

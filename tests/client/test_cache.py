@@ -19,10 +19,10 @@ from hypothesis.stateful import (
 from ZODB.utils import p64
 
 from zeolith.client import cache as cache_module
-from zeolith.client.cache import ENTRY_BYTES, MemoryCache
+from zeolith.client.cache import ENTRY_BYTES, REVISIONS_MAX, MemoryCache
 from zeolith.client.tids import MAX_TID, Z64
 
-from ..support.calling import InThread
+from ..support.gates import Background
 
 A, B, C = p64(1), p64(2), p64(3)
 T1, T2, T3, T4, T5 = map(p64, range(1, 6))
@@ -151,12 +151,13 @@ class CacheAgainstTruth(RuleBasedStateMachine):
 
 
 class ForgetfulCacheAgainstTruth(CacheAgainstTruth):
-    """The same, with a memory for changes that is always too short."""
+    """The same, with a memory for changes and revisions that is always too short."""
 
     def __init__(self) -> None:
         super().__init__()
         self._patch = pytest.MonkeyPatch()
         self._patch.setattr(cache_module, "RECENT_OIDS_MAX", 2)
+        self._patch.setattr(cache_module, "REVISIONS_MAX", 2)
 
     def teardown(self) -> None:
         self._patch.undo()
@@ -356,6 +357,18 @@ def test_what_was_read_once_goes_in_the_end():
     assert cache.load(A, T2) is None
 
 
+def test_an_object_that_changes_with_every_commit_does_not_fill_the_cache():
+    cache = cache_at(T1)
+    last = 10 * REVISIONS_MAX
+    for number in range(2, last + 1):
+        cache.apply(p64(number), [A])
+        cache.store(A, p64(number), None, b"data", p64(number))
+    assert len(cache) == REVISIONS_MAX
+    assert cache.used_bytes == REVISIONS_MAX * (4 + ENTRY_BYTES)
+    assert cache.load(A, p64(last + 1)) == (b"data", p64(last), None)
+    assert cache.load(A, T3) is None
+
+
 def test_a_record_that_would_push_out_everything_is_not_kept():
     cache = cache_at(T1, cache_bytes=4000)
     cache.store(A, T1, None, b"x" * 1001, T1)
@@ -498,7 +511,7 @@ def test_a_load_waits_for_no_lock():
     cache = cache_at(T1)
     cache.store(A, T1, None, b"data", T1)
     with cache._lock:
-        loading = InThread(cache.load, A, T2)
+        loading = Background(cache.load, A, T2)
         assert loading.result() == (b"data", T1, None)
 
 

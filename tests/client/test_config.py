@@ -10,8 +10,8 @@ from ZODB.MappingStorage import MappingStorage
 
 from zeolith.client import config
 from zeolith.client.config import NOT_IN_CONFIG
-from zeolith.protocol.durations import parse_seconds
 from zeolith.client.storage import ClientStorage
+from zeolith.protocol.durations import parse_seconds
 
 from ..support.serving import ServerProcess
 

@@ -1,7 +1,7 @@
 """The one applier: every change once, in order, told before it is seen."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from zeolith.client.cache import MemoryCache
 from zeolith.client.position import Change, Position
 from zeolith.client.tids import Z64
 
-from ..support.calling import InThread
+from ..support.gates import Background
 from ..support.waiting import wait_until
 
 A, B, C = p64(1), p64(2), p64(3)
@@ -299,7 +299,7 @@ def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent():
             has_lock.set()
             may_end.wait()
 
-    holder = InThread(hold)
+    holder = Background(hold)
     has_lock.wait()
     try:
         position.forget()
@@ -408,11 +408,11 @@ def test_a_reader_waits_for_a_callback_that_is_under_way():
         is_in.set()
         may_end.wait()
 
-    finishing = InThread(position.finished, feed, own(T1, T2, A), [], callback)
+    finishing = Background(position.finished, feed, own(T1, T2, A), [], callback)
     is_in.wait()
-    reading = InThread(lambda: position.tid)
+    reading = Background(lambda: position.tid)
     assert position.tid_now == T1
-    assert not reading.is_done
+    assert not reading.returns_soon()
     may_end.set()
     assert reading.result() == T2
     finishing.result()
@@ -425,7 +425,7 @@ def test_two_answers_that_come_in_the_other_order_are_applied_in_tid_order():
     one = change(T1, T2, A, transaction=b"one")
     two = change(T2, T3, B, transaction=b"two")
     order: list[bytes] = []
-    later = InThread(position.finished, feed, two, [one], order.append)
+    later = Background(position.finished, feed, two, [one], order.append)
     wait_until(waits(position), "the thread of the later transaction waits")
     assert order == []
     position.finished(feed, one, [], order.append)
@@ -451,7 +451,7 @@ def test_giving_up_wakes_the_transaction_behind():
     one = change(T1, T2, A, transaction=b"one")
     two = change(T2, T3, B, transaction=b"two")
     seen: list[list[bytes]] = []
-    later = InThread(
+    later = Background(
         position.finished, feed, two, [one], lambda tid: seen.append(told.tids())
     )
     wait_until(waits(position), "the thread of the later transaction waits")
@@ -466,7 +466,7 @@ def test_an_answer_without_changes_waits_for_the_stream_to_bring_them():
     position, told, feed = at(T1)
     position.begin_finish(b"own")
     seen: list[list[bytes]] = []
-    finishing = InThread(
+    finishing = Background(
         position.finished,
         feed,
         own(T1, T3, A),
@@ -488,7 +488,7 @@ def test_a_thread_does_not_wait_for_what_a_lost_session_would_have_brought():
     position, told, feed = at(T1)
     position.begin_finish(b"own")
     seen: list[Any] = []
-    finishing = InThread(
+    finishing = Background(
         position.finished,
         feed,
         own(T1, T3, A),
@@ -550,7 +550,7 @@ def test_a_lost_session_does_not_let_a_later_transaction_pass_an_earlier_one():
     one = change(T1, T2, A, transaction=b"one")
     two = change(T2, T3, B, transaction=b"two")
     seen: list[Any] = []
-    later = InThread(
+    later = Background(
         position.finished, feed, two, [one], lambda tid: seen.extend(told.log)
     )
     wait_until(waits(position), "the thread of the later transaction waits")
@@ -606,7 +606,9 @@ def test_a_sync_that_brings_what_is_known_changes_nothing():
 def test_a_sync_waits_for_the_own_transaction_that_is_being_finished():
     position, told, feed = at(T1)
     position.begin_finish(b"own")
-    syncing = InThread(position.catch_up, feed, T3, [own(T1, T2, A), change(T2, T3, B)])
+    syncing = Background(
+        position.catch_up, feed, T3, [own(T1, T2, A), change(T2, T3, B)]
+    )
     wait_until(waits(position), "the syncing thread waits")
     assert position.tid == T1
     position.finished(feed, own(T1, T2, A), [], told.see)
@@ -617,7 +619,7 @@ def test_a_sync_waits_for_the_own_transaction_that_is_being_finished():
 def test_a_sync_waits_for_no_session_that_is_lost():
     position, _told, feed = at(T1)
     position.begin_finish(b"own")
-    syncing = InThread(position.catch_up, feed, T2, [own(T1, T2, A)])
+    syncing = Background(position.catch_up, feed, T2, [own(T1, T2, A)])
     wait_until(waits(position), "the syncing thread waits")
     position.leave(feed)
     syncing.result()

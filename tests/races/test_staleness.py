@@ -12,6 +12,7 @@ from ZODB.DB import DB
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError, POSKeyError, StorageSystemError
 
+from zeolith.client.errors import CommitOutcomeUnknown
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import MAX_TID, following
 from zeolith.storage.adapted import AdaptedStorage
@@ -409,7 +410,7 @@ def test_a_commit_that_the_disk_refuses_was_seen_by_nobody(
 
     module = importlib.import_module("ZODB.FileStorage.FileStorage")
     monkeypatch.setattr(module, "fsync", fail)
-    with pytest.raises(StorageSystemError, match="Input/output error"):
+    with pytest.raises(CommitOutcomeUnknown, match="Input/output error"):
         writer.tpc_finish(transaction)
     with pytest.raises(StorageSystemError, match="Input/output error"):
         commit(reader, y=b"other")

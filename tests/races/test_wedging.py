@@ -1,5 +1,6 @@
 """Nobody can hold up the others: not by hanging, breaking, misbehaving or dying."""
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from ZODB.POSException import StorageError
 from zeolith.client import connector
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
-from zeolith.protocol.errors import HelloRefused, TransactionTimeout
+from zeolith.protocol.errors import HelloRefused, LocalProtocolError, TransactionTimeout
 from zeolith.protocol.limits import Limits
 from zeolith.storage.database import WouldBlock
 
@@ -152,7 +153,7 @@ def test_the_next_one_commits_whatever_became_of_the_holder(
     end(hold)
     waiting.result()
     assert is_idle(server)
-    with pytest.raises(StorageError):
+    with pytest.raises((StorageError, LocalProtocolError)):
         reader.tpc_finish(hold.transaction)
     last_tid = server.on_loop(lambda: server.served.changes.last_tid)
     assert last_tid == writer.lastTransaction()
@@ -212,7 +213,8 @@ def test_a_call_does_not_wait_for_ever_for_a_silent_server(tmp_path, way: Direct
         storage.cache.forget(X)
         proxy.stall(way)
         loading = Background(storage.load, X)
-        assert "silent" in str(loading.error())
+        # Who notices first, the client or the server, is the scheduler's affair.
+        assert re.search("silent|the session has ended", str(loading.error()))
         proxy.cut()
         proxy.restore()
         wait_until(storage.is_connected, "the return")

@@ -209,7 +209,7 @@ async def test_a_notice_that_cannot_be_heeded_ends_the_socket_with_the_reason(se
     channel.send(ping + stage)
     assert channel.received() == [
         Reply(1, None),
-        Goodbye("stage", "stage: this connection is read-only"),
+        Goodbye("protocol", "stage: this connection is read-only"),
     ]
     await asyncio.sleep(0)
     assert channel.transport.is_lost
