@@ -85,6 +85,10 @@ class Channel:
             self._socket.sendall(data)
         except OSError as error:
             raise self._lost(error) from error
+        except BaseException:
+            # Interrupted: the server may have half of it, and waits for the rest.
+            self.close()
+            raise
 
     def shut(self) -> None:
         """Wake whoever waits on the socket; from any thread."""

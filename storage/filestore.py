@@ -144,7 +144,6 @@ class FileStore(AdaptedStorage):
 
     def last_changes(self) -> tuple[bytes, list[Change]]:
         """The last tid, and what the end of the log says led to it."""
-        last_tid = self._file.lastTransaction() or Z64
         found: list[tuple[bytes, list[bytes]]] = []
         oids_read = 0
         with self._log() as log:
@@ -162,7 +161,9 @@ class FileStore(AdaptedStorage):
             Change(since, tid, oids, None)
             for (since, _oids), (tid, oids) in pairwise(found)
         ]
-        return last_tid, changes
+        # FileStorage's own last tid may be that of a transaction which was voted on
+        # before a crash, and which opening has cut off.
+        return found[-1][0], changes
 
     def history(self, oid: bytes, size: int) -> list[LogEntry]:
         """See Database.history."""

@@ -307,7 +307,10 @@ def test_a_server_that_was_left_feeds_the_client_no_more(road, storage, way):
     left = storage.current_session
     assert left is not None
     road.restore()
-    wait_until(lambda: not storage.isReadOnly(), "the move to the better server")
+    wait_until(
+        lambda: storage.is_connected() and not storage.isReadOnly(),
+        "the move to the better server",
+    )
     old = storage.lastTransaction()
     strange = Change(old, b"\x7f" + bytes(7), [X], b"strange transact")
     told: list[bytes] = []

@@ -217,7 +217,7 @@ def test_a_call_does_not_wait_for_ever_for_a_silent_server(tmp_path, way: Direct
         assert re.search("silent|the session has ended", str(loading.error()))
         proxy.cut()
         proxy.restore()
-        wait_until(storage.is_connected, "the return")
+        storage._wait_timeout_s = 30
         assert storage.load(X) == (b"data", tid)
 
 

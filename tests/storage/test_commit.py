@@ -91,7 +91,7 @@ def commit(storage: Any, *operations: Any, **metadata: Any) -> Finished:
     return committing.finish()
 
 
-def refused(storage: Any, *operations: Any, **metadata: Any) -> Exception:
+def refused(storage: Any, *operations: Any, **metadata: Any) -> Any:
     """The error of a vote, of which nothing is left after the abort."""
     before = everything(storage)
     committing = Committing(storage, transaction(*operations, **metadata), Z64)
@@ -586,7 +586,7 @@ SCENARIO: list[Any] = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_fails_once(kind, tmp_path):
     """With the fault at the first call of the storage, the second, and so on."""
-    outcomes = []
+    outcomes: list[str] = []
     while not outcomes or outcomes[-1] != "committed":
         directory = tmp_path / str(len(outcomes))
         directory.mkdir()

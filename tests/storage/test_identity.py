@@ -136,7 +136,7 @@ def test_the_file_is_replaced_in_one_step(data_path, monkeypatch):
     """Whoever looks sees the old one or the new one, whole."""
     identity = Identity(data_path)
     seen = []
-    synced = []
+    synced: list[int] = []
     replace = Path.replace
 
     def watched_replace(self: Path, target: Path) -> Path:

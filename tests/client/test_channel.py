@@ -1,0 +1,345 @@
+"""One socket for calls: what can happen between a request and its answer."""
+
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ZODB.POSException import POSKeyError, ReadOnlyError
+from ZODB.utils import p64
+
+from zeolith.client.channel import Channel, limit_silence, shut_down
+from zeolith.client.errors import ChannelLost
+from zeolith.protocol.codec import encode
+from zeolith.protocol.connection import HEARTBEAT, Connection, Role
+from zeolith.protocol.errors import LocalProtocolError
+from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.messages import Failure, Goodbye, Hello, Reply
+
+from ..support.gates import Background
+from ..support.script import IMPATIENT, welcome
+
+OID, TID = p64(1), p64(2)
+
+
+class Socket:
+    """A socket that counts, and that receives at most so many bytes at once."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock = sock
+        self.sent = self.rcvd = 0
+        self.rcvd_bytes_max = 2**20
+        # Raised by the next receive or send.
+        self.interruption: BaseException | None = None
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += 1
+        if self.interruption is not None:
+            self.sock.sendall(data[: len(data) // 2])
+            raise self.interruption
+        self.sock.sendall(data)
+
+    def recv(self, size: int) -> bytes:
+        self.rcvd += 1
+        if self.interruption is not None:
+            raise self.interruption
+        return self.sock.recv(min(size, self.rcvd_bytes_max))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+
+class Ends:
+    """A channel and, at the other end of a pair of sockets, the test.
+
+    The numbers of requests are known, so the test sends the answer beforehand.
+    """
+
+    def __init__(self, limits: Limits = DEFAULT):
+        near, self.far = socket.socketpair()
+        self.far.settimeout(30)
+        connection = Connection(Role.CLIENT, time.monotonic(), limits)
+        self.server = Connection(Role.SERVER, time.monotonic(), limits)
+        fields = {
+            "version": 1,
+            "capabilities": [],
+            "kind": "channel",
+            "storage": None,
+            "database_id": None,
+            "epoch": None,
+            "position": None,
+            "read_only": False,
+            "label": None,
+            "session": bytes(16),
+        }
+        (hello,) = self.server.receive_data(connection.hello(fields, 0), 0)
+        assert isinstance(hello, Hello)
+        connection.receive_data(self.server.welcome(welcome(), 0), 0)
+        limit_silence(near, limits.heartbeat_timeout_s)
+        self.socket = Socket(near)
+        self.connection = connection
+        self.channel = Channel(self.socket, connection)  # type: ignore[arg-type]
+
+    def answer(self, value: Any, number: int = 1) -> None:
+        self.far.sendall(encode(Reply(number, value)))
+
+    def requests(self) -> list[Any]:
+        """What the channel has sent until now."""
+        return self.server.receive_data(self.far.recv(2**20), time.monotonic())
+
+    def close(self) -> None:
+        self.channel.close()
+        self.far.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    ends = Ends()
+    yield ends
+    ends.close()
+
+
+@pytest.fixture
+def impatient() -> Iterator[Ends]:
+    """The ends of a channel that does not wait for long."""
+    ends = Ends(IMPATIENT)
+    yield ends
+    ends.close()
+
+
+def test_a_call_returns_what_the_server_answers(ends):
+    ends.answer([b"data", TID, None, TID])
+    assert ends.channel.call("load", OID, TID) == [b"data", TID, None, TID]
+    ((number, method, args),) = ends.requests()
+    assert (number, method, args) == (1, "load", [OID, TID])
+
+
+def test_a_call_is_one_send_and_one_receive(ends):
+    for number in range(1, 11):
+        ends.answer(None, number)
+        ends.channel.call("ping")
+        assert ends.socket.sent == ends.socket.rcvd == number
+
+
+def test_an_answer_may_come_in_pieces(ends):
+    ends.socket.rcvd_bytes_max = 1
+    ends.answer(b"data")
+    assert ends.channel.call("load_serial", OID, TID) == b"data"
+
+
+def test_heartbeats_are_no_answers(ends):
+    ends.far.sendall(HEARTBEAT + HEARTBEAT)
+    ends.answer(b"data")
+    assert ends.channel.call("load_serial", OID, TID) == b"data"
+
+
+def test_an_answer_that_is_none_or_empty_is_an_answer(ends):
+    ends.answer(None, 1)
+    assert ends.channel.call("ping") is None
+    ends.answer([], 2)
+    assert ends.channel.call("load_many", [], TID) == []
+
+
+def test_an_error_of_the_server_is_raised_and_the_channel_goes_on(ends):
+    ends.far.sendall(encode(Failure(1, "POSKeyError", {"oid": OID}, "")))
+    with pytest.raises(POSKeyError) as caught:
+        ends.channel.call("load", OID, TID)
+    assert caught.value.args == (OID,)
+    ends.far.sendall(encode(Failure(2, "ReadOnlyError", {}, "not here")))
+    with pytest.raises(ReadOnlyError, match="not here"):
+        ends.channel.call("new_oids", 1)
+    assert not ends.channel.is_lost
+    assert not ends.channel.is_busy
+    ends.answer(None, 3)
+    ends.channel.call("ping")
+
+
+def test_what_cannot_be_sent_is_a_mistake_and_the_channel_goes_on(ends):
+    with pytest.raises(TypeError):
+        ends.channel.call("load", object(), TID)
+    with pytest.raises(OverflowError):
+        ends.channel.call("history", OID, 2**64)
+    assert ends.socket.sent == 0
+    assert not ends.channel.is_busy
+    ends.answer(None)
+    ends.channel.call("ping")
+
+
+def test_what_is_too_large_for_the_wire_is_not_sent():
+    ends = Ends(Limits(frame_bytes_max=2**20, batch_bytes_max=2**20))
+    with pytest.raises(LocalProtocolError, match="too large"):
+        ends.channel.call("stage", bytes(16), [["store", OID, TID, bytes(2**20)]])
+    assert ends.socket.sent == 0
+    assert not ends.channel.is_busy
+    ends.answer(None)
+    ends.channel.call("ping")
+    ends.close()
+
+
+# The channel is lost
+
+
+def lost(ends: Ends, match: str) -> None:
+    with pytest.raises(ChannelLost, match=match):
+        ends.channel.call("ping")
+    assert ends.channel.is_lost
+    assert ends.socket.sock.fileno() == -1, "the socket is still open"
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(impatient):
+    lost(impatient, r"silent for 0\.2 s")
+
+
+def test_a_server_that_only_beats_is_waited_for():
+    """A call takes as long as it takes; the heartbeats say that somebody is there."""
+    ends = Ends(Limits(heartbeat_interval_s=0.3, heartbeat_timeout_s=1))
+    calling = Background(ends.channel.call, "ping")
+    # Together they last for longer than the silence that is allowed.
+    for _ in range(15):
+        assert not calling.returns_soon()
+        ends.far.sendall(HEARTBEAT)
+    ends.answer(b"late")
+    assert calling.result() == b"late"
+    ends.close()
+
+
+def test_a_server_that_reads_nothing_is_not_waited_for(impatient):
+    with pytest.raises(ChannelLost, match="silent"):
+        impatient.channel.send(bytes(2**24))
+    assert impatient.channel.is_lost
+
+
+def test_the_end_of_the_connection_is_noticed(ends):
+    ends.far.shutdown(socket.SHUT_WR)
+    lost(ends, "closed the connection")
+
+
+@pytest.mark.parametrize("size_bytes", range(1, 13))
+def test_an_answer_that_is_cut_off_is_none(ends, size_bytes):
+    answer = encode(Reply(1, b"data"))
+    assert len(answer) == 13
+    ends.far.sendall(answer[:size_bytes])
+    ends.far.shutdown(socket.SHUT_WR)
+    lost(ends, "closed the connection")
+
+
+def test_a_broken_connection_is_noticed(ends):
+    ends.far.close()
+    lost(ends, "Broken pipe|reset")
+
+
+def test_garbage_ends_the_channel(ends):
+    ends.far.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    lost(ends, "a frame of 1213486160 bytes")
+
+
+def test_an_answer_to_another_question_ends_the_channel(ends):
+    ends.answer(b"data", 2)
+    lost(ends, "an answer to request 2, never asked")
+
+
+def test_a_goodbye_says_why(ends):
+    ends.far.sendall(encode(Goodbye("stopping", "the server is stopping")))
+    lost(ends, "the server is stopping")
+
+
+def test_a_goodbye_behind_an_answer_is_heard_by_the_next_call(ends):
+    goodbye = encode(Goodbye("stopping", "the server is stopping"))
+    ends.far.sendall(encode(Reply(1, b"data")) + goodbye)
+    assert ends.channel.call("load_serial", OID, TID) == b"data"
+    lost(ends, "the server is stopping")
+    assert ends.socket.sent == 1
+
+
+def test_a_server_that_could_not_understand_us_is_not_asked_again(ends):
+    """It is no lost connection: to say the same once more would not help."""
+    ends.far.sendall(encode(Goodbye("protocol", "load: oid must be oid, not bytes")))
+    with pytest.raises(LocalProtocolError, match="oid must be oid"):
+        ends.channel.call("load", OID, TID)
+    assert ends.channel.is_lost
+
+
+def test_a_message_without_an_answer_is_only_sent(ends):
+    ends.channel.send(encode(Goodbye("", "")))
+    assert (ends.socket.sent, ends.socket.rcvd) == (1, 0)
+
+
+def test_a_message_without_an_answer_may_find_the_channel_lost(ends):
+    ends.far.close()
+    with pytest.raises(ChannelLost):
+        ends.channel.send(bytes(100))
+    assert ends.channel.is_lost
+
+
+# Other threads, and signals
+
+
+def test_another_thread_can_wake_the_one_that_waits(ends):
+    calling = Background(ends.channel.call, "ping")
+    ends.requests()
+    ends.channel.shut()
+    assert isinstance(calling.error(), ChannelLost)
+
+
+def test_an_interrupted_call_leaves_the_channel_busy(ends):
+    """The answer is still to come; nobody may take it for the answer to his call."""
+    ends.answer(b"to the interrupted call", 1)
+    ends.answer(b"to the next call", 2)
+    ends.socket.interruption = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        ends.channel.call("load_serial", OID, TID)
+    assert ends.channel.is_busy
+
+
+def test_a_message_that_was_sent_by_half_ends_the_channel(ends):
+    """The server waits for the other half, and would take anything for it."""
+    ends.socket.interruption = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        ends.channel.send(bytes(100))
+    assert ends.channel.is_lost
+
+
+def test_closing_and_shutting_twice_does_no_harm(ends):
+    ends.channel.shut()
+    ends.channel.shut()
+    ends.channel.close()
+    ends.channel.shut()
+    ends.channel.close()
+    assert ends.channel.is_lost
+
+
+# Sockets
+
+
+@pytest.mark.parametrize("timeout_s", [0.05, 0.999999, 1, 2.5, 20])
+def test_the_kernel_counts_the_silence(timeout_s):
+    near, far = socket.socketpair()
+    with near, far:
+        near.settimeout(5)
+        limit_silence(near, timeout_s)
+        assert near.gettimeout() is None, "Python polls before every receive"
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            raw = near.getsockopt(socket.SOL_SOCKET, option, 16)
+            seconds, microseconds = (
+                int.from_bytes(raw[:8], "little"),
+                int.from_bytes(raw[8:], "little"),
+            )
+            counted_s = seconds + microseconds / 1_000_000
+            # The kernel counts in ticks.
+            assert timeout_s - 0.001 <= counted_s <= timeout_s + 0.02
+
+
+def test_silence_ends_a_receive():
+    near, far = socket.socketpair()
+    with near, far:
+        limit_silence(near, 0.05)
+        with pytest.raises(BlockingIOError):
+            near.recv(1)
+
+
+def test_a_socket_that_is_not_connected_or_closed_can_be_shut_down():
+    sock = socket.socket()
+    shut_down(sock)
+    sock.close()
+    shut_down(sock)
