@@ -6,9 +6,10 @@ one more channel of a session that is there already.
 
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence
@@ -62,29 +63,38 @@ def is_refusal(error: BaseException | None) -> bool:
 def dial_any(addresses: list[Address], wish: Wish, limits: Limits) -> Reached:
     """The first of ``addresses`` that accepts ``wish``; all are tried at once.
 
-    Raises the error of the last one tried, a refusal before a mere absence.
+    Who is slower is not waited for; its thread ends when its dial does. Raises the
+    error of the last one tried, a refusal before a mere absence.
     """
     if len(addresses) == 1:
         return dial(addresses[0], wish, limits)
-    reached: Reached | None = None
-    error: Exception | None = None
-    with ThreadPoolExecutor(len(addresses), "zeolith-dial") as pool:
-        dials = [pool.submit(dial, address, wish, limits) for address in addresses]
-        for done in as_completed(dials):
-            failure = done.exception()
-            if failure is not None:
-                if not isinstance(failure, Exception):
-                    raise failure
-                if error is None or is_refusal(failure):
-                    error = failure
-            elif reached is None:
-                reached = done.result()
+    arrivals: SimpleQueue[Reached | BaseException] = SimpleQueue()
+    is_won = threading.Lock()
+
+    def run(address: Address) -> None:
+        try:
+            reached = dial(address, wish, limits)
+        except BaseException as error:  # noqa: BLE001 - raised by the other thread
+            arrivals.put(error)
+        else:
+            if is_won.acquire(blocking=False):
+                arrivals.put(reached)
             else:
-                done.result().socket.close()
-    if reached is not None:
-        return reached
-    assert error is not None
-    raise error
+                reached.socket.close()
+
+    for address in addresses:
+        threading.Thread(
+            target=run, args=(address,), name="zeolith-dial", daemon=True
+        ).start()
+    last: BaseException | None = None
+    for _ in addresses:
+        arrival = arrivals.get()
+        if isinstance(arrival, Reached):
+            return arrival
+        if last is None or is_refusal(arrival):
+            last = arrival
+    assert last is not None
+    raise last
 
 
 def dial(address: Address, wish: Wish, limits: Limits) -> Reached:

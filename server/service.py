@@ -25,6 +25,7 @@ from zeolith.server.served import Served
 from zeolith.server.sessions import Session
 from zeolith.server.status import status_of
 from zeolith.storage.changes import Change
+from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import Finished, Revision, Unresolved, Voted, WouldBlock
 from zeolith.storage.tids import tid_at
 
@@ -182,9 +183,11 @@ class Service:
             return None
         if fields["epoch"] not in (None, served.database.epoch):
             return None
-        if served.changes.last_tid < position <= tid_at(time.time()):
+        latest = tid_at(time.time() + FUTURE_MAX_S)
+        if served.changes.last_tid < position <= latest:
             # We are an older copy of what the client knows. It starts afresh, and
-            # must not meet the tids that it knows with other contents.
+            # must not meet the tids that it knows with other contents. They may be
+            # ahead of our clock: it may have been set back, or tids were skipped.
             served.workers.write(served.database.raise_tid_floor, position)
         return served.changes.since(position)
 

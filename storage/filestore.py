@@ -12,6 +12,7 @@ The result is a plain Data.fs at every moment. See ``database`` for the threads.
 
 import os
 import threading
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -19,13 +20,14 @@ from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
 from zeolith.storage import conflicts
-from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
 from zeolith.storage.changes import Change
+from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import LogEntry, Revision
 from zeolith.storage.identity import Identity
 from zeolith.storage.log import LogReader
 from zeolith.storage.records import NOWAIT, Generation
-from zeolith.storage.tids import Z64
+from zeolith.storage.tids import Z64, advanced, tid_at
 
 # How many oids are reserved on disk at a time, so that few requests wait for a sync.
 OIDS_RESERVED = 10_000
@@ -105,16 +107,29 @@ class FileStore(AdaptedStorage):
                 self._path, is_read_only=bool(options.get("read_only"))
             )
             self._file.renew()
+            cut_off = self._file.lastTransaction() or Z64
+            self._file._ltid = self._last_tid()
         except BaseException:
             self._file.close()
             raise
         super().__init__(
             name, self._file, self._identity.database_id, self._identity.epoch
         )
+        if cut_off < tid_at(time.time() + FUTURE_MAX_S):
+            self.raise_tid_floor(advanced(cut_off, TIDS_SKIPPED))
         self._oids_lock = threading.Lock()
         self._next_oid = 1 + max(
             int.from_bytes(self._file._oid, "big"), self._identity.oids_reserved
         )
+
+    def _last_tid(self) -> bytes:
+        """The last tid in the log.
+
+        FileStorage's own may be that of what opening has cut off: a transaction that a
+        crash left unfinished, whose tid a client may have heard of, or anything at all.
+        """
+        with self._log() as log:
+            return next((entry.tid for entry in log.backwards()), Z64)
 
     # loop
 
@@ -148,6 +163,11 @@ class FileStore(AdaptedStorage):
         oids_read = 0
         with self._log() as log:
             for entry in log.backwards():
+                if entry.status == b"p":
+                    # A pack has taken records out of it and of what is before it, so
+                    # what these transactions changed is not known any more.
+                    found.append((entry.tid, []))
+                    break
                 oids = log.oids(entry)
                 oids_read += len(oids)
                 found.append((entry.tid, oids))
@@ -161,8 +181,6 @@ class FileStore(AdaptedStorage):
             Change(since, tid, oids, None)
             for (since, _oids), (tid, oids) in pairwise(found)
         ]
-        # FileStorage's own last tid may be that of a transaction which was voted on
-        # before a crash, and which opening has cut off.
         return found[-1][0], changes
 
     def history(self, oid: bytes, size: int) -> list[LogEntry]:

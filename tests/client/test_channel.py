@@ -277,9 +277,12 @@ def test_a_message_without_an_answer_may_find_the_channel_lost(ends):
 
 def test_another_thread_can_wake_the_one_that_waits(ends):
     calling = Background(ends.channel.call, "ping")
-    ends.requests()
+    assert not calling.returns_soon()
     ends.channel.shut()
-    assert isinstance(calling.error(), ChannelLost)
+    assert ends.channel.is_lost
+    error = calling.error()
+    assert isinstance(error, ChannelLost)
+    assert "silent" not in str(error), "it was not woken"
 
 
 def test_an_interrupted_call_leaves_the_channel_busy(ends):

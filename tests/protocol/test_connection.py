@@ -200,9 +200,9 @@ def test_what_the_table_forbids_to_send_is_ones_own_mistake(role, state):
 def test_the_hello_says_what_the_socket_is_for(kind):
     pair = Pair()
     pair.greet(kind.value)
-    for end in (pair.client, pair.server):
-        assert end.kind is kind
-        assert end.state is State(kind.value)
+    state = State(kind.value)
+    assert pair.client.kind is pair.server.kind is kind
+    assert pair.client.state is pair.server.state is state
 
 
 def test_a_hello_of_another_version_reaches_the_owner_who_refuses_it():

@@ -260,7 +260,9 @@ def test_a_slow_answer_goes_to_the_one_who_asked(
         assert asking.result() == expected
 
 
-def test_an_interrupted_call_leaves_no_answer_to_the_next_one(server, writer):
+def test_an_interrupted_call_leaves_no_answer_to_the_next_one(
+    server, writer, monkeypatch
+):
     """A Ctrl-C in the middle of a call, say: its answer is still on the way."""
     tid = commit(writer, x=b"data", y=b"other")
     with client_of(server) as storage:
@@ -272,15 +274,13 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next_one(server, writer):
         class Interrupted(BaseException):
             pass
 
-        receive = channel._connection.receive_data
-
         def interrupt(_data: bytes, _now: float) -> Any:
             raise Interrupted
 
-        channel._connection.receive_data = interrupt  # type: ignore[method-assign]
+        monkeypatch.setattr(channel._connection, "receive_data", interrupt)
         with pytest.raises(Interrupted):
             channel.call("load", X, b"\x7f" + b"\xff" * 7)
-        channel._connection.receive_data = receive  # type: ignore[method-assign]
+        monkeypatch.undo()
         session.give_back(channel)
         assert storage.load(Y) == (b"other", tid)
         assert storage.load(X) == (b"data", tid)

@@ -542,6 +542,51 @@ def test_a_few_bytes_do_not_take_much_time(state):
         resolve(record, record, record)
 
 
+@pytest.mark.timeout(60)
+def test_a_class_of_a_few_bytes_does_not_take_much_time():
+    record = b"\x80\x03" + laughing(64) + b"N\x86." + pickle.dumps(1, 3)
+    with pytest.raises(Unresolvable):
+        resolve(record, record, record)
+
+
+@pytest.mark.parametrize(
+    "dictionary",
+    [
+        b"(" + text("a") + b"K\x01d",
+        b"}" + text("a") + b"K\x01s",
+        b"}(" + text("a") + b"K\x01" + text("b") + b"K\x02u",
+        b"}",
+    ],
+    ids=["dict", "setitem", "setitems", "empty"],
+)
+def test_a_dictionary_among_the_values_is_kept_however_it_is_written(dictionary):
+    state = b"\x80\x03" + text("key") + dictionary + b"\x86\x85."
+    new = pickled(OOBucket) + state
+    record = resolve(new, bucket(), bucket(committed=1))
+    key_and_value = state_of(new)[0]
+    assert state_of(record) == (("committed", 1, *key_and_value),)
+
+
+@pytest.mark.parametrize(
+    "dictionary",
+    [
+        b"(K\x01K\x02\x86K\x01d",
+        b"}K\x01K\x02\x86K\x01s",
+        b"}(K\x01K\x02\x86K\x01u",
+        b"]K\x01K\x01s",
+        b"}("
+        + b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(9000))
+        + b"u",
+    ],
+    ids=["dict", "setitem", "setitems", "no dictionary", "large"],
+)
+def test_a_dictionary_that_may_take_long_is_left_to_the_client(dictionary):
+    state = b"\x80\x03" + text("key") + dictionary + b"\x86\x85."
+    record = pickled(OOBucket) + state
+    with pytest.raises(Unresolvable, match="dictionary"):
+        resolve(record, record, record)
+
+
 def test_what_is_shared_a_little_is_resolved():
     shared = tuple(range(10))
     values = {f"key {number}": (shared, shared) for number in range(30)}

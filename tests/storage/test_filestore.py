@@ -1,6 +1,8 @@
 """A Data.fs: ZODB's file with our read path, at every moment one that ZODB can open."""
 
+import io
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -18,6 +20,7 @@ from BTrees.OOBTree import OOBucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from ZODB._compat import PersistentPickler
 from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.FileStorage import FileStorageQuotaError
 from ZODB.POSException import POSKeyError, ReadOnlyError, UndoError
@@ -89,7 +92,7 @@ def as_after_a_crash(database: FileStore, folder: Path) -> Path:
     """A copy of the files as they are on disk while the database is open."""
     folder.mkdir()
     for path in Path(database._path).parent.glob("Data.fs*"):
-        if path.suffix not in (".lock", ".tmp"):
+        if path.suffix not in (".lock", ".tmp") and ".tr" not in path.name:
             shutil.copy(path, folder)
     return folder
 
@@ -180,7 +183,7 @@ def assert_changes_are_the_log(
     kept = Changes(Z64)
     kept.extend(changes)
     assert kept.last_tid == last_tid
-    for tid in (*tids, *map(following, tids)):
+    for tid in (Z64, *tids, *map(following, tids)):
         assert database.committed(tid) is (tid in tids)
 
 
@@ -196,7 +199,7 @@ def test_the_loop_reads_what_is_in_memory_or_would_block(database):
 def test_what_is_being_written_is_not_seen_before_it_is_durable(database, monkeypatch):
     first = commit(database, store(A, plain(1))).tid
     seen: list[Any] = []
-    fsync = filestore.os.fsync
+    fsync = os.fsync
 
     def watched_fsync(fd: int) -> None:
         seen.append(database.load(A, MAX_TID))
@@ -247,6 +250,27 @@ def test_only_the_end_of_a_long_log_is_read_at_the_start(open_store, monkeypatch
     )
     monkeypatch.setattr(filestore, "OIDS_READ_MAX", 2)
     assert [change.tid for change in database.last_changes()[1]] == tids[-1:]
+
+
+def test_what_led_to_a_packed_transaction_is_not_known_any_more(database):
+    """The pack took ROOT out of the second transaction, which changed it."""
+    first = commit(database, store(ROOT, plain(1)), store(A, plain(1))).tid
+    second = commit(database, store(ROOT, plain(2), first), store(B, plain(1))).tid
+    third = commit(database, store(ROOT, references(A, B), second)).tid
+    database.pack(time.time() + 1)
+    fourth = commit(database, store(A, plain(2), first)).tid
+    assert database.last_changes() == (fourth, [Change(third, fourth, [A], None)])
+
+
+def references(*oids: bytes) -> bytes:
+    """A record with references, so that a pack lets their objects live."""
+    file = io.BytesIO()
+    pickler = PersistentPickler(
+        lambda value: value if isinstance(value, bytes) else None, file, 3
+    )
+    pickler.dump(("an.application", "Class"))
+    pickler.dump(list(oids))
+    return file.getvalue()
 
 
 # Transactions
@@ -329,6 +353,32 @@ def test_what_was_voted_and_not_finished_is_gone_after_a_crash(
     assert again.load(A, MAX_TID).data == plain(1)
     assert again.info()[1] == 1
     commit(again, store(B, plain(3)))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        bytes(7),
+        bytes(5000),
+        b"\xff" * 10,
+        MAX_TID + (10_000).to_bytes(8, "big") + b"c" + bytes(6),
+        MAX_TID + (23).to_bytes(8, "big") + b"c" + bytes(14),
+    ],
+)
+def test_what_a_crash_left_behind_the_last_transaction_is_cut_off(
+    database, open_store, tmp_path, tail
+):
+    """Blocks that were written, or only reserved, in any order."""
+    tid = commit(database, store(A, plain(1))).tid
+    folder = as_after_a_crash(database, tmp_path / "crashed")
+    with (folder / "Data.fs").open("ab") as file:
+        file.write(tail)
+    again = open_store(folder)
+    assert again.last_changes() == (tid, [Change(Z64, tid, [A], None)])
+    assert again.load(A, MAX_TID) == Revision(plain(1), tid, None)
+    next_tid = commit(again, store(A, plain(2), tid)).tid
+    assert tid < next_tid < tid_at(time.time() + 60)
+    assert read_by_zodb(as_after_a_crash(again, tmp_path / "then")) == {A: plain(2)}
 
 
 def test_it_is_a_plain_data_file_whenever_one_looks(database, tmp_path):
@@ -486,12 +536,12 @@ def test_oids_that_a_copied_transaction_brings_are_not_given_out(database):
 
 def test_oids_are_given_to_threads_that_ask_at_once(database):
     given_out: list[bytes] = []
-    threads = [
-        threading.Thread(
-            target=lambda: [given_out.extend(database.new_oids(7)) for _ in range(100)]
-        )
-        for _ in range(4)
-    ]
+
+    def ask() -> None:
+        for _ in range(100):
+            given_out.extend(database.new_oids(7))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -177,7 +177,7 @@ class ScriptedPeer:
             answer = answer(*(message.args if isinstance(message, Request) else ()))
         if isinstance(answer, Held):
             while not answer.gate.wait(self.server.limits.heartbeat_interval_s / 4):
-                if self._is_hung_up:
+                if self._is_hung_up or self.connection.is_closed:
                     return
                 self._beat()
             self._answer(answer.then, message, number)

@@ -1,0 +1,72 @@
+"""Two processes open the same empty database at the same moment."""
+
+import ZODB
+from persistent.mapping import PersistentMapping
+
+from zeolith.client import DB
+from zeolith.client.storage import ClientStorage
+
+from ..support.gates import Background, Gate
+from ..support.inprocess import HeldStream
+
+
+def put(db: ZODB.DB, key: str) -> None:
+    with db.transaction() as connection:
+        connection.root()[key] = PersistentMapping()
+
+
+def keys(db: ZODB.DB) -> list[str]:
+    with db.transaction() as connection:
+        return sorted(connection.root())
+
+
+def test_of_two_who_make_the_root_both_get_the_same(server, gate, monkeypatch):
+    """Both found none; the second one's commit is a conflict, and not the end."""
+    vote = ClientStorage.tpc_vote
+    voters: list[ClientStorage] = []
+
+    def vote_together(storage: ClientStorage, transaction: object) -> object:
+        voters.append(storage)
+        gate.pass_through()
+        return vote(storage, transaction)
+
+    monkeypatch.setattr(ClientStorage, "tpc_vote", vote_together)
+    gate.shut()
+    opening = [Background(DB, server.address, server_sync=True) for _ in range(2)]
+    for _ in opening:
+        gate.wait_until_reached()
+    gate.open()
+    first, second = (each.result() for each in opening)
+    assert len({id(storage) for storage in voters}) == 2
+    put(first, "one")
+    put(second, "two")
+    assert keys(second) == ["one", "two"]
+    for db in (first, second):
+        db.close()
+
+
+def test_a_root_that_was_made_a_moment_ago_is_found(server, monkeypatch):
+    """It is not in the snapshot yet: the change is still on its way."""
+    connected = Gate()
+    init = ClientStorage.__init__
+
+    def slow_init(storage: ClientStorage, *args: object, **kwargs: object) -> None:
+        init(storage, *args, **kwargs)  # type: ignore[arg-type]
+        if kwargs.get("client_label") == "late":
+            held.append(HeldStream(server, storage).hold())
+            connected.pass_through()
+
+    held: list[HeldStream] = []
+    monkeypatch.setattr(ClientStorage, "__init__", slow_init)
+    connected.shut()
+    opening = Background(DB, server.address, client_label="late")
+    connected.wait_until_reached()
+    first = DB(server.address)
+    put(first, "one")
+    connected.open()
+    late = opening.result()
+    held[0].release()
+    assert keys(late) == ["one"]
+    put(late, "two")
+    first.close()
+    late.close()
