@@ -22,7 +22,6 @@ from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcome
 from zeolith.client.position import Change
 from zeolith.client.session import Session
 from zeolith.client.stores import Stores
-from zeolith.protocol.errors import ZeolithError
 
 if TYPE_CHECKING:
     from zeolith.client.storage import ClientStorage
@@ -127,8 +126,11 @@ class Commit:
         return resolutions
 
     def _call(self, method: str, *args: Any) -> Any:
-        assert self._channel is not None
-        return self._channel.call(method, self.stores.id, *args)
+        channel = self._channel
+        if channel is None:
+            # Another thread has closed the storage.
+            raise ChannelLost("the storage is closed")
+        return channel.call(method, self.stores.id, *args)
 
     # Finish
 
@@ -159,18 +161,21 @@ class Commit:
             position.give_up(self.stores.id)
             self.end()
             raise
-        changes = None if before is None else [Change(*each) for each in before]
-        since = changes[-1].tid if changes else sent_at
-        oids = list({*self.stores.oids, *self._resolved})
-        change = Change(since, tid, oids, self.stores.id)
 
         def apply(tid: bytes) -> None:
             self._fill_cache(tid, history)
             callback(tid)
 
         try:
+            changes = None if before is None else [Change(*each) for each in before]
+            since = changes[-1].tid if changes else sent_at
+            oids = list({*self.stores.oids, *self._resolved})
+            change = Change(since, tid, oids, self.stores.id)
             position.finished(self._session, change, changes, apply)
         finally:
+            # Harmless after ``finished``. If the thread was interrupted before, nobody
+            # is left to apply the change, and all later ones would wait for that.
+            position.give_up(self.stores.id)
             self.end()
         return tid
 
@@ -186,7 +191,8 @@ class Commit:
                 "outcome", self.stores.id, self._tid, sent_at
             )
             session = self._storage.current_session
-        except (ClientDisconnected, ZeolithError) as error:
+        except Exception as error:
+            # No server, or one that cannot say.
             self.end()
             raise unknown from error
         now = session.welcome if session is not None else {}
@@ -202,9 +208,14 @@ class Commit:
         """Keep what we have just written; never at the price of the commit."""
         cache = self._storage.cache
         resolved = set(self._resolved)
-        for oid, data in self.stores.kept.items():
-            if oid not in resolved:
-                cache.store(oid, tid, None, data, tid, history)
+        try:
+            for oid, data in self.stores.kept.items():
+                if oid not in resolved:
+                    cache.store(oid, tid, None, data, tid, history)
+        except Exception:
+            # The server has committed: nothing may look like a failure any more.
+            logger.exception("the cache failed at a commit and is emptied")
+            cache.forget_all(cache.valid_through)
 
     # The end
 
@@ -217,9 +228,9 @@ class Commit:
         if channel is not None and not channel.is_lost and not channel.is_busy:
             try:
                 channel.call("abort", self.stores.id)
-            except (ChannelLost, ZeolithError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever the server may answer
                 # The server aborts what it loses sight of.
-                logger.debug("abort was not answered: %s", error)
+                logger.debug("abort was not done: %s", error)
                 channel.shut()
         self.end()
 

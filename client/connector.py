@@ -88,6 +88,16 @@ class Connector:
         )
         self._thread.start()
 
+    def wake(self) -> None:
+        """See to it that somebody connects: a forked child has no thread yet.
+
+        It may live of what its parent has loaded, and must still hear of changes.
+        """
+        if self._thread is None:
+            with self._changed:
+                if self._thread is None and not self._is_closed:
+                    self.start()
+
     def session(self, timeout_s: float) -> Session:
         """The session, waited for if need be; raises ClientDisconnected with the cause.
 
@@ -172,8 +182,13 @@ class Connector:
                 self._note(error)
                 self._pause(next(waits))
             else:
-                waits = delays()
+                began = time.monotonic()
                 self._live(session)
+                if time.monotonic() - began > RETRY_MAX_S:
+                    waits = delays()
+                elif self._better is None:
+                    # A server that accepts us and then drops us is not hurried.
+                    self._pause(next(waits))
 
     def _live(self, session: Session) -> None:
         """Adopt ``session`` and listen to it until it is lost."""
@@ -242,11 +257,14 @@ class Connector:
             self._current = session
             self._cause = None
             late, self._better = self._better, None
+            is_elsewhere = session.address not in self._addresses
             self._changed.notify_all()
         if late is not None:
             late.discard("another server was found before it")
         if self._is_closed:
             session.close("the storage is closed")
+        elif is_elsewhere:
+            session.close("the storage was given a new address")
 
     def _note(self, error: Exception) -> None:
         with self._changed:
@@ -267,18 +285,21 @@ class Connector:
 
     def _upgrade(self) -> None:
         fallback = self._current
-        while fallback is not None and fallback.ended is None and not self._is_closed:
+        while fallback is not None:
             self._pause(UPGRADE_INTERVAL_S)
+            if fallback.ended is not None or self._is_closed:
+                return
             try:
                 better = self._session_of(self._reach(is_read_only=False))
             except (OSError, ZeolithError):
                 continue
             with self._changed:
-                is_late = self._is_closed
+                # Whatever is adopted next takes it or discards it.
+                is_late = self._is_closed or self._current is not fallback
                 if not is_late:
                     self._better = better
             if is_late:
-                better.discard("the storage is closed")
+                better.discard("it is not needed any more")
             fallback.close("a server that takes writes is there again")
             return
 

@@ -56,8 +56,13 @@ def delays() -> Iterator[float]:
 
 
 def is_refusal(error: BaseException | None) -> bool:
-    """Whether trying again is of no use until somebody changes something."""
-    return isinstance(error, errors.HelloRefused) and error.reason != "stopping"
+    """Whether trying again is of no use until somebody changes something.
+
+    Whoever answers a hello with garbage is somebody else, or of another time.
+    """
+    if isinstance(error, errors.HelloRefused):
+        return error.reason != "stopping"
+    return isinstance(error, errors.RemoteProtocolError)
 
 
 def dial_any(addresses: list[Address], wish: Wish, limits: Limits) -> Reached:
@@ -163,6 +168,9 @@ def _await_welcome(
                 return first.fields, received[1:]
             if isinstance(first, Failure):
                 raise errors.error_of(first.name, first.attributes, first.text)
+        goodbye = connection.goodbye_rcvd
+        if goodbye is not None:
+            raise ConnectionResetError(f"{goodbye.reason}: {goodbye.text}")
         if connection.is_closed:
             raise connection.error or errors.RemoteProtocolError("no welcome")
     raise ConnectionResetError("the server closed the connection at the hello")

@@ -201,9 +201,11 @@ class ClientStorage(ConflictResolvingStorage):
     def close(self) -> None:
         """End the connection; what was begun and not finished is aborted."""
         self._is_closed = True
+        # First, for this wakes the threads that commit: a channel is used by its owner
+        # alone. The server aborts what it loses sight of.
+        self._connector.close()
         for commit in tuple(self._commits.values()):
             commit.abort()
-        self._connector.close()
         _storages.discard(self)
 
     def _welcome(self, session: Session) -> None:
@@ -261,6 +263,7 @@ class ClientStorage(ConflictResolvingStorage):
 
     def lastTransaction(self) -> bytes:
         """The last transaction that this process has been told of completely."""
+        self._connector.wake()
         tid = self.position.tid
         if tid is None:
             self._connector.session(self._wait_timeout_s)

@@ -93,10 +93,16 @@ def _conflict_attributes(error: POSException.ConflictError) -> Attributes:
         return {"message": str(error)}
     return {
         "oid": error.oid,
-        "serials": list(error.serials) if error.serials else None,
+        "serials": _pair_of_bytes(error.serials),
         "class_name": error.class_name,
         "message": error.message,
     }
+
+
+def _pair_of_bytes(serials: Any) -> list[bytes] | None:
+    pair = list(serials or ())
+    are_bytes = len(pair) == 2 and all(isinstance(each, bytes) for each in pair)
+    return pair if are_bytes else None
 
 
 def _conflict(
@@ -115,7 +121,8 @@ def _conflict(
 
 
 def _undo_attributes(error: POSException.UndoError) -> Attributes:
-    return {"reason": str(error._reason), "oid": error._oid}
+    oid = error._oid if isinstance(error._oid, bytes) else None
+    return {"reason": str(error._reason), "oid": oid}
 
 
 def _undo(attributes: Attributes, _text: str) -> Exception:
@@ -226,7 +233,8 @@ def failure_of(error: BaseException) -> tuple[str, Attributes, str]:
     for each in type(error).__mro__:
         if each in _CROSSING:
             name, outbound, _inbound = _CROSSING[each]
-            return name, outbound(error), _text(error)
+            attributes = outbound(error)
+            return name, {k: _sendable(v) for k, v in attributes.items()}, _text(error)
     return type(error).__name__, {}, _text(error)
 
 
@@ -245,8 +253,24 @@ def _text(error: BaseException) -> str:
     text = str(error)
     if len(error.args) == 1 and isinstance(error.args[0], str):
         text = error.args[0]
+    return _encodable(text)
+
+
+def _encodable(text: str) -> str:
     # The name of a file may be in it that is not UTF-8.
     return text.encode(errors="backslashreplace").decode()
+
+
+def _sendable(value: Any) -> Any:
+    """``value``, or what can be sent of it: storages put anything into their errors.
+
+    An error that could not be sent would leave whoever waits for it waiting.
+    """
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, list):
+        return [_sendable(each) for each in value]
+    return value if isinstance(value, bytes) else None
 
 
 def _bytes_or_none(attributes: Attributes, key: str) -> bytes | None:

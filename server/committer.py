@@ -238,8 +238,9 @@ class Committer:
             if isinstance(error, ConflictError):
                 counters.conflicts += 1
             counters.aborts += 1
-            self._answer(commit, None, error)
+            # The turn first: nothing about the answer may hold the others up.
             self._end(commit, StorageTransactionError("the vote failed"))
+            self._answer(commit, None, error)
         elif commit.is_abandoned:
             self._answer(commit, None, commit.ended_by)
             self._abort(commit, None)

@@ -38,6 +38,7 @@ class Peer(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         # Replies to one batch of requests leave in one write.
         self._batch: list[bytes] | None = None
+        self._batch_bytes = 0
         # Whether it was closing at the last tick already.
         self._is_lingering = False
 
@@ -79,6 +80,10 @@ class Peer(asyncio.Protocol):
             self._write(data)
         else:
             self._batch.append(data)
+            self._batch_bytes += len(data)
+            if self._batch_bytes > self._limits.batch_bytes_max:
+                # From here on each is written, and the bound for output is heeded.
+                self._flush()
 
     def send_shared(self, data: bytes) -> None:
         """Send bytes that were made once for many peers."""
@@ -135,7 +140,7 @@ class Peer(asyncio.Protocol):
         transport.close()
 
     def _flush(self) -> None:
-        batch, self._batch = self._batch, None
+        batch, self._batch, self._batch_bytes = self._batch, None, 0
         if batch:
             self._write(b"".join(batch) if len(batch) > 1 else batch[0])
 

@@ -341,14 +341,19 @@ class Service:
         def settled() -> None:
             recent = served.changes.since(position) or []
             ids = {change.transaction: change.tid for change in recent}
+            # Of a finish that failed on the disk a restart tells, and a read-only copy
+            # need not have all that there is: neither can deny.
+            may_deny = served.committer.broken is None and not served.is_read_only
             if transaction_id in ids:
                 self._reply(peer, number, ("committed", ids[transaction_id]))
-            elif position == served.changes.last_tid or (recent and None not in ids):
+            elif may_deny and (
+                position == served.changes.last_tid or (recent and None not in ids)
+            ):
                 self._reply(peer, number, ("not committed", None))
             elif tid is None:
                 self._reply(peer, number, ("unknown", None))
             else:
-                then = partial(_outcome, tid)
+                then = partial(_outcome, tid, may_deny)
                 self._read(peer, number, served.database.committed, tid, then=then)
 
         served.committer.settle(transaction_id, settled)
@@ -519,7 +524,11 @@ def _load_several(
     return loaded
 
 
-def _outcome(tid: bytes, is_committed: bool | None) -> tuple[str, bytes | None]:
-    if is_committed is None:
+def _outcome(
+    tid: bytes, may_deny: bool, is_committed: bool | None
+) -> tuple[str, bytes | None]:
+    if is_committed:
+        return "committed", tid
+    if is_committed is None or not may_deny:
         return "unknown", None
-    return ("committed", tid) if is_committed else ("not committed", None)
+    return "not committed", None

@@ -58,6 +58,9 @@ class _Writer(threading.Thread):
             except RuntimeError:
                 # The loop was closed without us: nobody waits for the step any more.
                 return
+            # Or they would be kept until the next step: a failed one's traceback holds
+            # all records of its transaction.
+            del next_step, step, args, ended, value, error
 
 
 def _settle(ended: "asyncio.Future[Any]", value: Any, error: Any) -> None:

@@ -224,6 +224,10 @@ class Committing:
         if oid in self._resolutions:
             data = self._resolutions[oid]
             serial = self._current_tid(oid) or serial
+        if not data:
+            # In a Data.fs length 0 means that the data are elsewhere: the file would
+            # end here at the next opening without an index.
+            raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
         self._storage.store(oid, serial, data, "", self._metadata)
 
     def _undo(self, tid: bytes) -> None:

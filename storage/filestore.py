@@ -209,12 +209,16 @@ class FileStore(AdaptedStorage):
         return entries
 
     def committed(self, tid: bytes) -> bool | None:
-        """Whether ``tid`` is in the log."""
+        """Whether ``tid`` is in the log; None if a pack may have taken it away."""
+        was_packed = False
         with self._log() as log:
             for entry in log.backwards():
-                if entry.tid <= tid:
-                    return entry.tid == tid
-        return False
+                if entry.tid == tid:
+                    return True
+                was_packed = entry.status == b"p"
+                if entry.tid < tid:
+                    break
+        return None if was_packed else False
 
     def new_oids(self, count: int) -> list[bytes]:
         """See Database.new_oids; waits for a sync once in OIDS_RESERVED oids."""

@@ -163,12 +163,16 @@ class ForgetfulCacheAgainstTruth(CacheAgainstTruth):
         self._patch.undo()
 
 
-class TestCacheAgainstTruth(CacheAgainstTruth.TestCase):
-    settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCacheAgainstTruth = CacheAgainstTruth.TestCase
+TestCacheAgainstTruth.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None
+)
 
 
-class TestForgetfulCacheAgainstTruth(ForgetfulCacheAgainstTruth.TestCase):
-    settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestForgetfulCacheAgainstTruth = ForgetfulCacheAgainstTruth.TestCase
+TestForgetfulCacheAgainstTruth.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None
+)
 
 
 # What an entry is good for

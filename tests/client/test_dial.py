@@ -26,7 +26,7 @@ from zeolith.protocol.codec import encode
 from zeolith.protocol.connection import SocketKind, State
 from zeolith.protocol.errors import HelloRefused, RemoteProtocolError, ZeolithError
 from zeolith.protocol.limits import DEFAULT, Limits
-from zeolith.protocol.messages import Heartbeat, Notice, Reply, Welcome
+from zeolith.protocol.messages import Goodbye, Heartbeat, Notice, Reply, Welcome
 from zeolith.protocol.methods import HELLO, VERSION, check_fields
 
 from ..support.gates import Background
@@ -194,7 +194,7 @@ def test_a_server_of_another_version_is_refused_by_us_too(server):
         (HelloRefused("stopping", "the server is stopping"), False),
         (ConnectionRefusedError(), False),
         (TimeoutError(), False),
-        (RemoteProtocolError("garbage"), False),
+        (RemoteProtocolError("garbage"), True),
         (None, False),
     ],
 )
@@ -231,6 +231,13 @@ def test_a_server_that_says_nothing_is_given_up():
 def test_a_server_that_hangs_up_is_given_up(server):
     server.hello = Act.HANG_UP
     with pytest.raises(OSError, match=r"at the hello|reset"):
+        reach(server.address)
+
+
+def test_a_server_that_says_goodbye_may_be_tried_again(server):
+    """It is at its end, or has too many clients."""
+    server.hello = Raw(encode(Goodbye("stopping", "the server is stopping")))
+    with pytest.raises(ConnectionResetError, match="the server is stopping"):
         reach(server.address)
 
 
@@ -337,6 +344,16 @@ def test_a_refusal_tells_more_than_an_absence(server):
     for addresses in ([server.address, away], [away, server.address]):
         with pytest.raises(HelloRefused, match="no storage 'main'"):
             reach_any(addresses)
+
+
+def test_a_refusal_is_not_forgotten_for_an_absence_that_comes_later(server):
+    server.hello = HelloRefused("storage", "there is no storage 'main' here")
+    hang_up = threading.Event()
+    with scripted(hello=Held(hang_up, Act.HANG_UP)) as late:
+        dialling = Background(reach_any, [server.address, late.address])
+        wait_until(lambda: server.hellos and not server.peers, "the refusal")
+        hang_up.set()
+        assert isinstance(dialling.error(), HelloRefused)
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -171,6 +171,14 @@ def test_a_busy_channel_is_not_taken_back(server, session):
     assert session._idle == []
 
 
+def test_a_lost_channel_is_not_taken_back(server, session):
+    channel = session.borrow()
+    channel.close()
+    session.give_back(channel)
+    assert session._idle == []
+    assert session._channels == set()
+
+
 def test_a_server_that_knows_the_session_no_more_ends_it(server, session):
     server.channel_hello = HelloRefused("session", "the session has ended")
     with pytest.raises(ChannelLost, match="the session has ended"):
@@ -202,7 +210,7 @@ def test_changes_are_handed_on_in_order(server, session):
 def test_changes_behind_the_welcome_are_the_first(server):
     fields = welcome(session=bytes(16))
     early = [Notice("changes", [[change(2)]]), Notice("changes", [[change(3)]])]
-    server.hello = Raw(b"".join(map(encode, [Welcome(fields), *early])))
+    server.hello = Raw(b"".join([encode(Welcome(fields)), *map(encode, early)]))
     with session_of(server) as session:
         heard, listening = hear(session)
         wait_until(lambda: len(heard.changes) == 2, "the early changes")
@@ -284,10 +292,16 @@ def test_a_client_that_only_gets_changes_still_beats():
 # The end
 
 
-def test_closing_ends_the_listening(server, session):
-    _heard, listening = hear(session)
-    session.close("enough")
-    assert listening.result() == "enough"
+def test_closing_ends_the_listening(server):
+    """At once, however long it would wait for the next heartbeat."""
+    limits = Limits(heartbeat_interval_s=1000, heartbeat_timeout_s=3000)
+    with session_of(server, limits) as session:
+        server.streams()[0].freeze()
+        _heard, listening = hear(session)
+        assert not listening.returns_soon()
+        session.close("enough")
+        assert listening.result() == "enough"
+        assert session._stream.fileno() == -1
     wait_until(lambda: not server.streams(), "the end of the stream")
 
 
@@ -328,6 +342,18 @@ def test_a_channel_that_comes_back_after_the_end_is_closed(server, session):
     channel = session.borrow()
     session.close("enough")
     session.give_back(channel)
+    assert channel._socket.fileno() == -1
+
+
+def test_a_channel_that_comes_back_in_the_moment_of_the_end_is_closed(
+    server, session, monkeypatch
+):
+    """Every channel that was there is shut, and this one is put to the idle ones."""
+    channel = session.borrow()
+    is_busy = property(lambda _channel: session.close("enough"))
+    monkeypatch.setattr(Channel, "is_busy", is_busy)
+    session.give_back(channel)
+    assert session._idle == []
     assert channel._socket.fileno() == -1
 
 
@@ -375,6 +401,8 @@ def test_a_forked_child_lets_go_of_the_sockets_and_says_nothing(server, session)
     parents = [session._stream.dup(), channel._socket.dup()]
     with session._lock:
         session.forget()
+        # The lock was the parent's.
+        Background(session.close, "again").result()
     assert session.ended is not None
     assert session._stream.fileno() == channel._socket.fileno() == -1
     assert len(server.peers) == 2

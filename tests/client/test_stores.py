@@ -1,6 +1,7 @@
 """What a transaction wants to write, until its vote."""
 
 import tracemalloc
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,11 +28,11 @@ SMALL = Limits(
 def staged(stores: Stores) -> list[Notice]:
     """The messages that the spill holds."""
     reader = FrameReader(SMALL.frame_bytes_max)
-    messages = []
+    messages: list[Any] = []
     for chunk in stores.spilled():
         messages += map(decode, reader.feed(chunk))
     assert all(isinstance(message, Notice) for message in messages)
-    return messages  # type: ignore[return-value]
+    return messages
 
 
 def test_operations_keep_their_order():

@@ -96,6 +96,8 @@ class ScriptedPeer:
     def __init__(self, server: "ScriptedServer", sock: socket.socket):
         self.server = server
         self.hello: dict[str, Any] = {}
+        # The methods that were called on this socket, with an answer or without.
+        self.methods: list[str] = []
         self.connection = Connection(Role.SERVER, time.monotonic(), server.limits)
         self._socket = sock
         self._is_frozen = False
@@ -149,6 +151,8 @@ class ScriptedPeer:
                 now = time.monotonic()
                 for message in self.connection.receive_data(data, now):
                     self._heed(message)
+                if self.connection.error and self.connection.goodbye_rcvd is None:
+                    self.send(self.connection.farewell())
             self._beat()
 
     def _beat(self) -> None:
@@ -167,9 +171,11 @@ class ScriptedPeer:
             server.hellos.append(message.fields)
             self._answer(answer, message, 0)
         elif isinstance(message, Request):
+            self.methods.append(message.method)
             server.requests.append((message.method, message.args))
             self._answer(server.answers.get(message.method), message, message.id)
         elif isinstance(message, Notice):
+            self.methods.append(message.method)
             server.notices.append((message.method, message.args))
 
     def _answer(self, answer: Any, message: Message, number: int) -> None:
@@ -219,7 +225,10 @@ class ScriptedServer:
         self.hello: Any = None
         self.channel_hello: Any = None
         # The same for methods; a function gets the arguments of the request.
-        self.answers: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {
+            # Nothing that the client did not know.
+            "changes_since": lambda position: [position, []]
+        }
         # What the default welcome says.
         self.last_tid = tid(1)
         # What came, in the order in which it came.
