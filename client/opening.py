@@ -9,6 +9,7 @@ from ZODB.POSException import ConflictError
 from zeolith.client.storage import ClientStorage
 
 _STORAGE_ARGUMENTS = frozenset(inspect.signature(ClientStorage).parameters) - {"addr"}
+_DATABASE_ARGUMENTS = frozenset(inspect.signature(ZODB.DB).parameters)
 
 
 def DB(addr: Any, **arguments: Any) -> ZODB.DB:
@@ -19,6 +20,9 @@ def DB(addr: Any, **arguments: Any) -> ZODB.DB:
     for_storage = {
         name: arguments.pop(name) for name in _STORAGE_ARGUMENTS & arguments.keys()
     }
+    # ZODB.DB would take them for arguments of a storage that it has to make.
+    if unknown := arguments.keys() - _DATABASE_ARGUMENTS:
+        raise TypeError(f"there is no argument {', '.join(sorted(unknown))}")
     storage = ClientStorage(addr, **for_storage)
     try:
         try:

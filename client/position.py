@@ -29,6 +29,9 @@ from zeolith.client.tids import Z64
 
 logger = logging.getLogger(__name__)
 
+# A fork waits no longer than this for a change that is being applied.
+FORK_WAIT_S = 5.0
+
 
 class Source(Protocol):
     """A session that feeds changes."""
@@ -53,6 +56,8 @@ class Position:
     def __init__(self, cache: Cache):
         self._cache = cache
         self._condition = threading.Condition()
+        # Whether a fork under way holds the lock.
+        self._is_held = False
         # None until the first session is adopted.
         self._tid: bytes | None = None
         # The ZODB database that wants to hear of changes.
@@ -132,6 +137,16 @@ class Position:
                 self._condition.notify_all()
             while source is self._source and self._at() < last_tid:
                 self._condition.wait()
+
+    def hold(self) -> None:
+        """Before a fork: nobody may be telling ZODB of a change and hold its locks."""
+        self._is_held = self._condition.acquire(timeout=FORK_WAIT_S)
+
+    def let_go(self) -> None:
+        """After a fork, in the parent."""
+        if self._is_held:
+            self._is_held = False
+            self._condition.release()
 
     def forget(self) -> None:
         """In a forked child: the locks may be held by threads that are not here."""
@@ -227,7 +242,9 @@ class Position:
         while pending:
             change = pending[0]
             if change.tid > self._at():
-                if change.since > self._at():
+                if change.since != self._at():
+                    # Something is missing; or what we have applied is not in the
+                    # history of this server, which then was restored.
                     self._leave_gap(change)
                     return
                 if change.transaction in self._finishing:
@@ -239,9 +256,10 @@ class Position:
         source, self._source = self._source, None
         self._last_source = None
         self._pending.clear()
-        reason = (
-            f"changes between {self._at().hex()} and {change.since.hex()} are missing"
-        )
+        at, since = self._at().hex(), change.since.hex()
+        reason = f"changes between {at} and {since} are missing"
+        if change.since < self._at():
+            reason = f"the server's history goes on from {since}, without our {at}"
         logger.error("%s; the session is opened anew", reason)
         if source is not None:
             source.close(reason)

@@ -500,10 +500,24 @@ def _refuse_arguments_to_come(**arguments: object) -> None:
 _storages: "weakref.WeakSet[ClientStorage]" = weakref.WeakSet()
 
 
+def _before_fork() -> None:
+    for storage in tuple(_storages):
+        storage.position.hold()
+
+
+def _after_fork_in_parent() -> None:
+    for storage in tuple(_storages):
+        storage.position.let_go()
+
+
 def _after_fork() -> None:
     for storage in tuple(_storages):
         storage._forget_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork,
+    )

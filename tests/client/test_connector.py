@@ -1,10 +1,9 @@
-"""Who keeps a storage connected: from functools import partial
-from functools import partial
-from one session to the next."""
+"""Who keeps a storage connected: from one session to the next."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +17,10 @@ from zeolith.client.dial import RETRY_MAX_S, delays
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.position import Position
 from zeolith.client.session import Session
+from zeolith.protocol.codec import encode
 from zeolith.protocol.errors import HelloRefused
 from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.messages import Goodbye, Welcome
 
 from ..support.gates import Background
 from ..support.script import (
@@ -32,6 +33,7 @@ from ..support.script import (
     refused_address,
     scripted,
     tid,
+    welcome,
 )
 from ..support.waiting import wait_until
 
@@ -188,6 +190,7 @@ def test_a_refusal_is_not_for_ever(server):
             connector.session(LONG_S)
         server.hello = None
         wait_until(lambda: connector.current, "a session")
+        assert connector._cause is None
 
 
 def test_a_server_that_stops_is_waited_for(server):
@@ -308,6 +311,7 @@ def test_a_server_that_comes_back_is_found(server):
         )
         with pytest.raises(ClientDisconnected, match="Connection refused"):
             connector.session(0.01)
+        assert connector._position._source is None, "somebody may wait for the lost one"
         server.start()
         assert connector.session(LONG_S) is not first
 
@@ -344,19 +348,12 @@ def test_attempts_become_rarer(waits):
 
 
 def test_a_server_that_accepts_and_drops_us_is_not_hurried(server, waits):
-    dropped = 0
-
-    def welcome_and_drop() -> Any:
-        nonlocal dropped
-        dropped += 1
-        threading.Thread(target=server.peers[-1].hang_up).start()
-        return None
-
-    server.hello = welcome_and_drop
-    with connecting(server.address):
-        wait_until(lambda: dropped > 20, "many attempts")
-        attempts = len(server.hellos)
-        assert len(waits) >= attempts - 2
+    goodbye = encode(Goodbye("stopping", "at once"))
+    server.hello = Raw(encode(Welcome(welcome(session=bytes(16)))) + goodbye)
+    with connecting(server.address) as connector:
+        wait_until(lambda: len(server.hellos) > 20, "many attempts")
+        assert len(waits) >= len(server.hellos) - 2
+        assert "at once" in str(connector._cause)
     assert all(wait >= RETRY_MAX_S / 2 for wait in waits[10:])
 
 
@@ -418,6 +415,14 @@ def test_a_fallback_takes_a_read_only_server(server):
         assert connector.session(LONG_S).is_read_only
         asked = [each["read_only"] for each in hellos_of_streams(server)[:2]]
         assert asked == [False, True]
+
+
+def test_a_fallback_is_for_read_only_servers_alone(server):
+    server.hello = NO_STORAGE
+    with connecting(server.address, falls_back=True) as connector:
+        with pytest.raises(ClientDisconnected, match="no storage 'main'"):
+            connector.session(LONG_S)
+        assert not any(each["read_only"] for each in server.hellos)
 
 
 def test_a_writable_server_is_preferred(server):
@@ -494,13 +499,43 @@ def test_closing_a_fallback_ends_the_search(server):
     with connecting(server.address, falls_back=True) as connector:
         connector.session(LONG_S)
         connector.close()
-        wait_until(
-            lambda: (
-                "zeolith-main-upgrade" not in [t.name for t in threading.enumerate()]
-            ),
-            "the end of the search",
-        )
+        wait_until(lambda: not searches(), "the end of the search")
         assert len(server.hellos) == 2
+
+
+def searches() -> int:
+    names = [each.name for each in threading.enumerate()]
+    return names.count("zeolith-main-upgrade")
+
+
+def test_a_search_that_is_not_needed_any_more_asks_nobody(server, monkeypatch):
+    """It is in its pause when the next session, a writable one, begins."""
+    monkeypatch.setattr(connector_module, "UPGRADE_INTERVAL_S", LONG_S)
+    read_only_server(server)
+    with connecting(server.address, falls_back=True) as connector:
+        connector.session(LONG_S)
+        server.hello = None
+        server.streams()[0].hang_up()
+        wait_until(lambda: not searches(), "the end of the search")
+        assert not connector.session(LONG_S).is_read_only
+        asked = [each["read_only"] for each in hellos_of_streams(server)]
+        assert asked == [False, True, False]
+
+
+def test_a_search_that_finds_something_too_late_lets_it_go(few_waits, server):
+    """The storage was closed while the server thought about it."""
+    read_only_server(server)
+    accept = threading.Event()
+    with scripted() as writable:
+        writable.hello = Held(accept)
+        with connecting(server.address, falls_back=True) as connector:
+            connector.session(LONG_S)
+            connector.new_addresses([server.address, writable.address])
+            wait_until(lambda: writable.hellos, "the search asks the writable server")
+            connector.close()
+            accept.set()
+            wait_until(lambda: not writable.peers, "the end of what was found late")
+            assert connector._better is None
 
 
 def test_a_fallback_that_is_lost_takes_its_search_along(few_waits, server):
@@ -521,7 +556,7 @@ def test_a_fallback_that_is_lost_takes_its_search_along(few_waits, server):
             )
             second = connector.current
             accept.set()
-            wait_until(lambda: not writable.streams(), "the end of what was found late")
+            wait_until(lambda: not writable.peers, "the end of what was found late")
             assert connector.current is second
             assert connector._better is None
 

@@ -82,6 +82,40 @@ def waits(position: Position, threads: int = 1) -> Callable[[], bool]:
 # Changes over the stream
 
 
+def test_a_change_of_another_history_ends_the_session():
+    """The server was restored between its welcome and what we applied meanwhile."""
+    position, told, feed = at(T3)
+    position.receive(feed, [Change(T2, T4, [A], None)])
+    assert "without our" in feed.closed[0]
+    assert position.tid == T3
+    assert not told.log
+
+
+def test_a_fork_waits_until_a_change_was_told():
+    """Or the child would inherit ZODB's locks from a thread that it has not got."""
+    position, _told, feed = at(T1)
+    is_told, may_go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def invalidate(self, _tid: bytes, _oids: list[bytes]) -> None:
+            is_told.set()
+            assert may_go_on.wait(30)
+
+    def fork() -> None:
+        position.hold()
+        position.let_go()
+
+    position.register(Slow())
+    telling = Background(position.receive, feed, [Change(T1, T2, [A], None)])
+    assert is_told.wait(30)
+    forking = Background(fork)
+    assert not forking.returns_soon()
+    may_go_on.set()
+    telling.result()
+    forking.result()
+    assert position.tid == T2
+
+
 def test_changes_are_applied_in_the_order_of_their_tids():
     position, told, feed = at(T1)
     position.receive(feed, [change(T1, T2, A), change(T2, T3, B)])
@@ -129,14 +163,6 @@ def test_after_a_gap_the_session_feeds_nothing_any_more():
     position.receive(feed, [change(T1, T2, A)])
     assert told.log == []
     assert len(feed.closed) == 1
-
-
-def test_a_change_that_overlaps_the_position_is_no_gap():
-    """Its predecessor lies before us: what it brings was applied already, or is it."""
-    position, told, feed = at(T2)
-    position.receive(feed, [change(T1, T3, A)])
-    assert told.log == [(T3, [A])]
-    assert not feed.closed
 
 
 def test_a_stranger_feeds_nothing():

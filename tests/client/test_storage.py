@@ -30,7 +30,6 @@ from zope.interface.verify import verifyObject
 from ZopeUndo.Prefix import Prefix
 
 from zeolith.client import connector as connector_module
-from zeolith.client import storage as storage_module
 from zeolith.client.errors import ClientDisconnected, NotSupportedYet
 from zeolith.client.storage import NEW_OIDS, ClientStorage
 from zeolith.client.tids import MAX_TID, Z64
@@ -246,7 +245,7 @@ def test_an_answer_from_before_a_fresh_start_is_not_kept(server, storage):
     server.answers["load"] = Held(answer, [b"from the lost history", T3, None, T3])
     loading = Background(storage.loadBefore, A, T4)
     server.wait_for("load")
-    storage.position.adopt(storage.current_session, T1, None)  # type: ignore[arg-type]
+    storage.position.adopt(storage.current_session, T1, None)
     answer.set()
     assert loading.result() == (b"from the lost history", T3, None)
     assert len(storage.cache) == 0
@@ -648,7 +647,7 @@ def test_a_storage_that_cannot_undo_says_so(server):
 
 
 def test_a_pack_is_told_until_when(server, storage, monkeypatch):
-    monkeypatch.setattr(storage_module.time, "time", lambda: 1_000_000.0)
+    monkeypatch.setattr("time.time", lambda: 1_000_000.0)
     storage.pack()
     storage.pack(500.0)
     storage.pack(days=2)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from ZODB.Connection import TransactionMetaData
 
+from zeolith.client.errors import CommitOutcomeUnknown
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.limits import Limits
 from zeolith.server.peer import Peer
@@ -13,6 +14,7 @@ from zeolith.storage.database import WouldBlock
 
 from ..support.gates import Background
 from ..support.inprocess import HeldStream, InProcessServer, client_of
+from ..support.proxy import Direction
 from ..support.records import (
     Listening,
     commit,
@@ -260,6 +262,24 @@ def test_a_slow_answer_goes_to_the_one_who_asked(
         assert asking.result() == expected
 
 
+class Interrupted(BaseException):
+    """What a signal handler may raise anywhere."""
+
+
+class InterruptedSocket:
+    """A socket whose user is interrupted when the request is on its way."""
+
+    def __init__(self, sock: Any):
+        self._sock = sock
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.sendall(data)
+        raise Interrupted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
 def test_an_interrupted_call_leaves_no_answer_to_the_next_one(
     server, writer, monkeypatch
 ):
@@ -269,18 +289,42 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next_one(
         storage.ping()
         session = storage.current_session
         assert session is not None
-        channel = session.borrow()
-
-        class Interrupted(BaseException):
-            pass
-
-        def interrupt(_data: bytes, _now: float) -> Any:
-            raise Interrupted
-
-        monkeypatch.setattr(channel._connection, "receive_data", interrupt)
-        with pytest.raises(Interrupted):
-            channel.call("load", X, b"\x7f" + b"\xff" * 7)
-        monkeypatch.undo()
+        channel: Any = session.borrow()
         session.give_back(channel)
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(channel, "_socket", InterruptedSocket(channel._socket))
+            with pytest.raises(Interrupted):
+                storage.load(X)
         assert storage.load(Y) == (b"other", tid)
         assert storage.load(X) == (b"data", tid)
+        assert storage.current_session is session
+
+
+# What nobody knows
+
+
+def test_a_commit_of_unknown_outcome_is_heard_of_like_anybodys(server, reader, proxy):
+    """Nobody could be asked in time; later the change comes and must not be waited for.
+
+    The thread that might have claimed it has been told that nobody knows.
+    """
+    database = Listening()
+    reader.registerDB(database)
+    commit(reader, x=b"old")
+    assert seen(reader, "x") == b"old"
+    reader._wait_timeout_s = 0.05
+    transaction = vote(reader, x=b"own")
+    answers = HeldAnswers(server, committing_channel(server))
+    answers.hold()
+    finishing = Background(finish, reader, transaction, [])
+    answers.wait_for_one()
+    proxy.stall(Direction.TO_CLIENT)
+    proxy.refuse()
+    proxy.cut()
+    assert isinstance(finishing.error(), CommitOutcomeUnknown)
+    reader._wait_timeout_s = 30
+    proxy.restore()
+    wait_until(lambda: seen(reader, "x") == b"own", "the change")
+    assert database.told[-1] == (reader.lastTransaction(), {X})
+    later = commit(reader, y=b"later")
+    assert reader.lastTransaction() == later

@@ -21,7 +21,7 @@ def keys(db: ZODB.DB) -> list[str]:
 
 
 def test_of_two_who_make_the_root_both_get_the_same(server, gate, monkeypatch):
-    """Both found none; the second one's commit is a conflict, and not the end."""
+    """Both found none, and both made the same."""
     vote = ClientStorage.tpc_vote
     voters: list[ClientStorage] = []
 
@@ -42,6 +42,28 @@ def test_of_two_who_make_the_root_both_get_the_same(server, gate, monkeypatch):
     put(second, "two")
     assert keys(second) == ["one", "two"]
     for db in (first, second):
+        db.close()
+
+
+def test_a_root_that_is_in_use_already_is_not_made_anew(server, gate, monkeypatch):
+    """The other one has even written into it: a conflict, and not the end."""
+    vote = ClientStorage.tpc_vote
+
+    def vote_late(storage: ClientStorage, transaction: object) -> object:
+        gate.pass_through()
+        return vote(storage, transaction)
+
+    monkeypatch.setattr(ClientStorage, "tpc_vote", vote_late)
+    gate.shut()
+    opening = Background(DB, server.address)
+    gate.wait_until_reached()
+    monkeypatch.undo()
+    first = DB(server.address)
+    put(first, "one")
+    gate.open()
+    late = opening.result()
+    assert keys(late) == ["one"]
+    for db in (first, late):
         db.close()
 
 

@@ -26,7 +26,7 @@ from ..support.waiting import wait_until
 
 X = oid_of("x")
 # A network that falls silent is found out about soon.
-IMPATIENT = Limits(heartbeat_interval_s=0.1, heartbeat_timeout_s=0.5)
+IMPATIENT = Limits(heartbeat_interval_s=0.2, heartbeat_timeout_s=1.0)
 
 
 def is_idle(server: InProcessServer) -> bool:
@@ -221,6 +221,31 @@ def test_a_call_does_not_wait_for_ever_for_a_silent_server(tmp_path, way: Direct
         assert storage.load(X) == (b"data", tid)
 
 
+def test_a_single_channel_that_falls_silent_is_replaced(tmp_path):
+    """The stream and the other channels are well; the call is made again."""
+    with (
+        serving(tmp_path / "Data.fs", limits=IMPATIENT) as server,
+        client_of(server, limits=IMPATIENT) as storage,
+    ):
+        tid = commit(storage, x=b"data")
+        storage.cache.forget(X)
+        session = storage.current_session
+        stream = server.stream_of(storage)
+
+        def silence(peer: Any) -> None:
+            peer._write = lambda data: None
+
+        def silence_channels() -> int:
+            channels = server.service.peers - {stream}
+            for peer in channels:
+                silence(peer)
+            return len(channels)
+
+        assert server.on_loop(silence_channels)
+        assert storage.load(X) == (b"data", tid)
+        assert storage.current_session is session
+
+
 def test_a_quiet_connection_is_kept_alive(tmp_path):
     """Nothing happens for many times the time after which silence is an end."""
     with (
@@ -231,7 +256,7 @@ def test_a_quiet_connection_is_kept_alive(tmp_path):
         session = storage.current_session
         assert session is not None
         beats = count_beats(session)
-        wait_until(lambda: beats() >= 12, "heartbeats")
+        wait_until(lambda: beats() >= 20, "heartbeats")
         assert storage.current_session is session
         assert commit(storage, x=b"more")
 
@@ -264,7 +289,7 @@ def test_a_long_call_is_kept_alive_by_the_server(tmp_path, gate, monkeypatch):
         packing = Background(storage.pack)
         gate.wait_until_reached()
         beats = count_beats(session)
-        wait_until(lambda: beats() >= 12, "heartbeats")
+        wait_until(lambda: beats() >= 20, "heartbeats")
         gate.open()
         packing.result()
         assert storage.current_session is session
