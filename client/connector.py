@@ -184,9 +184,10 @@ class Connector:
             else:
                 began = time.monotonic()
                 self._live(session)
-                if time.monotonic() - began > RETRY_MAX_S:
+                lived_s = time.monotonic() - began
+                if session.has_answered or lived_s > RETRY_MAX_S:
                     waits = delays()
-                elif self._better is None:
+                if lived_s <= RETRY_MAX_S and self._better is None:
                     # A server that accepts us and then drops us is not hurried.
                     self._pause(next(waits))
 

@@ -32,6 +32,8 @@ class Session:
         self.welcome = reached.welcome
         # Why it ended; None while it lives.
         self.ended: str | None = None
+        # Whether a call was ever answered, so that the next session may hurry.
+        self.has_answered = False
         self._limits = limits
         self._token: bytes = reached.welcome["session"]
         self._stream = reached.socket
@@ -63,6 +65,7 @@ class Session:
             # An interrupted call left an answer behind, which the next one would get.
             self._drop(channel)
         else:
+            self.has_answered = True
             self._idle.append(channel)
             if self.ended is not None:
                 self._drop_idle()
@@ -82,6 +85,7 @@ class Session:
         except BaseException:
             self.give_back(channel)
             raise
+        self.has_answered = True
         self._idle.append(channel)
         if self.ended is not None:
             self._drop_idle()

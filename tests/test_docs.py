@@ -118,14 +118,14 @@ def test_every_command_and_option_is_in_the_reference(name):
 
 def test_the_options_of_the_program_are_in_the_reference():
     text = section("## The command")
-    context = click.Context(main)
+    context = click.Context(main, **main.context_settings)
     options = {
         opt
         for parameter in main.get_params(context)
         for opt in parameter.opts
         if isinstance(parameter, click.Option)
     }
-    assert "--help" in options
+    assert {"--help", "-h"} <= options
     assert all(f"`zeolith {option}`" in text for option in options)
 
 

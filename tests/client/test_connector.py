@@ -13,7 +13,7 @@ from ZODB.utils import p64
 from zeolith.client import connector as connector_module
 from zeolith.client.cache import MemoryCache
 from zeolith.client.connector import Connector
-from zeolith.client.dial import RETRY_MAX_S, delays
+from zeolith.client.dial import RETRY_FIRST_S, RETRY_MAX_S, delays
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.position import Position
 from zeolith.client.session import Session
@@ -353,8 +353,33 @@ def test_a_server_that_accepts_and_drops_us_is_not_hurried(server, waits):
     with connecting(server.address) as connector:
         wait_until(lambda: len(server.hellos) > 20, "many attempts")
         assert len(waits) >= len(server.hellos) - 2
-        assert "at once" in str(connector._cause)
+        # While it is welcomed again, there is no cause.
+        wait_until(lambda: "at once" in str(connector._cause), "the cause")
     assert all(wait >= RETRY_MAX_S / 2 for wait in waits[10:])
+
+
+def has_waited(waits: list[float], times: int) -> bool:
+    return len(waits) == times
+
+
+@pytest.mark.parametrize("call", ["a call", "a borrowed channel"])
+def test_after_a_session_that_was_of_use_the_wait_is_short(server, waits, call):
+    """A bad network cuts good sessions; each is a new beginning."""
+    server.answers["ping"] = None
+    with connecting(server.address) as connector:
+        for count in range(1, 12):
+            session = connector.session(LONG_S)
+            if call == "a call":
+                session.call("ping")
+            else:
+                channel = session.borrow()
+                channel.call("ping")
+                session.give_back(channel)
+            server.streams()[-1].hang_up()
+            wait_until(partial(getattr, session, "ended"), "the end of the session")
+            wait_until(partial(has_waited, waits, count), "the wait")
+    # The last one served nobody.
+    assert max(waits[:11]) <= RETRY_FIRST_S
 
 
 def test_after_a_long_session_there_is_no_wait(server, waits, monkeypatch):
