@@ -24,7 +24,7 @@ from ZODB.POSException import (
 )
 from zope.interface import alsoProvides, implementer
 
-from zeolith.client import log
+from zeolith.client import copying, iteration, log
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
 from zeolith.client.commit import Commit, Phase
@@ -41,7 +41,16 @@ logger = logging.getLogger(__name__)
 
 NEW_OIDS = 100
 # What we can do if the server's storage can.
-_OPTIONAL_INTERFACES = {"IStorageUndoable": interfaces.IStorageUndoable}
+_OPTIONAL_INTERFACES = {
+    interface.__name__: interface
+    for interface in (
+        interfaces.IExternalGC,
+        interfaces.IStorageCurrentRecordIteration,
+        interfaces.IStorageIteration,
+        interfaces.IStorageRestoreable,
+        interfaces.IStorageUndoable,
+    )
+}
 
 
 @implementer(interfaces.IMultiCommitStorage, interfaces.IPrefetchStorage)
@@ -105,9 +114,7 @@ class ClientStorage(ConflictResolvingStorage):
         self.cache = MemoryCache(cache_size)
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
-        # The session that gave the oids, and those not used yet.
-        self._oids: tuple[Session | None, list[bytes]] = (None, [])
-        self._oids_lock = threading.Lock()
+        self._take_nothing_ahead()
         self._connector = Connector(
             addresses,
             self.position,
@@ -218,9 +225,15 @@ class ClientStorage(ConflictResolvingStorage):
         """In a forked child; see _after_fork."""
         self.position.forget()
         self._commits.clear()
-        self._oids_lock = threading.Lock()
-        self._oids = (None, [])
+        self._take_nothing_ahead()
         self._connector.forget()
+
+    def _take_nothing_ahead(self) -> None:
+        """At the beginning, and in a forked child, which must not use its parent's."""
+        # The session that gave the oids, and those not used yet.
+        self._oids: tuple[Session | None, list[bytes]] = (None, [])
+        self._oids_lock = threading.Lock()
+        self._current_records = iteration.CurrentRecords(self.call)
 
     # What it is
 
@@ -348,6 +361,22 @@ class ClientStorage(ConflictResolvingStorage):
             for entry in self.call("history", oid, size)
         ]
 
+    def iterator(
+        self, start: bytes | None = None, stop: bytes | None = None
+    ) -> iteration.Transactions:
+        """The transactions from ``start`` to ``stop`` (tids, inclusive), oldest first.
+
+        Those that are committed meanwhile may be among them, if ``stop`` does not
+        exclude them.
+        """
+        return iteration.Transactions(self.call, start, stop)
+
+    def record_iternext(
+        self, next: bytes | None = None
+    ) -> tuple[bytes, bytes, bytes, bytes | None]:
+        """``(oid, tid, data, next)``, object after object; begin with None."""
+        return self._current_records.next(next)
+
     def new_oid(self) -> bytes:
         """An oid that was never given out."""
         if self.isReadOnly():
@@ -394,6 +423,32 @@ class ClientStorage(ConflictResolvingStorage):
     ) -> None:
         """The transaction depends on ``oid`` not having changed since ``serial``."""
         self._begun(transaction).stores.check(oid, serial)
+
+    def restore(
+        self,
+        oid: bytes,
+        serial: bytes,
+        data: bytes | None,
+        version: str,
+        prev_txn: bytes | None,
+        transaction: Any,
+    ) -> None:
+        """Write a record of transaction ``serial`` as it is in another database.
+
+        ``data`` is None where the object is gone; ``prev_txn`` is the transaction
+        whose data these are, a hint. The transaction must have been begun with
+        ``serial`` as its tid (IStorageRestoreable).
+        """
+        assert not version, "versions are not supported"
+        self._begun(transaction).stores.restore(oid, serial, data, prev_txn)
+
+    def deleteObject(self, oid: bytes, serial: bytes, transaction: Any) -> None:
+        """Remove an object that nothing refers to; the vote may raise ConflictError."""
+        self._begun(transaction).stores.delete(oid, serial)
+
+    def copyTransactionsFrom(self, other: Any, verbose: int = 0) -> None:
+        """Commit the transactions of ``other`` here, with their ids and metadata."""
+        copying.copy_transactions(other, self)
 
     def tpc_vote(self, transaction: Any) -> list[bytes]:
         """Everything is checked and will be kept; returns resolved oids."""

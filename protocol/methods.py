@@ -107,6 +107,8 @@ OPERATIONS: dict[str, tuple[Kind, ...]] = {
     "store": (OID, TID, BYTES),
     "check": (OID, TID),
     "undo": (TID,),
+    "restore": (OID, TID, optional(BYTES), optional(TID)),
+    "delete": (OID, TID),
 }
 OPERATION = Kind("operation", _is_operation)
 RESOLUTION = Kind(
@@ -184,6 +186,16 @@ _TABLE = (
     Method("get_tid", (("oid", OID),), _R),
     Method("history", (("oid", OID), ("size", COUNT)), _R),
     Method("undo_log", (("before", optional(TID)), ("size", COUNT)), _R),
+    Method(
+        "transactions",
+        (
+            ("start", optional(TID)),
+            ("stop", optional(TID)),
+            ("cursor", optional(BYTES)),
+        ),
+        _R,
+    ),
+    Method("records", (("first", optional(OID)),), _R),
     Method("info", (), _R),
     Method("changes_since", (("position", TID),), _R),
     Method(

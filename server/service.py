@@ -20,6 +20,7 @@ from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS, VERSION, Effect
 from zeolith.server.committer import Commit, Phase
+from zeolith.server.iteration import Iteration
 from zeolith.server.peer import Peer
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
@@ -48,8 +49,9 @@ class Service:
         self.started_at = time.time()
         self.is_stopping = False
         self._someone_left = asyncio.Event()
+        elsewhere = Iteration(self._read, limits).handlers
         self._handlers: dict[str, Callable[..., Any]] = {
-            name: getattr(self, f"_{name}")
+            name: elsewhere.get(name) or getattr(self, f"_{name}")
             for name, method in METHODS.items()
             if method.sender == "client"
         }

@@ -17,27 +17,33 @@ import ZODB.interfaces
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.POSException import ReadOnlyError, Unsupported
+from ZODB.POSException import ReadOnlyError, StorageError, Unsupported
 from ZODB.serialize import referencesf
 from zope.interface import providedBy
 
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import Committing
 from zeolith.storage.database import (
+    Batch,
+    CurrentRecord,
     Finished,
     LogEntry,
     Revision,
     Transaction,
     Unresolved,
     Voted,
+    Wish,
     WouldBlock,
 )
+from zeolith.storage.iteration import current_in_storage, iterate_storage
 from zeolith.storage.tids import Z64, advanced
 
 _ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
 # After opening: more than were voted on in vain by any server while its clock stood
 # still; less than a quarter of a second of tids.
 TIDS_SKIPPED = 2**24
+# Of iterating while others commit.
+_TRIES = 10
 _TAKES_TID = (FileStorage, MappingStorage, DemoStorage)
 
 
@@ -125,6 +131,23 @@ class AdaptedStorage:
             _log_entry(decodebytes(entry["id"] + b"\n"), entry)
             for entry in self._storage.undoLog(0, -size, is_before)
         ]
+
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """See Database.transactions."""
+        for _try in range(_TRIES):
+            try:
+                return iterate_storage(self._storage, wish, cursor)
+            except RuntimeError as error:
+                # A MappingStorage walks through its BTree without its lock, and the
+                # tree minds that somebody commits meanwhile.
+                failed = error
+        raise StorageError(f"the storage could not be iterated: {failed}")
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """See Database.current_records."""
+        return current_in_storage(self._storage, first, bytes_max)
 
     def committed(self, tid: bytes) -> bool | None:
         """A storage without a log of its own does not remember."""

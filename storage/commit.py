@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
-from ZODB.interfaces import IStorageRestoreable, IStorageUndoable
+from ZODB.interfaces import IExternalGC, IStorageRestoreable, IStorageUndoable
 from ZODB.POSException import (
     ConflictError,
     POSKeyError,
@@ -34,6 +34,9 @@ from zeolith.storage.tids import Z64, next_tid, tid_at
 # Committed, and packed. FileStorage writes the status as it is where it marks a
 # transaction as whole: any other text takes it, or the whole file, away again.
 _STATUSES = (" ", "p")
+
+# The operations that leave a new revision of the oid they name.
+_WRITING = ("store", "restore", "delete")
 
 # A copied transaction keeps its tid; clocks differ, but not by more than this.
 FUTURE_MAX_S = 24 * 3600
@@ -103,7 +106,7 @@ class Committing:
                     f"transaction id {tid.hex()} is too far in the future"
                 )
         for operation in self._transaction.operations:
-            if operation[0] == "store" and operation[1] > OID_MAX:
+            if operation[0] in _WRITING and operation[1] > OID_MAX:
                 raise StorageTransactionError(
                     f"oid {operation[1].hex()} is beyond all that are given out"
                 )
@@ -135,7 +138,7 @@ class Committing:
         oids = dict.fromkeys(
             operation[1]
             for operation in self._transaction.operations
-            if operation[0] == "store"
+            if operation[0] in _WRITING
         )
         oids.update(dict.fromkeys(self._undone))
         return Finished(tid if isinstance(tid, bytes) else told[0], list(oids))
@@ -168,6 +171,10 @@ class Committing:
             committed_tid = self._current_tid(oid)
             if operation[0] == "check":
                 self._check_read(oid, serial, committed_tid)
+            elif operation[0] == "restore":
+                self._check_restored(oid, serial)
+            elif operation[0] == "delete":
+                self._check_deleted(oid, serial, committed_tid)
             elif committed_tid is not None and serial != committed_tid:
                 conflict = self._resolve(oid, serial, committed_tid, operation[3])
                 if conflict is not None:
@@ -185,6 +192,20 @@ class Committing:
             raise POSKeyError(oid)
         if current != serial:
             raise ReadConflictError(oid=oid, serials=(current, serial))
+
+    def _check_restored(self, oid: bytes, serial: bytes) -> None:
+        # FileStorage writes the serial as the record's tid, whatever it is.
+        if serial != self._transaction.tid:
+            raise StorageTransactionError(
+                f"oid {oid.hex()} is restored as of {serial.hex()} in another"
+                " transaction; begin it with that tid"
+            )
+
+    def _check_deleted(self, oid: bytes, serial: bytes, current: bytes | None) -> None:
+        if current is None:
+            raise POSKeyError(oid)
+        if current != serial:
+            raise ConflictError(oid=oid, serials=(current, serial))
 
     def _resolve(
         self, oid: bytes, old_tid: bytes, committed_tid: bytes, new: bytes
@@ -216,6 +237,8 @@ class Committing:
             "store": self._store_record,
             "check": lambda *_validated: None,
             "undo": self._undo,
+            "restore": self._restore_record,
+            "delete": self._delete,
         }
         for name, *arguments in operations:
             actions[name](*arguments)
@@ -224,11 +247,29 @@ class Committing:
         if oid in self._resolutions:
             data = self._resolutions[oid]
             serial = self._current_tid(oid) or serial
+        self._refuse_empty(oid, data)
+        self._storage.store(oid, serial, data, "", self._metadata)
+
+    def _restore_record(
+        self, oid: bytes, serial: bytes, data: bytes | None, data_tid: bytes | None
+    ) -> None:
+        if not IStorageRestoreable.providedBy(self._storage):
+            raise Unsupported("this storage cannot restore records; store them")
+        if data is not None:
+            self._refuse_empty(oid, data)
+        self._storage.restore(oid, serial, data, "", data_tid, self._metadata)
+
+    def _delete(self, oid: bytes, serial: bytes) -> None:
+        if not IExternalGC.providedBy(self._storage):
+            raise Unsupported("this storage cannot delete objects")
+        self._storage.deleteObject(oid, serial, self._metadata)
+
+    @staticmethod
+    def _refuse_empty(oid: bytes, data: bytes) -> None:
         if not data:
             # In a Data.fs length 0 means that the data are elsewhere: the file would
             # end here at the next opening without an index.
             raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
-        self._storage.store(oid, serial, data, "", self._metadata)
 
     def _undo(self, tid: bytes) -> None:
         if not IStorageUndoable.providedBy(self._storage):

@@ -59,7 +59,9 @@ class Transaction:
     # The tid to keep when transactions are copied; None for a new one.
     tid: bytes | None = None
     status: str = " "
-    # ["store", oid, serial, data], ["check", oid, serial], ["undo", tid]
+    # ["store", oid, serial, data], ["check", oid, serial], ["undo", tid],
+    # ["restore", oid, serial, data or None, tid of the data or None],
+    # ["delete", oid, serial]
     operations: list[list[Any]] = field(default_factory=list)
 
 
@@ -95,6 +97,55 @@ class Finished(NamedTuple):
 
     tid: bytes
     oids: list[bytes]
+
+
+class DataRecord(NamedTuple):
+    """What a transaction wrote of an object."""
+
+    oid: bytes
+    tid: bytes
+    # None where the creation of the object was undone, or it was deleted.
+    data: bytes | None
+    # The transaction whose data these are, where the record only points to them.
+    data_tid: bytes | None
+
+
+class TransactionPiece(NamedTuple):
+    """A transaction, or as much of it as was wanted."""
+
+    tid: bytes
+    status: str
+    user: bytes
+    description: bytes
+    extension: bytes
+    records: list[DataRecord]
+
+
+class Batch(NamedTuple):
+    """Transactions one after the other, and how to go on."""
+
+    pieces: list[TransactionPiece]
+    # To the records of the last one that are not in it; None if all are.
+    rest: bytes | None
+    # To the transaction after the last one; None at the end.
+    next: bytes | None
+
+
+class Wish(NamedTuple):
+    """Which transactions, and how much of them at once."""
+
+    # Inclusive, both.
+    start: bytes
+    stop: bytes
+    bytes_max: int
+
+
+class CurrentRecord(NamedTuple):
+    """An object as it is now."""
+
+    oid: bytes
+    tid: bytes
+    data: bytes
 
 
 class Database(Protocol):
@@ -134,6 +185,20 @@ class Database(Protocol):
 
     def undo_log(self, before: bytes | None, size: int) -> list[LogEntry]:
         """Up to ``size`` undoable transactions before ``before``, newest first."""
+
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """Transactions with their records, from ``cursor`` on or as ``wish`` says.
+
+        Raises StorageError for a cursor that is of no use, Unsupported.
+        """
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """Objects as they are, in the order of oids from ``first`` on; what is next.
+
+        Raises Unsupported.
+        """
 
     def committed(self, tid: bytes) -> bool | None:
         """Whether transaction ``tid`` is in the log; None if nobody can tell."""

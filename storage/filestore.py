@@ -23,8 +23,9 @@ from zeolith.storage import conflicts
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
-from zeolith.storage.database import LogEntry, Revision
+from zeolith.storage.database import Batch, CurrentRecord, LogEntry, Revision, Wish
 from zeolith.storage.identity import Identity
+from zeolith.storage.iteration import current_in_file, iterate_file
 from zeolith.storage.log import LogReader
 from zeolith.storage.records import NOWAIT, Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
@@ -208,6 +209,17 @@ class FileStore(AdaptedStorage):
                     entries.append(entry.as_log_entry())
         return entries
 
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """See Database.transactions."""
+        generation, end = self._state()
+        return iterate_file(generation, end, wish, cursor)
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """See Database.current_records."""
+        return current_in_file(self._generation, first, before, bytes_max)
+
     def committed(self, tid: bytes) -> bool | None:
         """Whether ``tid`` is in the log; None if a pack may have taken it away."""
         was_packed = False
@@ -247,6 +259,10 @@ class FileStore(AdaptedStorage):
         generation.close()
 
     def _log(self) -> LogReader:
+        generation, end = self._state()
+        return LogReader(generation.duplicate(), end)
+
+    def _state(self) -> tuple[Generation, int]:
         # A pack replaces the generation and its end together, under this lock.
         with self._file._lock:
-            return LogReader(self._generation.duplicate(), self._file.getSize())
+            return self._generation, self._file.getSize()

@@ -91,6 +91,7 @@ BYTES = {
 # Kind -> the samples that it accepts; it refuses all others.
 ACCEPTED = {
     "oid": {"8 bytes"},
+    "oid or nil": {"8 bytes", "nil"},
     "tid": {"8 bytes"},
     "tid or nil": {"8 bytes", "nil"},
     "bytes": BYTES,

@@ -32,6 +32,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "get_tid": [OID],
     "history": [OID, 1],
     "undo_log": [None, 1],
+    "transactions": [None, None, None],
+    "records": [None],
     "info": [],
     "changes_since": [number(0)],
     "outcome": [TRANSACTION, None, number(0)],

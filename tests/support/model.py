@@ -17,13 +17,18 @@ from zeolith.server.service import Service
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import (
+    Batch,
     BrokenDatabase,
+    CurrentRecord,
+    DataRecord,
     Finished,
     LogEntry,
     Revision,
     Transaction,
+    TransactionPiece,
     Unresolved,
     Voted,
+    Wish,
     WouldBlock,
 )
 
@@ -99,6 +104,33 @@ class ModelDatabase:
     def undo_log(self, before: bytes | None, size: int) -> list[LogEntry]:
         tids = {tid for each in self.revisions.values() for tid, _data in each}
         return self._log([tid for tid in tids if before is None or tid < before], size)
+
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        tids = sorted({tid for rows in self.revisions.values() for tid, _data in rows})
+        wanted = [tid for tid in tids if wish.start <= tid <= wish.stop]
+        if cursor is not None:
+            wanted = [tid for tid in wanted if tid > cursor]
+        pieces = [
+            TransactionPiece(tid, " ", b"", b"", b"", self._records(tid))
+            for tid in wanted[:1]
+        ]
+        return Batch(pieces, None, wanted[0] if len(wanted) > 1 else None)
+
+    def _records(self, tid: bytes) -> list[DataRecord]:
+        return [
+            DataRecord(oid, tid, data, None)
+            for oid, rows in self.revisions.items()
+            for each, data in rows
+            if each == tid
+        ]
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        oids = sorted(oid for oid in self.revisions if oid >= (first or b""))
+        found = self.load(oids[0], before)
+        records = [CurrentRecord(oids[0], found.tid, found.data)] if found else []
+        return records, oids[1] if len(oids) > 1 else None
 
     def committed(self, tid: bytes) -> bool | None:
         return any(
