@@ -167,7 +167,11 @@ class BlobDirectory:
             with open(os.path.join(self.path, MARKER), encoding="utf-8") as file:
                 layout = file.read(100).strip()
         except FileNotFoundError:
-            if strangers := sorted(set(os.listdir(self.path)) - _NOBODYS):
+            names = set(os.listdir(self.path))
+            if MARKER in names:
+                # Another process has claimed it in between.
+                return self._check()
+            if strangers := sorted(names - _NOBODYS):
                 raise ValueError(
                     f"{self.path} is no blob cache and not empty (there is"
                     f" {strangers[0]!r}): a blob cache needs a directory of its own"
@@ -246,6 +250,8 @@ def _remove_if_free(path: str, beside: str | None = None) -> None:
             if beside is not None:
                 directory = os.path.join(os.path.dirname(path), beside)
                 shutil.rmtree(directory, ignore_errors=True)
+                if os.path.exists(directory):
+                    return
             os.unlink(path)
     finally:
         release(fd)

@@ -1,6 +1,7 @@
 """A blob cache's directory: whose it is, what is in it, what the dead leave behind."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -113,6 +114,22 @@ def test_many_may_claim_a_new_directory_at_once(tmp_path):
         claim.result()
 
 
+def test_a_claim_that_was_overtaken_knows_the_other_for_one_of_its_kind(
+    tmp_path, monkeypatch
+):
+    """The other process comes after the look for the marker, before the next look."""
+    list_names = os.listdir
+
+    def overtaken(path):
+        monkeypatch.setattr(os, "listdir", list_names)
+        BlobDirectory(path).claim()
+        return list_names(path)
+
+    monkeypatch.setattr(os, "listdir", overtaken)
+    BlobDirectory(tmp_path).claim()
+    assert sorted(os.listdir(tmp_path / "tmp")) == []
+
+
 def test_files_of_other_names_are_not_counted(directory):
     path = put(directory, OID, TID)
     beside = os.path.dirname(path)
@@ -212,6 +229,19 @@ sys.stdin.read()
         process.wait()
         BlobDirectory(directory.path).claim()
         assert os.listdir(tmp) == []
+
+
+def test_temporary_files_that_cannot_be_removed_are_tried_again(directory, monkeypatch):
+    dead = os.path.join(directory.path, "tmp", "1-dead")
+    os.mkdir(dead)
+    with open(dead + ".lock", "wb"):
+        pass
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        directory.remove_leftovers()
+    assert os.path.exists(dead + ".lock")
+    directory.remove_leftovers()
+    assert os.listdir(os.path.dirname(dead)) == []
 
 
 @pytest.fixture
