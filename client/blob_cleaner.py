@@ -270,7 +270,6 @@ class Cleaner:
             if os.fstat(fd).st_size and os.fstat(fd).st_mtime > due_since:
                 return
             os.pwrite(fd, b"\n", 0)
-            os.utime(fd)
             self._directory.remove_leftovers()
             cleaned = clean(self._directory, self.bound, lambda: self._is_closed)
         finally:

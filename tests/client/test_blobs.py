@@ -15,7 +15,7 @@ from ZODB.blob import Blob, BlobFile, FilesystemHelper
 from ZODB.POSException import POSKeyError
 from ZODB.utils import p64
 
-from zeolith.client import blobs
+from zeolith.client import blob_directory, blobs
 from zeolith.client.blob_cleaner import Bound, clean
 from zeolith.client.blob_directory import BlobDirectory
 from zeolith.client.blobs import BlobCache, SharedBlobs
@@ -156,6 +156,14 @@ def test_a_device_that_is_full_fails_the_write_itself():
         file.write(b"data")
 
 
+def test_where_a_reboot_cannot_be_seen_files_are_synced(directory, server, monkeypatch):
+    synced = []
+    monkeypatch.setattr(blob_directory, "_BOOT_ID", "/nowhere/at/all")
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    BlobCache(directory).path_of(OID, TID, server.fetch)
+    assert synced == [len(server.data(OID, TID))]
+
+
 def test_a_file_is_not_visible_before_it_is_whole(cache, server, directory):
     server.gate.shut()
     download = Background(cache.path_of, OID, TID, server.fetch)
@@ -270,6 +278,14 @@ def test_the_half_of_a_killed_downloader_is_tidied_away(downloader, directory):
     assert parts(directory) == []
 
 
+def test_nothing_of_what_a_killed_downloader_wrote_stays(cache, directory):
+    part = BlobDirectory(directory).part_path(OID, TID)
+    with open(part, "wb") as file:
+        file.write(b"longer than the blob")
+    path = cache.path_of(OID, TID, lambda oid, tid, file: file.write(b"blob"))
+    assert read(path) == b"blob"
+
+
 def test_a_part_that_is_tidied_away_before_it_is_locked_is_made_again(
     cache, server, monkeypatch
 ):
@@ -336,10 +352,7 @@ def test_a_file_that_goes_between_download_and_open_is_no_error(
     assert len(server.fetched) == 2
 
 
-def test_no_cleaner_removes_a_download_before_it_is_opened(
-    directory, server, monkeypatch
-):
-    cache = BlobCache(directory, 0, grace_s=0)
+def test_no_cleaner_removes_a_download_before_it_is_opened(cache, server, monkeypatch):
     gate = Gate()
     gate.shut()
     with monkeypatch.context() as patched:
@@ -347,14 +360,12 @@ def test_no_cleaner_removes_a_download_before_it_is_opened(
         opening = Background(cache.open, OID, TID, None, server.fetch)
         gate.wait_until_reached()
         for _ in range(2):
-            runs = clean_completely(cache)
-            assert runs.removed == 0
+            assert clean_completely(cache).removed == 0
         gate.open()
         with opening.result() as file:
             assert clean_completely(cache).remaining_bytes == 0
             assert file.read() == server.data(OID, TID)
     assert len(server.fetched) == 1
-    cache.close()
 
 
 def clean_completely(cache):
@@ -454,10 +465,11 @@ def test_a_committed_file_becomes_the_cached_one(cache, server):
     path = committed(cache)
     number = os.stat(path).st_ino
     cache.adopt(OID, TID, path)
-    cached = cache.path_of(OID, TID, server.fetch)
+    cached = BlobDirectory(cache.directory).blob_path(OID, TID)
     assert os.stat(cached).st_ino == number
+    assert os.stat(cached).st_mtime > 0, "it would be the first to go"
     assert mode(cached) == 0o400
-    assert os.stat(cached).st_mtime > 0
+    assert cache.path_of(OID, TID, server.fetch) == cached
     assert not os.path.exists(path)
     assert server.fetched == []
 
@@ -510,8 +522,16 @@ def test_after_a_commit_nothing_raises(cache, monkeypatch, caplog):
 def test_what_is_committed_counts_as_added(directory):
     cache = BlobCache(directory, 100, grace_s=0)
     for number in range(20):
-        cache.adopt(p64(number), TID, committed(cache))
+        cache.adopt(p64(number), TID, committed(cache, b"x" * 50))
     wait_until(lambda: used_bytes(cache) <= 100, "a run of the cleaner")
+    cache.close()
+
+
+def test_what_is_downloaded_counts_as_added(directory, server):
+    cache = BlobCache(directory, 3 * server.size, grace_s=0)
+    for number in range(20):
+        cache.path_of(p64(number), TID, server.fetch)
+    wait_until(lambda: used_bytes(cache) <= 3 * server.size, "a run of the cleaner")
     cache.close()
 
 

@@ -44,6 +44,16 @@ def test_two_that_open_the_same_file_exclude_each_other(path):
     release(second)
 
 
+def test_whoever_lets_go_unlocks_though_a_copy_is_open(path):
+    first, second = opened(path), opened(path)
+    assert try_lock(first)
+    copy = os.dup(first)
+    release(first)
+    assert try_lock(second)
+    release(second)
+    os.close(copy)
+
+
 def test_shared_locks_exclude_only_the_other_kind(path):
     fds = [opened(path) for _ in range(3)]
     assert try_lock(fds[0], shared=True)
