@@ -170,18 +170,24 @@ def test_each_process_has_a_temporary_directory_of_its_own(directory):
 
 
 def test_a_forked_child_has_a_temporary_directory_of_its_own(directory):
-    mine = directory.temporary()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        directory.forget_parent()
-        os.write(writing, directory.temporary().encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reading, 1000).decode() != mine
-    assert directory.temporary() == mine
-    os.close(reading)
-    os.close(writing)
+    """And leaves its parent's alone, when it closes and when it starts another."""
+    program = f"""
+import os
+from zeolith.client.blob_directory import BlobDirectory
+directory = BlobDirectory({directory.path!r})
+mine = directory.temporary()
+child = os.fork()
+if child == 0:
+    directory.forget_parent()
+    assert directory.temporary() != mine
+    directory.close()
+    BlobDirectory({directory.path!r}).claim()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert directory.temporary() == mine
+assert os.path.isdir(mine)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_an_empty_temporary_directory_goes_at_close(directory):
