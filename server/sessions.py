@@ -71,7 +71,7 @@ class ChannelTransactions:
             staged = self._staged = Transaction(transaction_id)
             self._staged_bytes = 0
         self._staged_bytes += OPERATION_BYTES * len(operations) + sum(
-            len(operation[3]) for operation in operations if operation[0] == "store"
+            len(operation[3] or b"") for operation in operations if len(operation) > 3
         )
         if self._staged_bytes > self._bytes_max:
             self._staged = None

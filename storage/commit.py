@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
-from ZODB.interfaces import IStorageRestoreable, IStorageUndoable
+from ZODB.interfaces import (
+    IBlobStorageRestoreable,
+    IStorageRestoreable,
+    IStorageUndoable,
+)
 from ZODB.POSException import (
     ConflictError,
     POSKeyError,
@@ -20,7 +24,7 @@ from ZODB.POSException import (
     Unsupported,
 )
 
-from zeolith.storage import conflicts
+from zeolith.storage import blobs, conflicts
 from zeolith.storage.database import (
     BrokenDatabase,
     Conflict,
@@ -38,6 +42,10 @@ _STATUSES = (" ", "p")
 # A copied transaction keeps its tid; clocks differ, but not by more than this.
 FUTURE_MAX_S = 24 * 3600
 OID_MAX = b"\x7f" + b"\xff" * 7
+
+# Operations that write a record; the first of them, only if nobody else has.
+_VALIDATED = {"store", "store_blob", "store_shared_blob"}
+_STORES = _VALIDATED | {"restore_blob"}
 
 
 class Metadata(TransactionMetaData):
@@ -103,7 +111,7 @@ class Committing:
                     f"transaction id {tid.hex()} is too far in the future"
                 )
         for operation in self._transaction.operations:
-            if operation[0] == "store" and operation[1] > OID_MAX:
+            if operation[0] in _STORES and operation[1] > OID_MAX:
                 raise StorageTransactionError(
                     f"oid {operation[1].hex()} is beyond all that are given out"
                 )
@@ -117,6 +125,7 @@ class Committing:
             return Unresolved(unresolved)
         self._store(operations)
         answer = self._storage.tpc_vote(self._metadata)
+        blobs.sync_stored(self._storage)
         # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
         self._undone.update(oid for oid in answer or () if isinstance(oid, bytes))
         return Voted(self.tid, [*self._resolutions, *self._undone])
@@ -135,7 +144,7 @@ class Committing:
         oids = dict.fromkeys(
             operation[1]
             for operation in self._transaction.operations
-            if operation[0] == "store"
+            if operation[0] in _STORES
         )
         oids.update(dict.fromkeys(self._undone))
         return Finished(tid if isinstance(tid, bytes) else told[0], list(oids))
@@ -152,23 +161,26 @@ class Committing:
         last = {
             operation[1]: index
             for index, operation in enumerate(operations)
-            if operation[0] == "store"
+            if operation[0] in _STORES
         }
         return (
             operation
             for index, operation in enumerate(operations)
-            if operation[0] != "store" or last[operation[1]] == index
+            if operation[0] not in _STORES or last[operation[1]] == index
         )
 
     def _validate(self, operations: list[list[Any]]) -> Iterable[Conflict]:
         for operation in operations:
-            if operation[0] == "undo":
+            if operation[0] not in _VALIDATED and operation[0] != "check":
                 continue
             oid, serial = operation[1], operation[2]
             committed_tid = self._current_tid(oid)
             if operation[0] == "check":
                 self._check_read(oid, serial, committed_tid)
             elif committed_tid is not None and serial != committed_tid:
+                if serial == Z64 and operation[0] != "store":
+                    # All blobs have the same record; their files differ.
+                    raise ConflictError(oid=oid, serials=(committed_tid, serial))
                 conflict = self._resolve(oid, serial, committed_tid, operation[3])
                 if conflict is not None:
                     yield conflict
@@ -216,11 +228,20 @@ class Committing:
             "store": self._store_record,
             "check": lambda *_validated: None,
             "undo": self._undo,
+            "store_blob": self._store_blob,
+            "store_shared_blob": self._store_blob,
+            "restore_blob": self._restore_blob,
         }
         for name, *arguments in operations:
             actions[name](*arguments)
 
     def _store_record(self, oid: bytes, serial: bytes, data: bytes) -> None:
+        serial, data = self._as_resolved(oid, serial, data)
+        self._storage.store(oid, serial, data, "", self._metadata)
+
+    def _as_resolved(
+        self, oid: bytes, serial: bytes, data: bytes
+    ) -> tuple[bytes, bytes]:
         if oid in self._resolutions:
             data = self._resolutions[oid]
             serial = self._current_tid(oid) or serial
@@ -228,7 +249,39 @@ class Committing:
             # In a Data.fs length 0 means that the data are elsewhere: the file would
             # end here at the next opening without an index.
             raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
-        self._storage.store(oid, serial, data, "", self._metadata)
+        return serial, data
+
+    def _store_blob(
+        self, oid: bytes, serial: bytes, data: bytes, name: int | str
+    ) -> None:
+        path = self._blob_file(name)
+        serial, data = self._as_resolved(oid, serial, data)
+        self._storage.storeBlob(oid, serial, data, path, "", self._metadata)
+
+    def _restore_blob(
+        self, oid: bytes, serial: bytes, data: bytes, previous: bytes | None, name: int
+    ) -> None:
+        if not IBlobStorageRestoreable.providedBy(self._storage):
+            raise Unsupported("this storage cannot restore blobs")
+        if serial != self.tid:
+            # The file would be that of another transaction's blob.
+            raise StorageTransactionError(
+                f"a blob of transaction {serial.hex()} in another one"
+            )
+        _serial, data = self._as_resolved(oid, serial, data)
+        path = self._blob_file(name)
+        self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
+
+    def _blob_file(self, name: int | str) -> str:
+        """The file of a blob, which the storage will take away."""
+        if not blobs.has_blobs(self._storage):
+            raise Unsupported("this storage has no blobs")
+        path = self._transaction.blobs.pop(name, None)
+        if path is None:
+            raise StorageTransactionError(
+                f"there is no blob {name!r:.100} to be stored"
+            )
+        return str(path)
 
     def _undo(self, tid: bytes) -> None:
         if not IStorageUndoable.providedBy(self._storage):
