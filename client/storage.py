@@ -347,6 +347,11 @@ class ClientStorage(ConflictResolvingStorage):
         """Where uncommitted blobs are on the file system of the committed ones."""
         return self._blobs().temporary_directory()
 
+    @property
+    def fshelper(self) -> Any:
+        """What ZODB and its tools look for at a storage with blobs."""
+        return uploads.fshelper_of(self._blobs())
+
     def _blobs(self) -> uploads.Blobs:
         if self.blobs is None:
             raise Unsupported("blobs need a blob_dir, and this storage has none")
@@ -411,7 +416,7 @@ class ClientStorage(ConflictResolvingStorage):
     def storeBlob(
         self,
         oid: bytes,
-        oldserial: bytes | None,
+        oldserial: bytes | str | None,
         data: bytes,
         blobfilename: str,
         version: str,
@@ -420,6 +425,9 @@ class ClientStorage(ConflictResolvingStorage):
         """Write a blob: its record, and its file, which is taken away and sent."""
         assert not version, "versions are not supported"
         commit = self._begun_with_blobs(transaction)
+        if isinstance(oldserial, str):
+            # As ZODB's own tests of blobs have it.
+            oldserial = oldserial.encode("latin-1")
         commit.store_blob(oid, oldserial or Z64, data, blobfilename)
 
     def restoreBlob(

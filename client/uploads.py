@@ -9,8 +9,10 @@ is sent once, when it is stored, and not again at the vote.
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+from ZODB.blob import FilesystemHelper
 from ZODB.POSException import StorageError, Unsupported
 
 from zeolith.client.blobs import BlobCache, SharedBlobs
@@ -94,6 +96,13 @@ def open_blobs(
     if is_shared:
         return SharedBlobs(blob_dir)
     return BlobCache(blob_dir, size_bytes, check_percent)
+
+
+def fshelper_of(blobs: Blobs) -> Any:
+    """What ZODB's tools want of a storage's ``fshelper``: for a cache, ``temp_dir``."""
+    if isinstance(blobs, SharedBlobs):
+        return FilesystemHelper(blobs.directory)
+    return SimpleNamespace(temp_dir=blobs.temporary_directory())
 
 
 def fetch(

@@ -1,7 +1,7 @@
 """Blob files on the server's side: uploads on their way in, and reading what is there.
 
-An upload is a file in a folder of this process's own beside the storage's temporary
-blob files, and so on their file system: to store a blob is to rename it. ``Uploads``
+An upload is a file in a folder of this process's own in the storage's blob directory,
+and so on the file system of the blobs: to store a blob is to rename it. ``Uploads``
 is the folder, ``Upload`` the files of one transaction. All of it waits for the disk and
 is called in worker threads; ``Upload`` may be used by several, one after the other.
 
@@ -31,7 +31,7 @@ from ZODB.POSException import POSKeyError, StorageTransactionError, Unsupported
 
 from zeolith.storage import conflicts
 
-_PREFIX = "zeolith-uploads-"
+_PREFIX = ".zeolith-uploads-"
 _LOCK = "lock"
 # Operations that carry a blob, and where what names its file is in them.
 _NAME_AT = {"store_blob": 4, "store_shared_blob": 4, "restore_blob": 5}
@@ -119,17 +119,27 @@ class Uploads:
         """Where clients with the storage's own blob directory leave their files."""
         return Path(self._storage.temporaryDirectory())
 
+    @property
+    def _has_directory(self) -> bool:
+        # That of a FileStorage without blobs has none.
+        return hasattr(getattr(self._storage, "fshelper", None), "base_dir")
+
+    @property
+    def _parent(self) -> Path:
+        """Where the folder is; not among the temporary files, for those are listed."""
+        if self._has_directory:
+            return Path(self._storage.fshelper.base_dir)
+        return self.shared
+
     def sweep(self) -> None:
         """Remove what a process that was killed has left."""
-        if getattr(self._storage, "fshelper", None) is None:
+        if not self._has_directory:
             # A storage that makes its directory when it is asked for it.
             return
-        # NoBlobsFileSystemHelper of a FileStorage without blobs raises TypeError.
-        with suppress(TypeError, FileNotFoundError):
-            for folder in self.shared.glob(f"{_PREFIX}*"):
-                with suppress(OSError), (folder / _LOCK).open("wb") as lock_file:
-                    fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
+        for folder in self._parent.glob(f"{_PREFIX}*"):
+            with suppress(OSError), (folder / _LOCK).open("wb") as lock_file:
+                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
     def begin(self) -> "Upload":
         """The files of a transaction; nothing is on the disk yet. Any thread."""
@@ -139,7 +149,7 @@ class Uploads:
         """The folder, which is made at the first call; raises OSError."""
         with self._lock:
             if self._folder is None:
-                folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self.shared))
+                folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
                 self._lock_file = (folder / _LOCK).open("wb")
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX)
                 self._folder = folder

@@ -96,11 +96,12 @@ def any_served(tmp_path: Path, request: Any) -> Iterator[Served]:
 
 
 def temporary_files(served: Served) -> list[str]:
-    """What is in the temporary directory, but for folders and their locks."""
+    """What is in the blob directory, but for blobs, folders and their locks."""
     return [
         path.name
-        for path in served.database.uploads.shared.rglob("*")
-        if path.is_file() and path.name != "lock"
+        for path in served.database.uploads.shared.parent.rglob("*")
+        if path.is_file() and path.name not in ("lock", ".layout")
+        if path.suffix != ".blob"
     ]
 
 
@@ -368,7 +369,7 @@ def test_leftovers_of_a_killed_process_go_at_the_next_opening(tmp_path):
     database = open_file(tmp_path)
     upload = database.uploads.begin()
     upload.write([(0, b"data")])
-    (folder,) = database.uploads.shared.glob("zeolith-uploads-*")
+    (folder,) = database.uploads.shared.parent.glob(".zeolith-uploads-*")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     # As a kill does.
     database.uploads._lock_file.close()  # type: ignore[union-attr]
@@ -393,7 +394,7 @@ def test_closing_leaves_no_folder(tmp_path):
     database = open_file(tmp_path)
     upload = database.uploads.begin()
     upload.write([(0, b"data")])
-    shared = database.uploads.shared
+    folder = database.uploads.shared.parent
     database.close()
     upload.discard()
-    assert not list(shared.iterdir())
+    assert {path.name for path in folder.iterdir()} == {".layout", "tmp"}
