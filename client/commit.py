@@ -22,6 +22,7 @@ from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcome
 from zeolith.client.position import Change
 from zeolith.client.session import Session
 from zeolith.client.stores import Stores
+from zeolith.client.uploads import Uploads
 
 if TYPE_CHECKING:
     from zeolith.client.storage import ClientStorage
@@ -75,25 +76,61 @@ class Commit:
             status,
         ]
         self.stores = Stores(storage.limits)
+        self.uploads = Uploads(storage.blobs, self.stores.id)
         self.phase = Phase.BEGUN
+        # Borrowed for the first blob, or for the vote.
         self._channel: Channel | None = None
         # The tid it will have, if the server told that with the vote.
         self._tid: bytes | None = None
         self._resolved: list[bytes] = []
 
-    # Vote
+    # Blobs
 
-    def vote(self) -> list[bytes]:
-        """Send everything; returns the oids that the server holds differently."""
+    def store_blob(self, oid: bytes, serial: bytes, data: bytes, path: str) -> None:
+        """Take over the file at ``path``, and send it unless the server can see it."""
+        number = self.uploads.take(oid, path)
+        if self.uploads.is_shared:
+            self.stores.store_blob(oid, serial, data, self.uploads.name(number))
+        else:
+            self.stores.store_blob(oid, serial, data, number)
+            self._upload(number)
+
+    def restore_blob(
+        self, oid: bytes, tid: bytes, data: bytes, previous: bytes | None, path: str
+    ) -> None:
+        """Like ``store_blob``, for a transaction that is copied; always sent."""
+        number = self.uploads.take(oid, path)
+        self.stores.restore_blob(oid, tid, data, previous, number)
+        self._upload(number)
+
+    def _upload(self, number: int) -> None:
+        try:
+            channel = self._take_channel()
+            self.uploads.send(number, channel, self._storage.limits)
+        except ChannelLost as error:
+            self.end()
+            cause = self._session.lost(error)
+            raise ClientDisconnected(f"{cause}; nothing was committed") from error
+
+    def _take_channel(self) -> Channel:
+        """The channel of this transaction; raises ChannelLost, ClientDisconnected."""
         if self._storage.current_session is not self._session:
             raise ClientDisconnected(
                 "the connection was lost since the transaction began; nothing of it"
                 " was committed"
             )
-        try:
+        if self._channel is None:
             self._channel = self._session.borrow()
+        return self._channel
+
+    # Vote
+
+    def vote(self) -> list[bytes]:
+        """Send everything; returns the oids that the server holds differently."""
+        try:
+            channel = self._take_channel()
             for chunk in self.stores.spilled():
-                self._channel.send(chunk)
+                channel.send(chunk)
             answer = self._call("vote", self._metadata, self.stores.operations)
             while answer[0] == "conflicts":
                 answer = self._call("resolve", self._resolutions(answer[1]))
@@ -164,6 +201,7 @@ class Commit:
 
         def apply(tid: bytes) -> None:
             self._fill_cache(tid, history)
+            self.uploads.adopt(tid)
             callback(tid)
 
         try:
@@ -241,4 +279,5 @@ class Commit:
         if channel is not None:
             self._session.give_back(channel)
         self.stores.close()
+        self.uploads.close()
         self._storage.forget_commit(self)

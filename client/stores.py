@@ -44,14 +44,7 @@ class Stores:
 
     def store(self, oid: bytes, serial: bytes, data: bytes) -> None:
         """Add a record; raises StorageError if it is too large for the wire."""
-        data = self._measured(data)
-        self._add(["store", oid, serial, data], len(data))
-        self.oids.add(oid)
-        self._kept_bytes += len(data)
-        if self._kept_bytes <= KEPT_BYTES_MAX:
-            self.kept[oid] = data
-        else:
-            self.kept.clear()
+        self._add_record("store", oid, serial, data)
 
     def restore(
         self, oid: bytes, tid: bytes, data: bytes | None, data_tid: bytes | None
@@ -66,6 +59,32 @@ class Stores:
         """Remove an object that was read as of ``serial``."""
         self._add(["delete", oid, serial], 0)
         self._gone(oid)
+
+    def store_blob(
+        self, oid: bytes, serial: bytes, data: bytes, name: int | str
+    ) -> None:
+        """Add a blob: its record, and the number that its upload has, or its file."""
+        shared = isinstance(name, str)
+        operation = "store_shared_blob" if shared else "store_blob"
+        self._add_record(operation, oid, serial, data, name)
+
+    def restore_blob(
+        self, oid: bytes, tid: bytes, data: bytes, previous: bytes | None, number: int
+    ) -> None:
+        """Add a blob of a transaction that is copied."""
+        self._add_record("restore_blob", oid, tid, data, previous, number)
+
+    def _add_record(
+        self, operation: str, oid: bytes, serial: bytes, data: bytes, *rest: Any
+    ) -> None:
+        data = self._measured(data)
+        self._add([operation, oid, serial, data, *rest], len(data))
+        self.oids.add(oid)
+        self._kept_bytes += len(data)
+        if self._kept_bytes <= KEPT_BYTES_MAX:
+            self.kept[oid] = data
+        else:
+            self.kept.clear()
 
     def _gone(self, oid: bytes) -> None:
         """What the server will have of ``oid`` is not what was stored before."""

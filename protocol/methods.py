@@ -109,6 +109,9 @@ OPERATIONS: dict[str, tuple[Kind, ...]] = {
     "undo": (TID,),
     "restore": (OID, TID, optional(BYTES), optional(TID)),
     "delete": (OID, TID),
+    "store_blob": (OID, TID, BYTES, COUNT),
+    "store_shared_blob": (OID, TID, BYTES, TEXT),
+    "restore_blob": (OID, TID, BYTES, optional(TID), COUNT),
 }
 OPERATION = Kind("operation", _is_operation)
 RESOLUTION = Kind(
@@ -183,6 +186,11 @@ _TABLE = (
     Method("load", (("oid", OID), ("before", TID)), _R),
     Method("load_many", (("oids", list_of(OID)), ("before", TID)), _R),
     Method("load_serial", (("oid", OID), ("tid", TID)), _R),
+    Method(
+        "load_blob",
+        (("oid", OID), ("tid", TID), ("offset", COUNT), ("size", COUNT)),
+        _R,
+    ),
     Method("get_tid", (("oid", OID),), _R),
     Method("history", (("oid", OID), ("size", COUNT)), _R),
     Method("undo_log", (("before", optional(TID)), ("size", COUNT)), _R),
@@ -211,6 +219,12 @@ _TABLE = (
     Method(
         "stage",
         (("transaction", TRANSACTION_ID), ("operations", list_of(OPERATION))),
+        _W,
+        answers=False,
+    ),
+    Method(
+        "blob_chunk",
+        (("transaction", TRANSACTION_ID), ("number", COUNT), ("data", BYTES)),
         _W,
         answers=False,
     ),

@@ -101,17 +101,13 @@ class Committer:
 
     def vote(self, commit: Commit, answer: Answer) -> None:
         """Get in line; the answer is Voted or Unresolved."""
+        commit.answer = answer
         if self._broken is not None:
-            answer(
-                None,
-                StorageSystemError(
-                    f"nothing is written any more until a restart: {self._broken}"
-                ),
-            )
+            broken = f"nothing is written any more until a restart: {self._broken}"
+            self.abandon(commit, StorageSystemError(broken), None)
         elif self._is_stopping:
-            answer(None, ShuttingDown("the server is stopping"))
+            self.abandon(commit, ShuttingDown("the server is stopping"), None)
         else:
-            commit.answer = answer
             self._idle.clear()
             if self._turn.request(commit):
                 self._start(commit)

@@ -19,6 +19,7 @@ from zeolith.protocol.errors import HelloRefused, LocalProtocolError, ZeolithErr
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS, VERSION, Effect
+from zeolith.server import blobs
 from zeolith.server.committer import Commit, Phase
 from zeolith.server.iteration import Iteration
 from zeolith.server.peer import Peer
@@ -49,7 +50,10 @@ class Service:
         self.started_at = time.time()
         self.is_stopping = False
         self._someone_left = asyncio.Event()
-        elsewhere = Iteration(self._read, limits).handlers
+        elsewhere = {
+            **blobs.Blobs(self._read, limits).handlers,
+            **Iteration(self._read, limits).handlers,
+        }
         self._handlers: dict[str, Callable[..., Any]] = {
             name: elsewhere.get(name) or getattr(self, f"_{name}")
             for name, method in METHODS.items()
@@ -98,6 +102,7 @@ class Service:
         commit = peer.transactions.commit
         if session is None:
             return
+        blobs.discard(peer)
         if commit is not None:
             gone = StorageTransactionError("the connection was lost")
             session.served.committer.abandon(commit, gone, None)
@@ -390,9 +395,8 @@ class Service:
         session = _session(peer)
         commit = Commit(transaction, session.name)
         peer.transactions.commit = commit
-        session.served.committer.vote(
-            commit, partial(self._voted, peer, number, commit)
-        )
+        answer = partial(self._voted, peer, number, commit)
+        blobs.vote(peer, session.served, commit, self.limits, answer)
         return LATER
 
     def _resolve(
@@ -448,6 +452,7 @@ class Service:
         if commit is None or commit.transaction.id != transaction_id:
             # Staged at most, or unknown: nothing to undo.
             peer.transactions.take(transaction_id)
+            blobs.discard(peer, transaction_id)
             return None
 
         def aborted(_value: None, error: BaseException | None) -> None:

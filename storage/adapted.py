@@ -21,6 +21,7 @@ from ZODB.POSException import ReadOnlyError, StorageError, Unsupported
 from ZODB.serialize import referencesf
 from zope.interface import providedBy
 
+from zeolith.storage.blobs import Piece, Uploads, has_blobs, read_piece
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import Committing
 from zeolith.storage.database import (
@@ -84,6 +85,10 @@ class AdaptedStorage:
             for interface in providedBy(storage)
             if interface.__module__ == ZODB.interfaces.__name__
         )
+        self.takes_blobs = has_blobs(storage)
+        self.uploads = Uploads(storage)
+        if not self.is_read_only:
+            self.uploads.sweep()
 
     # loop
 
@@ -106,6 +111,10 @@ class AdaptedStorage:
         """See Database.load_serial."""
         data: bytes = self._storage.loadSerial(oid, tid)
         return data
+
+    def load_blob(self, oid: bytes, tid: bytes, offset: int, size: int) -> Piece:
+        """See Database.load_blob."""
+        return read_piece(self._storage, oid, tid, offset, size)
 
     def get_tid(self, oid: bytes) -> bytes:
         """See Database.get_tid."""
@@ -170,6 +179,7 @@ class AdaptedStorage:
     def close(self) -> None:
         """See Database.close."""
         self.abort()
+        self.uploads.close()
         self._storage.close()
 
     # writer

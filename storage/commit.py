@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
-from ZODB.interfaces import IExternalGC, IStorageRestoreable, IStorageUndoable
+from ZODB.interfaces import (
+    IBlobStorageRestoreable,
+    IExternalGC,
+    IStorageRestoreable,
+    IStorageUndoable,
+)
 from ZODB.POSException import (
     ConflictError,
     POSKeyError,
@@ -20,7 +25,7 @@ from ZODB.POSException import (
     Unsupported,
 )
 
-from zeolith.storage import conflicts
+from zeolith.storage import blobs, conflicts
 from zeolith.storage.database import (
     BrokenDatabase,
     Conflict,
@@ -35,12 +40,15 @@ from zeolith.storage.tids import Z64, next_tid, tid_at
 # transaction as whole: any other text takes it, or the whole file, away again.
 _STATUSES = (" ", "p")
 
-# The operations that leave a new revision of the oid they name.
-_WRITING = ("store", "restore", "delete")
-
 # A copied transaction keeps its tid; clocks differ, but not by more than this.
 FUTURE_MAX_S = 24 * 3600
 OID_MAX = b"\x7f" + b"\xff" * 7
+
+# Operations that write a record: only if nobody else has; as it was elsewhere.
+_STORES = {"store", "store_blob", "store_shared_blob"}
+_RESTORES = {"restore", "restore_blob"}
+# All that leave a new revision of the oid they name.
+_WRITING = _STORES | _RESTORES | {"delete"}
 
 
 class Metadata(TransactionMetaData):
@@ -120,6 +128,7 @@ class Committing:
             return Unresolved(unresolved)
         self._store(operations)
         answer = self._storage.tpc_vote(self._metadata)
+        blobs.sync_stored(self._storage)
         # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
         self._undone.update(oid for oid in answer or () if isinstance(oid, bytes))
         return Voted(self.tid, [*self._resolutions, *self._undone])
@@ -155,12 +164,12 @@ class Committing:
         last = {
             operation[1]: index
             for index, operation in enumerate(operations)
-            if operation[0] == "store"
+            if operation[0] in _STORES
         }
         return (
             operation
             for index, operation in enumerate(operations)
-            if operation[0] != "store" or last[operation[1]] == index
+            if operation[0] not in _STORES or last[operation[1]] == index
         )
 
     def _validate(self, operations: list[list[Any]]) -> Iterable[Conflict]:
@@ -171,11 +180,14 @@ class Committing:
             committed_tid = self._current_tid(oid)
             if operation[0] == "check":
                 self._check_read(oid, serial, committed_tid)
-            elif operation[0] == "restore":
+            elif operation[0] in _RESTORES:
                 self._check_restored(oid, serial)
             elif operation[0] == "delete":
                 self._check_deleted(oid, serial, committed_tid)
             elif committed_tid is not None and serial != committed_tid:
+                if serial == Z64 and operation[0] != "store":
+                    # All blobs have the same record; their files differ.
+                    raise ConflictError(oid=oid, serials=(committed_tid, serial))
                 conflict = self._resolve(oid, serial, committed_tid, operation[3])
                 if conflict is not None:
                     yield conflict
@@ -239,16 +251,52 @@ class Committing:
             "undo": self._undo,
             "restore": self._restore_record,
             "delete": self._delete,
+            "store_blob": self._store_blob,
+            "store_shared_blob": self._store_blob,
+            "restore_blob": self._restore_blob,
         }
         for name, *arguments in operations:
             actions[name](*arguments)
 
     def _store_record(self, oid: bytes, serial: bytes, data: bytes) -> None:
+        serial, data = self._as_resolved(oid, serial, data)
+        self._storage.store(oid, serial, data, "", self._metadata)
+
+    def _as_resolved(
+        self, oid: bytes, serial: bytes, data: bytes
+    ) -> tuple[bytes, bytes]:
         if oid in self._resolutions:
             data = self._resolutions[oid]
             serial = self._current_tid(oid) or serial
         self._refuse_empty(oid, data)
-        self._storage.store(oid, serial, data, "", self._metadata)
+        return serial, data
+
+    def _store_blob(
+        self, oid: bytes, serial: bytes, data: bytes, name: int | str
+    ) -> None:
+        path = self._blob_file(name)
+        serial, data = self._as_resolved(oid, serial, data)
+        self._storage.storeBlob(oid, serial, data, path, "", self._metadata)
+
+    def _restore_blob(
+        self, oid: bytes, serial: bytes, data: bytes, previous: bytes | None, name: int
+    ) -> None:
+        if not IBlobStorageRestoreable.providedBy(self._storage):
+            raise Unsupported("this storage cannot restore blobs")
+        self._refuse_empty(oid, data)
+        path = self._blob_file(name)
+        self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
+
+    def _blob_file(self, name: int | str) -> str:
+        """The file of a blob, which the storage will take away."""
+        if not blobs.has_blobs(self._storage):
+            raise Unsupported("this storage has no blobs")
+        path = self._transaction.blobs.pop(name, None)
+        if path is None:
+            raise StorageTransactionError(
+                f"there is no blob {name!r:.100} to be stored"
+            )
+        return str(path)
 
     def _restore_record(
         self, oid: bytes, serial: bytes, data: bytes | None, data_tid: bytes | None

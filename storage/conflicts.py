@@ -88,6 +88,15 @@ def resolve(new: bytes, old: bytes, committed: bytes) -> bytes:
         raise Unresolvable(f"{type(error).__name__}: {error}") from error
 
 
+def class_alone(record: bytes) -> ClassName | None:
+    """The class of a record, if its first pickle is that and nothing else."""
+    try:
+        meta = _StateUnpickler(record, lambda _reference: None).load()
+    except Exception:  # noqa: BLE001 - whatever a pickle may be made to raise
+        return None
+    return meta if isinstance(meta, ClassName) else None
+
+
 def _class_of(meta: Any) -> Any:
     # serialize.py writes the class, or (class, arguments of __new__); very old
     # records have (module, name) for the class.

@@ -15,8 +15,10 @@ what clients have not heard of.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from zeolith.storage.blobs import Piece, Uploads
 from zeolith.storage.changes import Change
 
 
@@ -63,6 +65,8 @@ class Transaction:
     # ["restore", oid, serial, data or None, tid of the data or None],
     # ["delete", oid, serial]
     operations: list[list[Any]] = field(default_factory=list)
+    # The files of its blobs, by what names them in the operations.
+    blobs: dict[int | str, Path] = field(default_factory=dict)
 
 
 class Conflict(NamedTuple):
@@ -159,6 +163,9 @@ class Database(Protocol):
     supports_undo: bool
     # Names of the ZODB.interfaces that the storage provides.
     interfaces: tuple[str, ...]
+    takes_blobs: bool
+    # Where blobs wait for their vote; see there for the threads.
+    uploads: Uploads
 
     # loop
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
@@ -176,6 +183,9 @@ class Database(Protocol):
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """The record that transaction ``tid`` wrote; POSKeyError."""
+
+    def load_blob(self, oid: bytes, tid: bytes, offset: int, size: int) -> Piece:
+        """A part of a blob's file; POSKeyError, Unsupported."""
 
     def get_tid(self, oid: bytes) -> bytes:
         """The tid of the current revision; POSKeyError."""

@@ -21,6 +21,7 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
 from zeolith.storage import conflicts
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
+from zeolith.storage.blobs import is_blob_record
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import Batch, CurrentRecord, LogEntry, Revision, Wish
@@ -76,6 +77,10 @@ class _DataFile(FileStorage):
         if os.fstat(self._file.fileno()).st_size > self._pos:
             self._file.truncate(self._pos)
             self._files.flush()
+
+    def is_blob_record(self, record: bytes) -> bool:
+        """Called by undo and pack."""
+        return is_blob_record(record)
 
     def tryToResolveConflict(
         self,

@@ -14,6 +14,7 @@ import transaction
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
 from ZODB.interfaces import (
+    IBlobStorage,
     IMultiCommitStorage,
     IPrefetchStorage,
     IStorage,
@@ -75,10 +76,6 @@ def storage(server: ScriptedServer) -> Iterator[ClientStorage]:
     ("name", "value"),
     [
         ("cache", "cache"),
-        ("blob_dir", "blobs"),
-        ("shared_blob_dir", True),
-        ("blob_cache_size", 10**9),
-        ("blob_cache_size_check", 20),
         ("ssl", object()),
         ("ssl_server_hostname", "db.example.org"),
         ("username", "ann"),
@@ -284,9 +281,20 @@ def test_other_methods_are_handed_on(server, storage):
     assert server.asked("history") == [[A, 5]]
 
 
-def test_blobs_are_refused_in_words(server, storage):
-    with pytest.raises(Unsupported, match="blobs are not supported yet"):
-        storage.loadBlob(A, T1)
+def test_a_storage_without_a_blob_dir_says_what_it_needs(server, storage):
+    for use in (
+        lambda: storage.loadBlob(A, T1),
+        lambda: storage.openCommittedBlobFile(A, T1),
+        storage.temporaryDirectory,
+    ):
+        with pytest.raises(Unsupported, match="need a blob_dir"):
+            use()
+    assert not IBlobStorage.providedBy(storage)
+
+
+def test_a_shared_blob_dir_needs_a_directory(nothing_left_behind):
+    with pytest.raises(ValueError, match="shared_blob_dir without blob_dir"):
+        ClientStorage(8100, shared_blob_dir=True)
 
 
 # Many at once

@@ -193,9 +193,9 @@ def test_methods_are_called_by_their_names():
     assert len(METHODS) == len(methods._TABLE)
 
 
-def test_what_is_not_answered_is_staging_and_the_changes():
+def test_what_is_not_answered_is_what_comes_before_a_vote_and_the_changes():
     unanswered = {name for name, method in METHODS.items() if not method.answers}
-    assert unanswered == {"stage", "changes"}
+    assert unanswered == {"stage", "blob_chunk", "changes"}
 
 
 def test_the_server_sends_only_changes():
@@ -213,7 +213,8 @@ def test_every_effect_is_on_the_right_methods():
     administers = {
         n for n, method in METHODS.items() if method.effect is Effect.ADMINISTERS
     }
-    assert writes == {"new_oids", "stage", "vote", "resolve", "finish", "abort"}
+    transaction = {"stage", "blob_chunk", "vote", "resolve", "finish", "abort"}
+    assert writes == {"new_oids", *transaction}
     assert administers == {"pack"}
 
 

@@ -7,6 +7,7 @@ is involved.
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ZODB.POSException import ConflictError, POSKeyError
@@ -15,6 +16,7 @@ from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
+from zeolith.storage.blobs import Piece
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import (
     Batch,
@@ -35,6 +37,38 @@ from zeolith.storage.database import (
 from .ids import number
 
 
+class ModelUpload:
+    """The files of a transaction in a dictionary."""
+
+    def __init__(self) -> None:
+        self.files: dict[int | str, bytes] = {}
+        self.write_error: Exception | None = None
+        self.is_discarded = False
+
+    def write(self, chunks: list[tuple[int, bytes]]) -> None:
+        if self.write_error is not None:
+            raise self.write_error
+        for number_, data in chunks:
+            self.files[number_] = self.files.get(number_, b"") + data
+
+    def seal(self, _operations: list[list[Any]]) -> dict[int | str, Path]:
+        return {name: Path(str(name)) for name in self.files}
+
+    def discard(self) -> None:
+        self.is_discarded = True
+
+
+class ModelUploads:
+    """Remembers the uploads that were begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[ModelUpload] = []
+
+    def begin(self) -> ModelUpload:
+        self.begun.append(ModelUpload())
+        return self.begun[-1]
+
+
 class ModelDatabase:
     """The inner interface over a dictionary: oid -> revisions, oldest first."""
 
@@ -45,9 +79,12 @@ class ModelDatabase:
         self.is_read_only = is_read_only
         self.supports_undo = False
         self.interfaces: tuple[str, ...] = ("IStorage",)
+        self.takes_blobs = True
+        self.uploads: Any = ModelUploads()
         self.revisions: dict[bytes, list[tuple[bytes, bytes]]] = {}
         self.last_tid = number(0)
         self.tid_floor = number(0)
+        self.blobs: dict[tuple[bytes, bytes], bytes] = {}
         # The names of the writer's steps that were taken.
         self.steps: list[str] = []
         # What the next steps come to, if not to success.
@@ -86,6 +123,12 @@ class ModelDatabase:
                 return Revision(data, tid, end)
             end = tid
         return None
+
+    def load_blob(self, oid: bytes, tid: bytes, offset: int, size: int) -> Piece:
+        data = self.blobs.get((oid, tid))
+        if data is None:
+            raise POSKeyError(oid)
+        return Piece(len(data), data[offset : offset + size])
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         for each, data in self.revisions.get(oid, ()):
@@ -216,12 +259,18 @@ class HandWorkers(Workers):
         self._loop = asyncio.get_running_loop()
         self._writes: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._reads: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._blobs: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
 
     def write(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
         return self._queue(self._writes, step, args)
 
     def read(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
         return self._queue(self._reads, step, args)
+
+    def write_blobs(
+        self, step: Any, *args: Any, **_kwargs: Any
+    ) -> "asyncio.Future[Any]":
+        return self._queue(self._blobs, step, args)
 
     async def close(self, timeout_s: float) -> bool:
         await self.work()
@@ -240,10 +289,14 @@ class HandWorkers(Workers):
         """A reader does its next step, and the loop hears of it."""
         await self._do(self._reads)
 
+    async def blob_step(self) -> None:
+        """A thread that writes blobs does its next step, and the loop hears of it."""
+        await self._do(self._blobs)
+
     async def work(self) -> None:
         """Everything is done that there is to do."""
-        while self._writes or self._reads:
-            await self._do(self._writes or self._reads)
+        while self._writes or self._reads or self._blobs:
+            await self._do(self._writes or self._reads or self._blobs)
 
     def _queue(
         self,
