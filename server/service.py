@@ -20,6 +20,7 @@ from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS, VERSION, Effect
 from zeolith.server.committer import Commit, Phase
+from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
@@ -48,11 +49,12 @@ class Service:
         self.started_at = time.time()
         self.is_stopping = False
         self._someone_left = asyncio.Event()
+        self.packs = Packs(self, later=LATER, fail=self._fail)
         self._handlers: dict[str, Callable[..., Any]] = {
             name: getattr(self, f"_{name}")
             for name, method in METHODS.items()
-            if method.sender == "client"
-        }
+            if method.sender == "client" and name not in self.packs.handlers
+        } | self.packs.handlers
 
     # What peers report
 
@@ -457,11 +459,6 @@ class Service:
         reason = StorageTransactionError("the transaction was aborted")
         _session(peer).served.committer.abandon(commit, reason, aborted)
         return LATER
-
-    # Methods that administer
-
-    def _pack(self, peer: Peer, number: int, time_s: float) -> object:
-        return self._read(peer, number, _session(peer).served.database.pack, time_s)
 
 
 def _session(peer: Peer) -> Session:

@@ -100,6 +100,7 @@ ACCEPTED = {
     "count": {"zero", "one", "2**64-1"},
     "count or nil": {"zero", "one", "2**64-1", "nil"},
     "bool": {"true"},
+    "bool or nil": {"true", "nil"},
     "time": {"zero", "one", "0.5"},
     "transaction id": {"16 bytes"},
     "transaction id or nil": {"16 bytes", "nil"},
@@ -213,7 +214,7 @@ def test_every_effect_is_on_the_right_methods():
         n for n, method in METHODS.items() if method.effect is Effect.ADMINISTERS
     }
     assert writes == {"new_oids", "stage", "vote", "resolve", "finish", "abort"}
-    assert administers == {"pack"}
+    assert administers == {"pack", "pack_cancel"}
 
 
 @pytest.mark.parametrize(("kinds", "strategy"), [(HELLO, hellos), (WELCOME, welcomes)])
