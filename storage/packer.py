@@ -30,6 +30,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -250,8 +251,10 @@ def _be_humble() -> None:
     The input and output of a thread have the priority that follows from it.
     """
     if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        os.nice(NICE)
+        # A container may forbid it.
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            os.nice(NICE)
 
 
 def _give_up(error: BaseException) -> None:
