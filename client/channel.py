@@ -68,6 +68,19 @@ class Channel:
         data = connection.request(method, list(args), _monotonic())
         try:
             self._socket.sendall(data)
+        except OSError as error:
+            raise self._lost(error) from error
+        return self.answer()
+
+    def ask(self, method: str, *args: Any) -> None:
+        """Ask for ``method`` without waiting; ``answer`` must follow."""
+        data = self._connection.request(method, list(args), _monotonic())
+        self.send(data)
+
+    def answer(self) -> Any:
+        """What was asked for; raises as ``call`` does."""
+        connection = self._connection
+        try:
             while received := self._socket.recv(RECEIVE_BYTES):
                 for message in connection.receive_data(received, _monotonic()):
                     if type(message) is Reply:

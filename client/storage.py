@@ -24,7 +24,7 @@ from ZODB.POSException import (
 )
 from zope.interface import alsoProvides, implementer
 
-from zeolith.client import copying, iteration, log, uploads
+from zeolith.client import copying, iteration, log, packing, uploads
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
 from zeolith.client.commit import Commit, Phase
@@ -588,18 +588,27 @@ class ClientStorage(ConflictResolvingStorage):
         referencesf: Any = None,
         wait: bool = True,
         days: float = 0,
+        gc: bool | None = None,
     ) -> None:
         """Pack to ``pack_time`` (seconds since the epoch; now), less ``days``.
 
-        The server finds references itself; ``referencesf`` is not needed, and packing
-        is always waited for.
+        The server finds references itself; ``referencesf`` is not needed. ``gc`` says
+        whether garbage is collected; None: as the server's storage is configured.
+        Without ``wait`` an error is only logged.
         """
         moment = time.time() if pack_time is None else pack_time
         session = self._connector.session(self._wait_timeout_s)
-        try:
-            session.call("pack", moment - days * 86400)
-        except ChannelLost as error:
-            raise ClientDisconnected(f"while packing: {error}") from error
+        pack = packing.pack if wait else packing.begin_pack
+        pack(session, moment - days * 86400, gc)
+
+    def pack_progress(self) -> dict[str, Any] | None:
+        """How far the pack is that is under way; None if there is none."""
+        progress: dict[str, Any] | None = self.call("pack_progress")
+        return progress
+
+    def pack_cancel(self) -> bool:
+        """Give up the pack that is under way; whether there was one to give up."""
+        return bool(self.call("pack_cancel"))
 
 
 def _refuse_arguments_to_come(**arguments: object) -> None:

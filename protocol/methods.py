@@ -244,7 +244,9 @@ _TABLE = (
     ),
     Method("finish", (("transaction", TRANSACTION_ID), ("position", TID)), _W),
     Method("abort", (("transaction", TRANSACTION_ID),), _W),
-    Method("pack", (("time", TIME),), _A),
+    Method("pack", (("time", TIME), ("gc", optional(BOOL))), _A),
+    Method("pack_progress", (), _R),
+    Method("pack_cancel", (), _A),
     Method(
         "changes", (("changes", list_of(CHANGE)),), _R, answers=False, sender="server"
     ),

@@ -173,6 +173,7 @@ async def _tick(service: Service) -> None:
 
 async def _wind_down(service: Service, timeout_s: float) -> bool:
     service.is_stopping = True
+    service.packs.give_up("the server is stopping; the pack is given up")
     databases = service.databases.values()
     await asyncio.gather(*(served.committer.drain(timeout_s) for served in databases))
     for peer in tuple(service.peers):

@@ -18,6 +18,7 @@ from zeolith.server.committer import Committer
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import Database
+from zeolith.storage.packing import Packing
 from zeolith.storage.tids import following
 
 
@@ -64,6 +65,8 @@ class Served:
         self.followers: set[Follower] = set()
         # The first tid that clients have not heard of is at or after this.
         self.horizon = following(changes.last_tid)
+        # The pack under way, if there is one.
+        self.packing: Packing | None = None
         self.committer = Committer(self)
 
     def follow(self, follower: Follower) -> bytes:

@@ -22,6 +22,7 @@ from zeolith.protocol.methods import METHODS, VERSION, Effect
 from zeolith.server import blobs
 from zeolith.server.committer import Commit, Phase
 from zeolith.server.iteration import Iteration
+from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
@@ -50,9 +51,11 @@ class Service:
         self.started_at = time.time()
         self.is_stopping = False
         self._someone_left = asyncio.Event()
+        self.packs = Packs(self, later=LATER, fail=self._fail)
         elsewhere = {
             **blobs.Blobs(self._read, limits).handlers,
             **Iteration(self._read, limits).handlers,
+            **self.packs.handlers,
         }
         self._handlers: dict[str, Callable[..., Any]] = {
             name: elsewhere.get(name) or getattr(self, f"_{name}")
@@ -464,11 +467,6 @@ class Service:
         reason = StorageTransactionError("the transaction was aborted")
         _session(peer).served.committer.abandon(commit, reason, aborted)
         return LATER
-
-    # Methods that administer
-
-    def _pack(self, peer: Peer, number: int, time_s: float) -> object:
-        return self._read(peer, number, _session(peer).served.database.pack, time_s)
 
 
 def _session(peer: Peer) -> Session:

@@ -37,6 +37,7 @@ from zeolith.storage.database import (
     WouldBlock,
 )
 from zeolith.storage.iteration import current_in_storage, iterate_storage
+from zeolith.storage.packing import Packed, Packing
 from zeolith.storage.tids import Z64, advanced
 
 _ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
@@ -170,11 +171,29 @@ class AdaptedStorage:
         """See Database.info."""
         return int(self._storage.getSize()), len(self._storage)
 
-    def pack(self, time_s: float) -> None:
-        """See Database.pack; the references are read without importing anything."""
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
+        """See Database.pack; the references are read without importing anything.
+
+        Nobody can say how far the storage is, nor stop it.
+        """
         if self.is_read_only:
             raise ReadOnlyError("a read-only storage is not packed")
-        self._storage.pack(time_s, referencesf)
+        size = int(self._storage.getSize())
+        if packing is not None:
+            packing.phase, packing.bytes_total = "packing", size
+            packing.is_cancellable = False
+        options = {} if gc is None else {"gc": gc}
+        try:
+            self._storage.pack(time_s, referencesf, **options)
+        except TypeError as error:
+            if gc is None:
+                raise
+            raise Unsupported(
+                f"this storage cannot be told whether to collect garbage: {error}"
+            ) from error
+        return Packed(True, size, int(self._storage.getSize()))
 
     def close(self) -> None:
         """See Database.close."""

@@ -16,10 +16,13 @@ what clients have not heard of.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zeolith.storage.blobs import Piece, Uploads
 from zeolith.storage.changes import Change
+
+if TYPE_CHECKING:
+    from zeolith.storage.packing import Packed, Packing
 
 
 class WouldBlock(Exception):
@@ -219,8 +222,14 @@ class Database(Protocol):
     def info(self) -> tuple[int, int]:
         """Size in bytes and number of objects, as far as the storage knows."""
 
-    def pack(self, time_s: float) -> None:
-        """Remove what was not current at ``time_s`` and garbage."""
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: "Packing | None" = None
+    ) -> "Packed":
+        """Remove what was not current at ``time_s``, and with ``gc`` garbage.
+
+        ``gc`` None: as the storage's options say. Takes long, in a thread that nobody
+        waits for; ``packing`` tells others how far it is.
+        """
 
     def close(self) -> None:
         """Save what makes the next start fast, and release the files."""

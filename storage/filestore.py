@@ -1,10 +1,11 @@
 """A Data.fs: ZODB's FileStorage for everything it does well, with our read path.
 
-FileStorage keeps the file, its lock, its index, commit, undo and pack. Ours are
+FileStorage keeps the file, its lock, its index, commit and undo. Ours are
 
 * loads, through ``records``: no lock, no file position, and on the loop no waiting;
 * logs and histories, through ``log``: extensions are passed on, never unpickled;
 * oids: never given out twice, through ``identity``;
+* packing, through ``packing``: in another process;
 * tids: given by us, so that a transaction's tid is known at the vote.
 
 The result is a plain Data.fs at every moment. See ``database`` for the threads.
@@ -28,6 +29,13 @@ from zeolith.storage.database import Batch, CurrentRecord, LogEntry, Revision, W
 from zeolith.storage.identity import Identity
 from zeolith.storage.iteration import current_in_file, iterate_file
 from zeolith.storage.log import LogReader
+from zeolith.storage.packing import (
+    FilePack,
+    Packed,
+    Packing,
+    clean_up,
+    finish_leftovers,
+)
 from zeolith.storage.records import NOWAIT, Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
 
@@ -55,6 +63,12 @@ class _DataFile(FileStorage):
                 if opened is not None:
                     opened.close()
             raise
+
+    def _newIndexes(self) -> Any:
+        """Called at opening, with the lock file taken and before the file is opened."""
+        if not self._is_read_only:
+            clean_up(self._file_name)
+        return super()._newIndexes()
 
     def _initIndex(self, index: Any, tindex: Any) -> None:
         """Called at opening and when a pack has replaced the file."""
@@ -113,6 +127,8 @@ class FileStore(AdaptedStorage):
                 self._path, is_read_only=bool(options.get("read_only"))
             )
             self._file.renew()
+            if not self._file.isReadOnly():
+                finish_leftovers(self._file)
             cut_off = self._file.lastTransaction() or Z64
             self._file._ltid = self._last_tid()
         except BaseException:
@@ -253,6 +269,14 @@ class FileStore(AdaptedStorage):
     def info(self) -> tuple[int, int]:
         """See Database.info."""
         return int(self._file.getSize()), len(self._file)
+
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
+        """See Database.pack; raises what FilePack.run raises."""
+        if self.is_read_only:
+            raise ReadOnlyError("a read-only storage is not packed")
+        return FilePack(self._file, packing or Packing()).run(time_s, gc)
 
     def close(self) -> None:
         """Save index and oids; release the files."""

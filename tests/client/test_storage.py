@@ -659,9 +659,27 @@ def test_a_pack_is_told_until_when(server, storage, monkeypatch):
     storage.pack()
     storage.pack(500.0)
     storage.pack(days=2)
-    storage.pack(900_000.0, lambda *_args: None, wait=False, days=1)
-    times = [moment for (moment,) in server.asked("pack")]
-    assert times == [1_000_000, 500, 1_000_000 - 2 * 86400, 900_000 - 86400]
+    storage.pack(900_000.0, lambda *_args: None, days=1)
+    storage.pack(gc=False)
+    assert list(map(tuple, server.asked("pack"))) == [
+        (1_000_000, None),
+        (500, None),
+        (1_000_000 - 2 * 86400, None),
+        (900_000 - 86400, None),
+        (1_000_000, False),
+    ]
+
+
+def test_a_pack_need_not_be_waited_for(server, storage):
+    storage.pack(1_000.0, wait=False)
+    wait_until(lambda: server.asked("pack"), "the request")
+
+
+def test_the_pack_under_way_is_looked_at_and_given_up(server, storage):
+    server.answers["pack_progress"] = {"phase": "copying"}
+    server.answers["pack_cancel"] = True
+    assert storage.pack_progress() == {"phase": "copying"}
+    assert storage.pack_cancel()
 
 
 def test_a_pack_that_is_lost_is_not_begun_again(server, storage):

@@ -101,6 +101,7 @@ ACCEPTED = {
     "count": {"zero", "one", "2**64-1"},
     "count or nil": {"zero", "one", "2**64-1", "nil"},
     "bool": {"true"},
+    "bool or nil": {"true", "nil"},
     "time": {"zero", "one", "0.5"},
     "transaction id": {"16 bytes"},
     "transaction id or nil": {"16 bytes", "nil"},
@@ -215,7 +216,7 @@ def test_every_effect_is_on_the_right_methods():
     }
     transaction = {"stage", "blob_chunk", "vote", "resolve", "finish", "abort"}
     assert writes == {"new_oids", *transaction}
-    assert administers == {"pack"}
+    assert administers == {"pack", "pack_cancel"}
 
 
 @pytest.mark.parametrize(("kinds", "strategy"), [(HELLO, hellos), (WELCOME, welcomes)])

@@ -45,7 +45,9 @@ ARGUMENTS: dict[str, list[Any]] = {
     "resolve": [TRANSACTION, []],
     "finish": [TRANSACTION, number(0)],
     "abort": [TRANSACTION],
-    "pack": [0.0],
+    "pack": [0.0, None],
+    "pack_progress": [],
+    "pack_cancel": [],
 }
 CALLABLE = [method.name for method in METHODS.values() if method.sender == "client"]
 READING = [name for name in CALLABLE if METHODS[name].effect is Effect.READS]

@@ -33,6 +33,7 @@ from zeolith.storage.database import (
     Wish,
     WouldBlock,
 )
+from zeolith.storage.packing import Packed, Packing
 
 from .ids import number
 
@@ -188,8 +189,11 @@ class ModelDatabase:
         size = sum(len(data) for rows in self.revisions.values() for _tid, data in rows)
         return size, len(self.revisions)
 
-    def pack(self, time_s: float) -> None:
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
         self.steps.append("pack")
+        return Packed(True, 20, 10)
 
     def close(self) -> None:
         self.steps.append("close")
@@ -271,6 +275,9 @@ class HandWorkers(Workers):
         self, step: Any, *args: Any, **_kwargs: Any
     ) -> "asyncio.Future[Any]":
         return self._queue(self._blobs, step, args)
+
+    def aside(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
+        return self._queue(self._reads, step, args)
 
     async def close(self, timeout_s: float) -> bool:
         await self.work()
