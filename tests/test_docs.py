@@ -34,6 +34,7 @@ PAGES = sorted(
         *(ROOT / "protocol" / "README.md", ROOT / "deploy" / "README.md"),
     ]
 )
+KEYS = ROOT / "client" / "keys.xml"
 REFERENCE = (DOCS / "reference.md").read_text()
 # Databases of ZODB, and what Zope's own schema says of <zodb_db>.
 SCHEMA = """
@@ -138,7 +139,7 @@ def test_every_key_of_the_server_is_in_the_reference_with_its_default():
 
 def test_every_key_of_a_client_is_in_the_reference_with_its_default():
     described = {row[1].split(",")[0].split(";")[0]: row for row in rows("### Options")}
-    for key, default in keys(ROOT / "client" / "component.xml", "zeolith").items():
+    for key, default in keys(KEYS, "zeolith.client.keys").items():
         assert key in described
         assert default in (None, described[key][3]), key
 
