@@ -22,6 +22,7 @@ from zeolith.server.config import Options
 from zeolith.server.listener import Listener, ListenError
 from zeolith.server.peer import Peer
 from zeolith.server.readiness import notify
+from zeolith.server.relay import Relay
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
@@ -98,6 +99,8 @@ async def _serve(
         for name, database in databases.items()
     }
     service = Service(served, DEFAULT)
+    for each in served.values():
+        Relay(service, each)
     _configure(service, options)
 
     def on_hangup() -> None:

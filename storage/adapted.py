@@ -13,6 +13,7 @@ from base64 import decodebytes
 from collections.abc import Callable
 from typing import Any
 
+import ZODB._compat
 import ZODB.interfaces
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
@@ -27,11 +28,13 @@ from zeolith.storage.database import (
     Finished,
     LogEntry,
     Revision,
+    Standing,
     Transaction,
     Unresolved,
     Voted,
     WouldBlock,
 )
+from zeolith.storage.feed import Feed, Listener
 from zeolith.storage.tids import Z64, advanced
 
 _ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
@@ -53,16 +56,23 @@ def forbid_unpickling() -> None:
     ``_log_entry`` understands. For the whole process, so for a server's only.
     """
     sys.modules[FileStorage.__module__].loads = _opaque  # type: ignore[attr-defined]
+    # What another server's storage lists them with.
+    ZODB._compat.loads = _opaque
 
 
 class AdaptedStorage:
     """A database.Database over any object that provides IStorage."""
+
+    tells_own = False
 
     def __init__(self, name: str, storage: Any, database_id: bytes, epoch: int = 1):
         self.name = name
         self.database_id = database_id
         self.epoch = epoch
         self._storage = storage
+        self._feed = Feed()
+        if hasattr(storage, "registerDB"):
+            storage.registerDB(self._feed)
         # Whether the storage lets us choose the tid, so that it is known at the vote
         # and grows whatever the storage thinks the time is.
         self._assigns_tid = isinstance(storage, _TAKES_TID)
@@ -71,7 +81,7 @@ class AdaptedStorage:
         # as that of a transaction which was voted on before a crash and then was not
         # committed, or which a restored backup has not got.
         self.tid_floor = advanced(storage.lastTransaction() or Z64, TIDS_SKIPPED)
-        self.is_read_only = bool(storage.isReadOnly())
+        self._is_read_only = bool(storage.isReadOnly())
         self.supports_undo = bool(storage.supportsUndo()) if _undoes(storage) else False
         self.interfaces = tuple(
             interface.__name__
@@ -80,6 +90,15 @@ class AdaptedStorage:
         )
 
     # loop
+
+    @property
+    def is_read_only(self) -> bool:
+        """See Database.is_read_only."""
+        return self._is_read_only
+
+    def follow(self, listener: Listener) -> None:
+        """See Database.follow."""
+        self._feed.follow(listener)
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Nobody can say whether this storage would wait."""
@@ -130,6 +149,17 @@ class AdaptedStorage:
         """A storage without a log of its own does not remember."""
         return None
 
+    def standing(self) -> Standing:
+        """See Database.standing."""
+        last_tid = self._storage.lastTransaction() or Z64
+        return Standing(last_tid, self.database_id, self.epoch)
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        """See Database.outcome: the server knows our own commits better."""
+        return "unknown", None
+
     def new_oids(self, count: int) -> list[bytes]:
         """See Database.new_oids."""
         return [self._storage.new_oid() for _ in range(count)]
@@ -160,7 +190,7 @@ class AdaptedStorage:
         assert self._committing is None, "a vote between vote and finish"
         if self.is_read_only:
             raise ReadOnlyError("the storage is read-only")
-        committing = Committing(self._storage, transaction, self.tid_floor)
+        committing = self._committing_of(transaction)
         self._committing = committing
 
         def begin_and_vote() -> Voted | Unresolved:
@@ -171,6 +201,9 @@ class AdaptedStorage:
             return committing.vote({})
 
         return self._or_abort(begin_and_vote)
+
+    def _committing_of(self, transaction: Transaction) -> Committing:
+        return Committing(self._storage, transaction, self.tid_floor)
 
     def resolve(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """See Database.resolve."""

@@ -50,6 +50,8 @@ class Metadata(TransactionMetaData):
         super().__init__(transaction.user, transaction.description, b"")
         self.extension_bytes = transaction.extension
         self.extension = {"bytes": transaction.extension}
+        # A storage that passes the transaction on may want to use the same.
+        self.transaction_id = transaction.id
 
 
 class Committing:
@@ -132,13 +134,17 @@ class Committing:
                 " it was committed is known after a restart"
             ) from error
         self._begun = False
+        return Finished(tid if isinstance(tid, bytes) else told[0], self._changed())
+
+    def _changed(self) -> list[bytes]:
+        """The oids that the transaction changes."""
         oids = dict.fromkeys(
             operation[1]
             for operation in self._transaction.operations
             if operation[0] == "store"
         )
         oids.update(dict.fromkeys(self._undone))
-        return Finished(tid if isinstance(tid, bytes) else told[0], list(oids))
+        return list(oids)
 
     def abort(self) -> None:
         """Undo whatever was begun."""
@@ -214,7 +220,7 @@ class Committing:
     def _store(self, operations: list[list[Any]]) -> None:
         actions: dict[str, Callable[..., None]] = {
             "store": self._store_record,
-            "check": lambda *_validated: None,
+            "check": self._check,
             "undo": self._undo,
         }
         for name, *arguments in operations:
@@ -229,6 +235,9 @@ class Committing:
             # end here at the next opening without an index.
             raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
         self._storage.store(oid, serial, data, "", self._metadata)
+
+    def _check(self, oid: bytes, serial: bytes) -> None:
+        """It is validated, and stays true: the storage's commit lock is ours."""
 
     def _undo(self, tid: bytes) -> None:
         if not IStorageUndoable.providedBy(self._storage):

@@ -16,6 +16,7 @@ from ZODB.POSException import POSError
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.identity import IdentityError
+from zeolith.storage.relayed import RelayedStorage, is_remote
 
 _FILESTORAGE_OPTIONS = (
     "blob_dir",
@@ -38,7 +39,8 @@ class OpeningError(Exception):
 def open_database(name: str, factory: Any, *, is_read_only: bool) -> AdaptedStorage:
     """The database ``name`` that ``factory``, a ZODB storage section, describes.
 
-    A plain ``<filestorage>`` gets our own FileStore, everything else an adapter. With
+    A plain ``<filestorage>`` gets our own FileStore, a client of another server a
+    RelayedStorage, everything else an adapter. With
     ``is_read_only`` a Data.fs is opened read-only; other storages are left to the
     server to protect. Raises OpeningError.
     """
@@ -46,6 +48,8 @@ def open_database(name: str, factory: Any, *, is_read_only: bool) -> AdaptedStor
         if type(factory) is ZODB.config.FileStorage and not factory.config.packer:
             return _open_filestore(name, factory.config, is_read_only)
         storage = factory.open()
+        if is_remote(storage):
+            return RelayedStorage(name, storage)
         return AdaptedStorage(name, storage, uuid.uuid4().bytes)
     except _MISTAKES as error:
         raise OpeningError(f"storage {name}: {_line(error)}") from error

@@ -18,7 +18,7 @@ from zodburi import resolve_uri
 
 from zeolith.client import errors, uri
 from zeolith.client.storage import ClientStorage
-from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
+from zeolith.protocol.errors import ShuttingDown, TransactionTimeout, Unavailable
 from zeolith.server import config
 from zeolith.server.cli import main
 from zeolith.server.served import Counters
@@ -34,6 +34,7 @@ PAGES = sorted(
         *(ROOT / "protocol" / "README.md", ROOT / "deploy" / "README.md"),
     ]
 )
+TRANSIENT = (TransactionTimeout, ShuttingDown, Unavailable)
 KEYS = ROOT / "client" / "keys.xml"
 REFERENCE = (DOCS / "reference.md").read_text()
 # Databases of ZODB, and what Zope's own schema says of <zodb_db>.
@@ -162,7 +163,7 @@ def test_every_exception_is_in_the_reference():
     assert {"ClientDisconnected", "CommitOutcomeUnknown", "NotSupportedYet"} <= set(
         ours
     )
-    for name in (*ours, TransactionTimeout.__name__, ShuttingDown.__name__):
+    for name in (*ours, *(each.__name__ for each in TRANSIENT)):
         assert f"`{name}`" in text
 
 
@@ -236,7 +237,8 @@ def server_configurations() -> list[Block]:
     return [
         block
         for block in BLOCKS
-        if "<zeolith>" in block.text and "</filestorage>" in block.text
+        if "<zeolith>" in block.text
+        and ("</filestorage>" in block.text or "</upstream>" in block.text)
     ]
 
 

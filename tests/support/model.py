@@ -21,11 +21,13 @@ from zeolith.storage.database import (
     Finished,
     LogEntry,
     Revision,
+    Standing,
     Transaction,
     Unresolved,
     Voted,
     WouldBlock,
 )
+from zeolith.storage.feed import Listener
 
 from .ids import number
 
@@ -38,6 +40,9 @@ class ModelDatabase:
         self.database_id = b"model-database-1"
         self.epoch = 1
         self.is_read_only = is_read_only
+        self.tells_own = False
+        # Whoever follows; a test tells it what it likes.
+        self.listener: Listener | None = None
         self.supports_undo = False
         self.interfaces: tuple[str, ...] = ("IStorage",)
         self.revisions: dict[bytes, list[tuple[bytes, bytes]]] = {}
@@ -61,6 +66,9 @@ class ModelDatabase:
         self.last_tid = max(self.last_tid, tid)
 
     # loop
+
+    def follow(self, listener: Listener) -> None:
+        self.listener = listener
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         if self.would_block:
@@ -104,6 +112,14 @@ class ModelDatabase:
         return any(
             tid == each for rows in self.revisions.values() for each, _data in rows
         )
+
+    def standing(self) -> Standing:
+        return Standing(self.last_tid, self.database_id, self.epoch)
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        return "unknown", None
 
     def new_oids(self, count: int) -> list[bytes]:
         first, self._next_oid = self._next_oid, self._next_oid + count
