@@ -251,7 +251,7 @@ def test_a_configuration_of_a_server_is_right(block, tmp_path):
 
 def client_configurations() -> list[Block]:
     return [
-        block for block in BLOCKS if block.text.startswith("%import zeolith.client")
+        block for block in BLOCKS if block.text.startswith("%import zeolith.client\n")
     ]
 
 
