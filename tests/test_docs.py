@@ -18,7 +18,7 @@ from zodburi import resolve_uri
 
 from zeolith.client import errors, uri
 from zeolith.client.storage import ClientStorage
-from zeolith.protocol.errors import ShuttingDown, TransactionTimeout, Unavailable
+from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
 from zeolith.server import config
 from zeolith.server.cli import main
 from zeolith.server.served import Counters
@@ -34,7 +34,7 @@ PAGES = sorted(
         *(ROOT / "protocol" / "README.md", ROOT / "deploy" / "README.md"),
     ]
 )
-TRANSIENT = (TransactionTimeout, ShuttingDown, Unavailable)
+TRANSIENT = (TransactionTimeout, ShuttingDown)
 KEYS = ROOT / "client" / "keys.xml"
 REFERENCE = (DOCS / "reference.md").read_text()
 # Databases of ZODB, and what Zope's own schema says of <zodb_db>.
