@@ -35,6 +35,7 @@ from zeolith.client.position import Change, Position
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64
+from zeolith.client.wrapped import WrapperListener, is_wrapper
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
 
@@ -268,7 +269,8 @@ class ClientStorage(ConflictResolvingStorage):
     def registerDB(self, wrapper: Any) -> None:
         """Tell ``wrapper`` of changes from now on."""
         super().registerDB(wrapper)
-        self.position.register(wrapper)
+        is_between = is_wrapper(wrapper)
+        self.position.register(WrapperListener(wrapper) if is_between else wrapper)
         # ZODB.DB looks for the root next, which somebody else may just have made.
         self._catch_up()
 

@@ -36,6 +36,7 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.feed import Feed, Listener
 from zeolith.storage.tids import Z64, advanced
+from zeolith.storage.wrapping import form_of
 
 _ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
 # After opening: more than were voted on in vain by any server while its clock stood
@@ -73,6 +74,7 @@ class AdaptedStorage:
         self._feed = Feed()
         if hasattr(storage, "registerDB"):
             storage.registerDB(self._feed)
+        self._form = form_of(storage)
         # Whether the storage lets us choose the tid, so that it is known at the vote
         # and grows whatever the storage thinks the time is.
         self._assigns_tid = isinstance(storage, _TAKES_TID)
@@ -203,7 +205,7 @@ class AdaptedStorage:
         return self._or_abort(begin_and_vote)
 
     def _committing_of(self, transaction: Transaction) -> Committing:
-        return Committing(self._storage, transaction, self.tid_floor)
+        return Committing(self._storage, transaction, self.tid_floor, self._form)
 
     def resolve(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """See Database.resolve."""

@@ -30,6 +30,7 @@ from zeolith.storage.database import (
     Voted,
 )
 from zeolith.storage.tids import Z64, next_tid, tid_at
+from zeolith.storage.wrapping import PLAIN, Form
 
 # Committed, and packed. FileStorage writes the status as it is where it marks a
 # transaction as whole: any other text takes it, or the whole file, away again.
@@ -57,12 +58,22 @@ class Metadata(TransactionMetaData):
 class Committing:
     """One transaction on ``storage``, from vote to finish or abort."""
 
-    def __init__(self, storage: Any, transaction: Transaction, tid_floor: bytes):
-        """``tid_floor``: a new transaction's tid is greater than this."""
+    def __init__(
+        self,
+        storage: Any,
+        transaction: Transaction,
+        tid_floor: bytes,
+        form: Form = PLAIN,
+    ):
+        """``tid_floor``: a new transaction's tid is greater than this.
+
+        ``form`` is that of the records.
+        """
         self._storage = storage
         self._transaction = transaction
         self._tid_floor = tid_floor
         self._metadata = Metadata(transaction)
+        self._form = form
         self._undone: set[bytes] = set()
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
@@ -212,7 +223,9 @@ class Committing:
             # Packed away, or never stored under this serial.
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
         try:
-            self._resolutions[oid] = conflicts.resolve(new, old, committed)
+            self._resolutions[oid] = conflicts.resolve_encoded(
+                self._form, new, old, committed
+            )
         except conflicts.Unresolvable:
             return Conflict(oid, committed_tid, old_tid, committed, old, new)
         return None
