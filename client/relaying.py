@@ -53,6 +53,10 @@ class Upstream:
         """``loadBefore`` if the answer is at hand, else None; never waits."""
         return self._storage.cache.load(oid, before)
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """Have the revisions of ``oids`` in the cache, by few round trips."""
+        self._storage.prefetch(oids, before)
+
     def new_oids(self, count: int) -> list[bytes]:
         """Oids of the server's, as many as it likes to give at once."""
         oids: list[bytes] = self._storage.call("new_oids", count)

@@ -26,7 +26,14 @@ from zeolith.server.sessions import Session
 from zeolith.server.status import status_of
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
-from zeolith.storage.database import Finished, Revision, Unresolved, Voted, WouldBlock
+from zeolith.storage.database import (
+    Database,
+    Finished,
+    Revision,
+    Unresolved,
+    Voted,
+    WouldBlock,
+)
 from zeolith.storage.tids import tid_at
 
 logger = logging.getLogger(__name__)
@@ -302,11 +309,10 @@ class Service:
         try:
             loaded = _load_several(served.database.load_nowait, oids, before, bytes_max)
         except WouldBlock:
-            load = served.database.load
             return self._read(
                 peer,
                 number,
-                lambda: _load_several(load, oids, before, bytes_max),
+                partial(_load_slowly, served.database, oids, before, bytes_max),
                 then=lambda value: (as_of, value),
             )
         return (as_of, loaded)
@@ -504,6 +510,13 @@ def _welcome(
         "read_only": session.is_read_only if session else True,
         "role": ("read" if session.is_read_only else "admin") if session else "read",
     }
+
+
+def _load_slowly(
+    database: Database, oids: list[bytes], before: bytes, bytes_max: int
+) -> list[Revision | None]:
+    database.prefetch(oids, before)
+    return _load_several(database.load, oids, before, bytes_max)
 
 
 def _before(tid: bytes, changes: list[Change] | None) -> list[Change] | None:

@@ -117,6 +117,9 @@ class AdaptedStorage:
         found = self._storage.loadBefore(oid, before)
         return None if found is None else Revision(*found)
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """See Database.prefetch: one by one is as good."""
+
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """See Database.load_serial."""
         data: bytes = self._storage.loadSerial(oid, tid)

@@ -151,6 +151,9 @@ class Database(Protocol):
         Raises POSKeyError if there is no such object.
         """
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """Bring near what ``load`` of each of ``oids`` would have to wait for."""
+
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """The record that transaction ``tid`` wrote; POSKeyError."""
 

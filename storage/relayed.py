@@ -60,6 +60,9 @@ class Upstream(Protocol):
     ) -> tuple[bytes, bytes, bytes | None] | None:
         """Without waiting, or None."""
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """Into the cache."""
+
     def new_oids(self, count: int) -> list[bytes]:
         """Oids."""
 
@@ -98,6 +101,8 @@ class RelayedStorage(AdaptedStorage):
         self._is_wrapped = IStorageWrapper.providedBy(storage)
         # Why the upstream could not be reached the last time.
         self._away: str | None = None
+        # Size and length, as of the last time that somebody asked for them.
+        self._info: tuple[int, int] | None = None
         super().__init__(name, storage, *self._identity(uuid.uuid4().bytes))
 
     def _identity(self, otherwise: bytes) -> tuple[bytes, int]:
@@ -149,6 +154,11 @@ class RelayedStorage(AdaptedStorage):
         """See Database.load."""
         return self.reach(super().load, oid, before)
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """See Database.prefetch."""
+        if self._upstream is not None:
+            self.reach(self._upstream.prefetch, oids, before)
+
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """See Database.load_serial."""
         return self.reach(super().load_serial, oid, tid)
@@ -194,8 +204,13 @@ class RelayedStorage(AdaptedStorage):
         return self.reach(self._upstream.new_oids, count) if count else []
 
     def info(self) -> tuple[int, int]:
-        """See Database.info."""
-        return self.reach(super().info)
+        """See Database.info; while the upstream is away, as it was before.
+
+        Whoever asks how this server is must not have to wait for another one.
+        """
+        if self._info is None or self._storage.is_connected():
+            self._info = self.reach(super().info)
+        return self._info
 
     def pack(self, time_s: float) -> None:
         """See Database.pack."""

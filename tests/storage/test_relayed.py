@@ -385,3 +385,12 @@ def test_a_vote_that_fails_leaves_nothing_behind(database, known):
         database.vote(transaction(store(A, plain(1))))
     known.connected = True
     commit(database)
+
+
+def test_size_and_length_are_those_of_before_while_it_is_away(database, known):
+    commit(database)
+    info = database.info()
+    assert info[1] == 1
+    known.connected = False
+    known.mapping.close()
+    assert database.info() == info

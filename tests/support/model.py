@@ -41,6 +41,9 @@ class ModelDatabase:
         self.epoch = 1
         self.is_read_only = is_read_only
         self.tells_own = False
+        self.prefetched: list[list[bytes]] = []
+        # What is known of any transaction, where ``tells_own``.
+        self.known: tuple[str, bytes | None] = ("unknown", None)
         # Whoever follows; a test tells it what it likes.
         self.listener: Listener | None = None
         self.supports_undo = False
@@ -113,13 +116,16 @@ class ModelDatabase:
             tid == each for rows in self.revisions.values() for each, _data in rows
         )
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        self.prefetched.append(oids)
+
     def standing(self) -> Standing:
         return Standing(self.last_tid, self.database_id, self.epoch)
 
     def outcome(
         self, transaction_id: bytes, tid: bytes | None, position: bytes
     ) -> tuple[str, bytes | None]:
-        return "unknown", None
+        return self.known
 
     def new_oids(self, count: int) -> list[bytes]:
         first, self._next_oid = self._next_oid, self._next_oid + count
@@ -164,6 +170,8 @@ class ModelDatabase:
         transaction, self._voted = self._voted, None
         assert transaction is not None, "finish without a vote"
         if self.finish_error is not None:
+            if self.tells_own:
+                raise self.finish_error
             raise BrokenDatabase(str(self.finish_error))
         tid = self._next_tid
         for operation in transaction.operations:
