@@ -181,6 +181,9 @@ async def _wind_down(service: Service, timeout_s: float) -> bool:
     for peer in tuple(service.peers):
         peer.hang_up("stopping", "the server is stopping")
     await service.wait_until_empty(LAST_WORDS_TIMEOUT_S)
+    loop = asyncio.get_running_loop()
+    for served in databases:
+        await loop.run_in_executor(None, served.database.stop_waiting)
     return all([await served.workers.close(timeout_s) for served in databases])
 
 

@@ -179,6 +179,9 @@ class AdaptedStorage:
             raise ReadOnlyError("a read-only storage is not packed")
         self._storage.pack(time_s, referencesf)
 
+    def stop_waiting(self) -> None:
+        """See Database.stop_waiting: disks are waited for."""
+
     def close(self) -> None:
         """See Database.close."""
         self.abort()

@@ -186,6 +186,9 @@ class Database(Protocol):
     def pack(self, time_s: float) -> None:
         """Remove what was not current at ``time_s`` and garbage."""
 
+    def stop_waiting(self) -> None:
+        """At the end: whoever waits for another server gets an error now."""
+
     def close(self) -> None:
         """Save what makes the next start fast, and release the files."""
 

@@ -216,6 +216,10 @@ class RelayedStorage(AdaptedStorage):
         """See Database.pack."""
         self.reach(super().pack, time_s)
 
+    def stop_waiting(self) -> None:
+        """See Database.stop_waiting; what is not committed will not be."""
+        self._storage.close()
+
     # writer
 
     def vote(self, transaction: Transaction) -> Voted | Unresolved:

@@ -542,3 +542,23 @@ def test_a_relay_stops_while_its_upstream_is_away(proxy, relay, near):
     wait_until_away(relay)
     near.close()
     relay.stop()
+
+
+def test_a_relay_that_stops_waits_for_nobody(server, proxy, gate):
+    with (
+        relaying(proxy.address, wait_timeout=600) as relay,
+        client_of(relay, wait_timeout=WAIT_S) as near,
+    ):
+        commit(near, x=b"1")
+        proxy.refuse()
+        proxy.cut()
+        wait_until_away(relay)
+        storage: Any = upstream_of(relay)
+        gate.shut()
+        storage.call = gate.before(storage.call)
+        asking = Background(near.getTid, X)
+        gate.wait_until_reached()
+        gate.open()
+        # Within the time that a server has for its threads, or it complains.
+        relay.stop()
+        assert isinstance(asking.error(), ClientDisconnected)

@@ -119,6 +119,9 @@ class ModelDatabase:
     def prefetch(self, oids: list[bytes], before: bytes) -> None:
         self.prefetched.append(oids)
 
+    def stop_waiting(self) -> None:
+        self.steps.append("stop waiting")
+
     def standing(self) -> Standing:
         return Standing(self.last_tid, self.database_id, self.epoch)
 
