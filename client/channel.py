@@ -13,7 +13,7 @@ import struct
 import time
 from typing import Any
 
-from zeolith.client.errors import ChannelLost
+from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.protocol import errors
 from zeolith.protocol.connection import Connection
 from zeolith.protocol.messages import Failure, Message, Reply
@@ -115,7 +115,11 @@ class Channel:
 
     def _look_at(self, message: Message) -> None:
         if isinstance(message, Failure):
-            raise errors.error_of(message.name, message.attributes, message.text)
+            error = errors.error_of(message.name, message.attributes, message.text)
+            if isinstance(error, errors.Unavailable):
+                # To the application it is the same whose server is away.
+                raise ClientDisconnected(str(error))
+            raise error
 
     def _lost(self, error: Exception | None) -> Exception:
         """The error for whoever called: the channel is of no more use."""

@@ -32,8 +32,10 @@ from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
 from zeolith.client.position import Change, Position
+from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64
+from zeolith.client.wrapped import WrapperListener, is_wrapper
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
 
@@ -69,6 +71,9 @@ class ClientStorage(ConflictResolvingStorage):
     is no connection in time, at once if the server refuses, NotSupportedYet for an
     argument of a release to come, ValueError for a wrong one.
     """
+
+    # Whether a server serves us to others: see client.relaying.
+    is_relayed = False
 
     def __init__(
         self,
@@ -142,6 +147,13 @@ class ClientStorage(ConflictResolvingStorage):
     def current_session(self) -> Session | None:
         """The session now, if there is one."""
         return self._connector.current
+
+    def identity(self) -> tuple[bytes, int]:
+        """Database id and epoch, as of the last session; waits for the first one."""
+        if self._connector.identity is None:
+            self._connector.session(self._wait_timeout_s)
+        assert self._connector.identity is not None
+        return self._connector.identity
 
     def is_connected(self) -> bool:
         """Whether there is a session now."""
@@ -276,7 +288,8 @@ class ClientStorage(ConflictResolvingStorage):
     def registerDB(self, wrapper: Any) -> None:
         """Tell ``wrapper`` of changes from now on."""
         super().registerDB(wrapper)
-        self.position.register(wrapper)
+        is_between = is_wrapper(wrapper)
+        self.position.register(WrapperListener(wrapper) if is_between else wrapper)
         # ZODB.DB looks for the root next, which somebody else may just have made.
         self._catch_up()
 
@@ -528,6 +541,18 @@ class ClientStorage(ConflictResolvingStorage):
     def tpc_transaction(self) -> Any:
         """Any transaction between begin and end; there may be several."""
         return next(iter(self._commits), None)
+
+    def for_relay(self) -> Upstream:
+        """For a server that serves this storage to others, before anything else.
+
+        From then on no record and no extension is unpickled here.
+        """
+        self.is_relayed = True
+        return Upstream(self)
+
+    def commit_to_vote(self, transaction: Any) -> Commit:
+        """For a relay: the commit of a transaction that has not voted yet."""
+        return self._begun(transaction)
 
     def forget_commit(self, commit: Commit) -> None:
         """``commit`` has ended."""

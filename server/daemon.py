@@ -22,6 +22,7 @@ from zeolith.server.config import Options
 from zeolith.server.listener import Listener, ListenError
 from zeolith.server.peer import Peer
 from zeolith.server.readiness import notify
+from zeolith.server.relay import Relay
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
@@ -98,6 +99,8 @@ async def _serve(
         for name, database in databases.items()
     }
     service = Service(served, DEFAULT)
+    for each in served.values():
+        Relay(service, each)
     _configure(service, options)
 
     def on_hangup() -> None:
@@ -179,6 +182,9 @@ async def _wind_down(service: Service, timeout_s: float) -> bool:
     for peer in tuple(service.peers):
         peer.hang_up("stopping", "the server is stopping")
     await service.wait_until_empty(LAST_WORDS_TIMEOUT_S)
+    loop = asyncio.get_running_loop()
+    for served in databases:
+        await loop.run_in_executor(None, served.database.stop_waiting)
     return all([await served.workers.close(timeout_s) for served in databases])
 
 

@@ -13,6 +13,7 @@ from base64 import decodebytes
 from collections.abc import Callable
 from typing import Any
 
+import ZODB._compat
 import ZODB.interfaces
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
@@ -30,15 +31,18 @@ from zeolith.storage.database import (
     Finished,
     LogEntry,
     Revision,
+    Standing,
     Transaction,
     Unresolved,
     Voted,
     Wish,
     WouldBlock,
 )
+from zeolith.storage.feed import Feed, Listener
 from zeolith.storage.iteration import current_in_storage, iterate_storage
 from zeolith.storage.packing import Packed, Packing
 from zeolith.storage.tids import Z64, advanced
+from zeolith.storage.wrapping import form_of
 
 _ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
 # After opening: more than were voted on in vain by any server while its clock stood
@@ -61,16 +65,24 @@ def forbid_unpickling() -> None:
     ``_log_entry`` understands. For the whole process, so for a server's only.
     """
     sys.modules[FileStorage.__module__].loads = _opaque  # type: ignore[attr-defined]
+    # What another server's storage lists them with.
+    ZODB._compat.loads = _opaque
 
 
 class AdaptedStorage:
     """A database.Database over any object that provides IStorage."""
+
+    tells_own = False
 
     def __init__(self, name: str, storage: Any, database_id: bytes, epoch: int = 1):
         self.name = name
         self.database_id = database_id
         self.epoch = epoch
         self._storage = storage
+        self._feed = Feed()
+        if hasattr(storage, "registerDB"):
+            storage.registerDB(self._feed)
+        self._form = form_of(storage)
         # Whether the storage lets us choose the tid, so that it is known at the vote
         # and grows whatever the storage thinks the time is.
         self._assigns_tid = isinstance(storage, _TAKES_TID)
@@ -79,7 +91,7 @@ class AdaptedStorage:
         # as that of a transaction which was voted on before a crash and then was not
         # committed, or which a restored backup has not got.
         self.tid_floor = advanced(storage.lastTransaction() or Z64, TIDS_SKIPPED)
-        self.is_read_only = bool(storage.isReadOnly())
+        self._is_read_only = bool(storage.isReadOnly())
         self.supports_undo = bool(storage.supportsUndo()) if _undoes(storage) else False
         self.interfaces = tuple(
             interface.__name__
@@ -92,6 +104,15 @@ class AdaptedStorage:
             self.uploads.sweep()
 
     # loop
+
+    @property
+    def is_read_only(self) -> bool:
+        """See Database.is_read_only."""
+        return self._is_read_only
+
+    def follow(self, listener: Listener) -> None:
+        """See Database.follow."""
+        self._feed.follow(listener)
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Nobody can say whether this storage would wait."""
@@ -107,6 +128,9 @@ class AdaptedStorage:
         """See Database.load."""
         found = self._storage.loadBefore(oid, before)
         return None if found is None else Revision(*found)
+
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """See Database.prefetch: one by one is as good."""
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """See Database.load_serial."""
@@ -163,6 +187,17 @@ class AdaptedStorage:
         """A storage without a log of its own does not remember."""
         return None
 
+    def standing(self) -> Standing:
+        """See Database.standing."""
+        last_tid = self._storage.lastTransaction() or Z64
+        return Standing(last_tid, self.database_id, self.epoch)
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        """See Database.outcome: the server knows our own commits better."""
+        return "unknown", None
+
     def new_oids(self, count: int) -> list[bytes]:
         """See Database.new_oids."""
         return [self._storage.new_oid() for _ in range(count)]
@@ -195,6 +230,9 @@ class AdaptedStorage:
             ) from error
         return Packed(True, size, int(self._storage.getSize()))
 
+    def stop_waiting(self) -> None:
+        """See Database.stop_waiting: disks are waited for."""
+
     def close(self) -> None:
         """See Database.close."""
         self.abort()
@@ -212,7 +250,7 @@ class AdaptedStorage:
         assert self._committing is None, "a vote between vote and finish"
         if self.is_read_only:
             raise ReadOnlyError("the storage is read-only")
-        committing = Committing(self._storage, transaction, self.tid_floor)
+        committing = self._committing_of(transaction)
         self._committing = committing
 
         def begin_and_vote() -> Voted | Unresolved:
@@ -223,6 +261,9 @@ class AdaptedStorage:
             return committing.vote({})
 
         return self._or_abort(begin_and_vote)
+
+    def _committing_of(self, transaction: Transaction) -> Committing:
+        return Committing(self._storage, transaction, self.tid_floor, self._form)
 
     def resolve(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """See Database.resolve."""

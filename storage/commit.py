@@ -35,6 +35,7 @@ from zeolith.storage.database import (
     Voted,
 )
 from zeolith.storage.tids import Z64, next_tid, tid_at
+from zeolith.storage.wrapping import PLAIN, Form
 
 # Committed, and packed. FileStorage writes the status as it is where it marks a
 # transaction as whole: any other text takes it, or the whole file, away again.
@@ -61,17 +62,29 @@ class Metadata(TransactionMetaData):
         super().__init__(transaction.user, transaction.description, b"")
         self.extension_bytes = transaction.extension
         self.extension = {"bytes": transaction.extension}
+        # A storage that passes the transaction on may want to use the same.
+        self.transaction_id = transaction.id
 
 
 class Committing:
     """One transaction on ``storage``, from vote to finish or abort."""
 
-    def __init__(self, storage: Any, transaction: Transaction, tid_floor: bytes):
-        """``tid_floor``: a new transaction's tid is greater than this."""
+    def __init__(
+        self,
+        storage: Any,
+        transaction: Transaction,
+        tid_floor: bytes,
+        form: Form = PLAIN,
+    ):
+        """``tid_floor``: a new transaction's tid is greater than this.
+
+        ``form`` is that of the records.
+        """
         self._storage = storage
         self._transaction = transaction
         self._tid_floor = tid_floor
         self._metadata = Metadata(transaction)
+        self._form = form
         self._undone: set[bytes] = set()
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
@@ -144,13 +157,17 @@ class Committing:
                 " it was committed is known after a restart"
             ) from error
         self._begun = False
+        return Finished(tid if isinstance(tid, bytes) else told[0], self._changed())
+
+    def _changed(self) -> list[bytes]:
+        """The oids that the transaction changes."""
         oids = dict.fromkeys(
             operation[1]
             for operation in self._transaction.operations
             if operation[0] in _WRITING
         )
         oids.update(dict.fromkeys(self._undone))
-        return Finished(tid if isinstance(tid, bytes) else told[0], list(oids))
+        return list(oids)
 
     def abort(self) -> None:
         """Undo whatever was begun."""
@@ -239,7 +256,9 @@ class Committing:
             # Packed away, or never stored under this serial.
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
         try:
-            self._resolutions[oid] = conflicts.resolve(new, old, committed)
+            self._resolutions[oid] = conflicts.resolve_encoded(
+                self._form, new, old, committed
+            )
         except conflicts.Unresolvable:
             return Conflict(oid, committed_tid, old_tid, committed, old, new)
         return None
@@ -247,7 +266,7 @@ class Committing:
     def _store(self, operations: list[list[Any]]) -> None:
         actions: dict[str, Callable[..., None]] = {
             "store": self._store_record,
-            "check": lambda *_validated: None,
+            "check": self._check,
             "undo": self._undo,
             "restore": self._restore_record,
             "delete": self._delete,
@@ -318,6 +337,9 @@ class Committing:
             # In a Data.fs length 0 means that the data are elsewhere: the file would
             # end here at the next opening without an index.
             raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
+
+    def _check(self, oid: bytes, serial: bytes) -> None:
+        """It is validated, and stays true: the storage's commit lock is ours."""
 
     def _undo(self, tid: bytes) -> None:
         if not IStorageUndoable.providedBy(self._storage):

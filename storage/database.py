@@ -18,8 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from transaction.interfaces import TransientError
+from ZODB.POSException import StorageError
+
 from zeolith.storage.blobs import Piece, Uploads
 from zeolith.storage.changes import Change
+from zeolith.storage.feed import Listener
 
 if TYPE_CHECKING:
     from zeolith.storage.packing import Packed, Packing
@@ -31,6 +35,22 @@ class WouldBlock(Exception):
 
 class BrokenDatabase(Exception):
     """A disaster between vote and durability; this process must not write any more."""
+
+
+class Unavailable(StorageError, TransientError):
+    """What the storage stands on cannot be reached; nothing was committed."""
+
+
+class OutcomeUnknown(StorageError):
+    """Nobody can say whether the transaction was committed; all else is in order."""
+
+
+class Standing(NamedTuple):
+    """Where a database stands, and which one it is."""
+
+    last_tid: bytes
+    database_id: bytes
+    epoch: int
 
 
 class Revision(NamedTuple):
@@ -162,7 +182,8 @@ class Database(Protocol):
     # 16 bytes and a number that grows when history is rewritten.
     database_id: bytes
     epoch: int
-    is_read_only: bool
+    # Whether its own commits, too, are told through ``follow``, in their place.
+    tells_own: bool
     supports_undo: bool
     # Names of the ZODB.interfaces that the storage provides.
     interfaces: tuple[str, ...]
@@ -171,6 +192,13 @@ class Database(Protocol):
     uploads: Uploads
 
     # loop
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing can be written now."""
+
+    def follow(self, listener: Listener) -> None:
+        """Tell ``listener``, from any thread, of changes that are not our own."""
+
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Like ``load``, or WouldBlock."""
 
@@ -183,6 +211,9 @@ class Database(Protocol):
 
         Raises POSKeyError if there is no such object.
         """
+
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """Bring near what ``load`` of each of ``oids`` would have to wait for."""
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """The record that transaction ``tid`` wrote; POSKeyError."""
@@ -216,6 +247,14 @@ class Database(Protocol):
     def committed(self, tid: bytes) -> bool | None:
         """Whether transaction ``tid`` is in the log; None if nobody can tell."""
 
+    def standing(self) -> Standing:
+        """After ``follow`` told that nothing known is of use: what is true now."""
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        """What became of a transaction, where ``tells_own``; as on the wire."""
+
     def new_oids(self, count: int) -> list[bytes]:
         """Oids that were never given out; ReadOnlyError."""
 
@@ -231,6 +270,9 @@ class Database(Protocol):
         waits for; ``packing`` tells others how far it is.
         """
 
+    def stop_waiting(self) -> None:
+        """At the end: whoever waits for another server gets an error now."""
+
     def close(self) -> None:
         """Save what makes the next start fast, and release the files."""
 
@@ -245,7 +287,11 @@ class Database(Protocol):
         """Go on with the records that the client made of the conflicts."""
 
     def finish(self) -> Finished:
-        """Make the voted transaction durable; BrokenDatabase if that fails."""
+        """Make the voted transaction durable; BrokenDatabase if that fails.
+
+        OutcomeUnknown, and errors that say that nothing was committed, are possible
+        where ``tells_own``.
+        """
 
     def abort(self) -> None:
         """Forget the transaction that was voted or waits; harmless without one."""

@@ -105,14 +105,18 @@ class _DataFile(FileStorage):
         committed: bytes = b"",
     ) -> bytes:
         """Called by undo (store finds no conflict: commit has resolved it before)."""
+        # Set by registerDB to the wrappers' conversions, if there are any.
+        decode = self._crs_untransform_record_data
         try:
-            return conflicts.resolve(
-                new,
-                self.loadSerial(oid, old_tid),
-                committed or self.loadSerial(oid, committed_tid),
+            resolved = conflicts.resolve(
+                decode(new),
+                decode(self.loadSerial(oid, old_tid)),
+                decode(committed or self.loadSerial(oid, committed_tid)),
             )
         except (conflicts.Unresolvable, POSKeyError):
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
+        encoded: bytes = self._crs_transform_record_data(resolved)
+        return encoded
 
 
 class FileStore(AdaptedStorage):
@@ -123,6 +127,7 @@ class FileStore(AdaptedStorage):
         self._path = os.path.abspath(path)
         self._file = _DataFile(path, **options)
         try:
+            storage = self._around(self._file)
             self._identity = Identity(
                 self._path, is_read_only=bool(options.get("read_only"))
             )
@@ -135,14 +140,19 @@ class FileStore(AdaptedStorage):
             self._file.close()
             raise
         super().__init__(
-            name, self._file, self._identity.database_id, self._identity.epoch
+            name, storage, self._identity.database_id, self._identity.epoch
         )
+        self._assigns_tid = True
         if cut_off < tid_at(time.time() + FUTURE_MAX_S):
             self.raise_tid_floor(advanced(cut_off, TIDS_SKIPPED))
         self._oids_lock = threading.Lock()
         self._next_oid = 1 + max(
             int.from_bytes(self._file._oid, "big"), self._identity.oids_reserved
         )
+
+    def _around(self, file: _DataFile) -> Any:
+        """What commits go through."""
+        return file
 
     def _last_tid(self) -> bytes:
         """The last tid in the log.

@@ -26,6 +26,7 @@ from zeolith.storage.database import (
     Finished,
     LogEntry,
     Revision,
+    Standing,
     Transaction,
     TransactionPiece,
     Unresolved,
@@ -33,6 +34,7 @@ from zeolith.storage.database import (
     Wish,
     WouldBlock,
 )
+from zeolith.storage.feed import Listener
 from zeolith.storage.packing import Packed, Packing
 
 from .ids import number
@@ -78,6 +80,12 @@ class ModelDatabase:
         self.database_id = b"model-database-1"
         self.epoch = 1
         self.is_read_only = is_read_only
+        self.tells_own = False
+        self.prefetched: list[list[bytes]] = []
+        # What is known of any transaction, where ``tells_own``.
+        self.known: tuple[str, bytes | None] = ("unknown", None)
+        # Whoever follows; a test tells it what it likes.
+        self.listener: Listener | None = None
         self.supports_undo = False
         self.interfaces: tuple[str, ...] = ("IStorage",)
         self.takes_blobs = True
@@ -104,6 +112,9 @@ class ModelDatabase:
         self.last_tid = max(self.last_tid, tid)
 
     # loop
+
+    def follow(self, listener: Listener) -> None:
+        self.listener = listener
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         if self.would_block:
@@ -181,6 +192,20 @@ class ModelDatabase:
             tid == each for rows in self.revisions.values() for each, _data in rows
         )
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        self.prefetched.append(oids)
+
+    def stop_waiting(self) -> None:
+        self.steps.append("stop waiting")
+
+    def standing(self) -> Standing:
+        return Standing(self.last_tid, self.database_id, self.epoch)
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        return self.known
+
     def new_oids(self, count: int) -> list[bytes]:
         first, self._next_oid = self._next_oid, self._next_oid + count
         return [number(first + n) for n in range(count)]
@@ -227,6 +252,8 @@ class ModelDatabase:
         transaction, self._voted = self._voted, None
         assert transaction is not None, "finish without a vote"
         if self.finish_error is not None:
+            if self.tells_own:
+                raise self.finish_error
             raise BrokenDatabase(str(self.finish_error))
         tid = self._next_tid
         for operation in transaction.operations:
