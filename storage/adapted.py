@@ -138,6 +138,10 @@ class AdaptedStorage:
         """See Database.info."""
         return int(self._storage.getSize()), len(self._storage)
 
+    def save_index(self) -> bool:
+        """Other storages have none, or see to it themselves."""
+        return False
+
     def pack(self, time_s: float) -> None:
         """See Database.pack; the references are read without importing anything."""
         if self.is_read_only:

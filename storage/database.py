@@ -147,6 +147,12 @@ class Database(Protocol):
     def pack(self, time_s: float) -> None:
         """Remove what was not current at ``time_s`` and garbage."""
 
+    def save_index(self) -> bool:
+        """Save what makes a start after a crash fast; false if that is not worth it.
+
+        Commits go on meanwhile. Raises OSError.
+        """
+
     def close(self) -> None:
         """Save what makes the next start fast, and release the files."""
 
