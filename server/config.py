@@ -38,6 +38,7 @@ class Options:
     is_read_only: bool = False
     transaction_timeout_s: float = 30.0
     shutdown_timeout_s: float = 10.0
+    index_interval_s: float = 600.0
     log_level: int = logging.INFO
 
 
@@ -117,6 +118,7 @@ def _options(path: str, document: Any) -> Options:
         is_read_only=is_read_only,
         transaction_timeout_s=server.transaction_timeout,
         shutdown_timeout_s=server.shutdown_timeout,
+        index_interval_s=server.index_interval,
         log_level=server.log_level,
     )
 

@@ -19,6 +19,7 @@ import uvloop
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT
 from zeolith.server.config import Options
+from zeolith.server.indexing import IndexSaver
 from zeolith.server.listener import Listener, ListenError
 from zeolith.server.peer import Peer
 from zeolith.server.readiness import notify
@@ -101,19 +102,20 @@ async def _serve(
     service = Service(served, DEFAULT)
     for each in served.values():
         Relay(service, each)
-    _configure(service, options)
+    index_saver = IndexSaver(served.values(), options.index_interval_s)
+    _configure(service, index_saver, options)
 
     def on_hangup() -> None:
         renewed = reread()
         if renewed is not None:
-            _configure(service, renewed)
+            _configure(service, index_saver, renewed)
             logger.info("the configuration was read again")
 
     for number in _STOPPING:
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     listener = Listener(lambda: Peer(service, DEFAULT))
-    ticking = loop.create_task(_tick(service))
+    ticking = loop.create_task(_tick(service, index_saver))
     try:
         for address in options.addresses:
             await listener.listen(address)
@@ -157,18 +159,20 @@ async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> S
     return Served(database, workers, changes, info=info, is_read_only=is_read_only)
 
 
-def _configure(service: Service, options: Options) -> None:
+def _configure(service: Service, index_saver: IndexSaver, options: Options) -> None:
     """Put into force what may change while the server runs."""
+    index_saver.interval_s = options.index_interval_s
     service.transaction_timeout_s = options.transaction_timeout_s
     logging.getLogger().setLevel(options.log_level)
 
 
-async def _tick(service: Service) -> None:
+async def _tick(service: Service, index_saver: IndexSaver) -> None:
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(TICK_INTERVAL_S)
         try:
             service.tick(loop.time())
+            index_saver.tick(loop.time())
         except Exception:
             # Without the clock a client that hangs would hang everybody.
             logger.exception("a tick of the clock failed")

@@ -206,6 +206,10 @@ class AdaptedStorage:
         """See Database.info."""
         return int(self._storage.getSize()), len(self._storage)
 
+    def save_index(self) -> bool:
+        """Other storages have none, or see to it themselves."""
+        return False
+
     def pack(
         self, time_s: float, gc: bool | None = None, packing: Packing | None = None
     ) -> Packed:

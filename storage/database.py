@@ -273,6 +273,12 @@ class Database(Protocol):
     def stop_waiting(self) -> None:
         """At the end: whoever waits for another server gets an error now."""
 
+    def save_index(self) -> bool:
+        """Save what makes a start after a crash fast; false if that is not worth it.
+
+        Commits go on meanwhile. Raises OSError.
+        """
+
     def close(self) -> None:
         """Save what makes the next start fast, and release the files."""
 

@@ -2,6 +2,7 @@
 
 FileStorage keeps the file, its lock, its index, commit and undo. Ours are
 
+* the saved index, through ``indexed``: after a crash most of it is there;
 * loads, through ``records``: no lock, no file position, and on the loop no waiting;
 * logs and histories, through ``log``: extensions are passed on, never unpickled;
 * oids: never given out twice, through ``identity``;
@@ -17,7 +18,6 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
 from zeolith.storage import conflicts
@@ -27,6 +27,7 @@ from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import Batch, CurrentRecord, LogEntry, Revision, Wish
 from zeolith.storage.identity import Identity
+from zeolith.storage.indexed import IndexedFile
 from zeolith.storage.iteration import current_in_file, iterate_file
 from zeolith.storage.log import LogReader
 from zeolith.storage.packing import (
@@ -46,7 +47,7 @@ CHANGES_READ_MAX = 1000
 OIDS_READ_MAX = 100_000
 
 
-class _DataFile(FileStorage):
+class _DataFile(IndexedFile):
     """FileStorage that says when its index changes hands, and imports no classes."""
 
     generation: Generation | None = None
@@ -279,6 +280,10 @@ class FileStore(AdaptedStorage):
     def info(self) -> tuple[int, int]:
         """See Database.info."""
         return int(self._file.getSize()), len(self._file)
+
+    def save_index(self) -> bool:
+        """See Database.save_index."""
+        return self._file.save_index_if_grown()
 
     def pack(
         self, time_s: float, gc: bool | None = None, packing: Packing | None = None

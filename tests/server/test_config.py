@@ -35,6 +35,7 @@ def test_everything_may_be_said(conf):
               read-only true
               transaction-timeout 2m
               shutdown-timeout 5s
+              index-interval 1h
               log-level warning
             </zeolith>
             <filestorage main>
@@ -53,6 +54,7 @@ def test_everything_may_be_said(conf):
     assert options.is_read_only
     assert options.transaction_timeout_s == 120
     assert options.shutdown_timeout_s == 5
+    assert options.index_interval_s == 3600
     assert options.log_level == logging.WARNING
     assert list(options.storages) == ["main", "1"]
 
@@ -63,6 +65,7 @@ def test_what_is_not_said_has_a_default(conf, section):
     assert options.addresses == [(DEFAULT_HOST, DEFAULT_PORT)]
     assert not options.is_read_only
     assert options.shutdown_timeout_s == 10
+    assert options.index_interval_s == Options([], {}).index_interval_s == 600
     assert options.log_level == logging.INFO
 
 

@@ -101,6 +101,7 @@ class ModelDatabase:
         self.vote_error: Exception | None = None
         self.finish_error: Exception | None = None
         self.abort_error: Exception | None = None
+        self.save_error: Exception | None = None
         # Whether loads must be made by a reader.
         self.would_block = False
         self._next_oid = 1
@@ -219,6 +220,12 @@ class ModelDatabase:
     ) -> Packed:
         self.steps.append("pack")
         return Packed(True, 20, 10)
+
+    def save_index(self) -> bool:
+        self.steps.append("save_index")
+        if self.save_error is not None:
+            raise self.save_error
+        return True
 
     def close(self) -> None:
         self.steps.append("close")

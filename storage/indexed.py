@@ -1,0 +1,188 @@
+"""A FileStorage that starts fast after a crash, too.
+
+FileStorage saves its index when it is closed and after a pack, and reads the rest of
+the file slowly. This one has it saved at any time, while transactions are committed
+(``save_index_if_grown``, in any worker thread), and reads what is missing with
+``scanning``. Both only do sooner what FileStorage does: whether a saved index is
+believed, its own check of the last records decides, and what is not in order at the
+end of the file, its own recovery.
+
+Everything that says what the index is as of now happens under FileStorage's ``_lock``,
+under which a commit becomes durable and a pack swaps the files.
+"""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from ZODB.FileStorage import FileStorage
+from ZODB.fsIndex import fsIndex
+
+from zeolith.storage import index, scanning
+
+logger = logging.getLogger(__name__)
+
+# How much of the log may be missing from the saved index for ever: it is read in less
+# than a second.
+GROWTH_MIN_BYTES = 10 * 1000**2
+# And this part of the index's own size: writing it is work, too.
+GROWTH_MIN_OF_INDEX = 0.25
+LOCK_TIMEOUT_S = 5.0
+
+
+class IndexedFile(FileStorage):
+    """A FileStorage with an index that is saved at any time, and read fast."""
+
+    # Where in the log the saved index ends; 0 if there is none.
+    _saved_upto = 0
+    _saved_bytes = 0
+    # The prefixes that changed since a save in the background asked, if there is one.
+    _changed: set[bytes] | None = None
+    _is_closed = False
+    # Set by FileStorage.__init__; here for the type checker.
+    _file: Any
+
+    def __init__(self, path: str, **options: Any):
+        self._reads_all = options.get("stop") is None
+        self._saving = threading.Lock()
+        super().__init__(path, **options)
+        # FileStorage saves an index that it had to make, but not one that it mended.
+        if self._has_grown():
+            self._save_index()
+
+    def save_index_if_grown(self) -> bool:
+        """Save the index if that is worth it; false if it is not, or not now.
+
+        Commits go on meanwhile. Raises OSError.
+        """
+        if not self._has_grown() or not self._saving.acquire(blocking=False):
+            return False
+        try:
+            self._saved_bytes = index.save(_Source(self), self._index_path)
+        except index.IndexChanged:
+            return False
+        finally:
+            with self._lock:
+                self._changed = None
+            self._saving.release()
+        return True
+
+    def close(self) -> None:
+        """Release the files and save the index."""
+        self._is_closed = True
+        super().close()
+
+    @property
+    def _index_path(self) -> Path:
+        return Path(f"{self._file_name}.index")
+
+    def _has_grown(self) -> bool:
+        if self._is_read_only or self._is_closed:
+            return False
+        grown_bytes = self._pos
+        # If the file is smaller, a pack could not save its index.
+        if self._pos >= self._saved_upto:
+            grown_bytes -= self._saved_upto
+        return grown_bytes >= max(
+            GROWTH_MIN_BYTES, self._saved_bytes * GROWTH_MIN_OF_INDEX
+        )
+
+    def _restore_index(self) -> tuple[Any, int, bytes] | None:
+        """Called once, at opening: the index, how far it goes, the last tid in it."""
+        restored = self._load_index()
+        if not self._reads_all:
+            return restored
+        found, start, tid = restored or (fsIndex(), len(scanning.MAGIC), None)
+        scanned = scanning.scan(self._file.fileno(), self._file_name, found, start)
+        last_tid = scanned.tid or tid
+        return None if last_tid is None else (found, scanned.position, last_tid)
+
+    def _load_index(self) -> tuple[Any, int, bytes] | None:
+        try:
+            saved = index.load(self._index_path)
+            if saved is None:
+                return None
+            tid = self._sane(saved.objects, saved.position)
+        except Exception as error:  # noqa: BLE001 - what a damaged pickle raises
+            # The file itself has everything.
+            logger.warning("%s is not used: %s", self._index_path, _line(error))
+            return None
+        if not tid:
+            # _sane has said that the index is ignored.
+            return None
+        self._saved_upto = saved.position
+        self._saved_bytes = self._index_path.stat().st_size
+        return saved.objects, saved.position, tid
+
+    def _save_index(self) -> None:
+        """Called at opening, by close, and by pack under the lock.
+
+        Not being able to is no reason for any of them to fail.
+        """
+        if self._is_read_only:
+            return
+        # A commit that hangs in a dying disk has it; close must end nevertheless.
+        if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
+            logger.warning("%s is not saved: a commit hangs", self._index_path)
+            return
+        try:
+            self._saved_bytes = index.save_still(
+                self._index, self._pos, self._index_path
+            )
+            self._saved_upto = self._pos
+        except OSError as error:
+            logger.warning("%s is not saved: %s", self._index_path, error)
+        finally:
+            self._lock.release()
+
+    def _finish_finish(self, tid: bytes) -> None:
+        """Called by tpc_finish, under the lock."""
+        if self._changed is not None:
+            self._changed.update(oid[:6] for oid in self._tindex)
+        super()._finish_finish(tid)
+
+
+class _Source:
+    """The index of an IndexedFile as index.save wants it; see index.Source."""
+
+    def __init__(self, file: IndexedFile):
+        self._file = file
+        self._lock = file._lock
+        self._index = file._index
+
+    def watch(self) -> list[bytes]:
+        with self._lock:
+            self._check()
+            self._file._changed = set()
+            return list(self._index._data)
+
+    def bucket(self, prefix: bytes) -> bytes:
+        # One call into BTrees, during which nothing else runs.
+        contents: bytes = self._index._data[prefix].toString()
+        return contents
+
+    def changed(self, limit: int) -> index.Buckets | set[bytes]:
+        with self._lock:
+            self._check()
+            changed = self._file._changed or set()
+            self._file._changed = set()
+            if len(changed) > limit:
+                return changed
+            return index.Buckets(
+                self._file._pos, [(each, self.bucket(each)) for each in sorted(changed)]
+            )
+
+    def install(self, replacement: Path, position: int) -> None:
+        with self._lock:
+            self._check()
+            replacement.replace(self._file._index_path)
+            self._file._saved_upto = position
+
+    def _check(self) -> None:
+        if self._file._index is not self._index or self._file._is_closed:
+            raise index.IndexChanged
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
