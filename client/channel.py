@@ -13,7 +13,7 @@ import struct
 import time
 from typing import Any
 
-from zeolith.client.errors import ChannelLost
+from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.protocol import errors
 from zeolith.protocol.connection import Connection
 from zeolith.protocol.messages import Failure, Message, Reply
@@ -68,6 +68,19 @@ class Channel:
         data = connection.request(method, list(args), _monotonic())
         try:
             self._socket.sendall(data)
+        except OSError as error:
+            raise self._lost(error) from error
+        return self.answer()
+
+    def ask(self, method: str, *args: Any) -> None:
+        """Ask for ``method`` without waiting; ``answer`` must follow."""
+        data = self._connection.request(method, list(args), _monotonic())
+        self.send(data)
+
+    def answer(self) -> Any:
+        """What was asked for; raises as ``call`` does."""
+        connection = self._connection
+        try:
             while received := self._socket.recv(RECEIVE_BYTES):
                 for message in connection.receive_data(received, _monotonic()):
                     if type(message) is Reply:
@@ -102,7 +115,11 @@ class Channel:
 
     def _look_at(self, message: Message) -> None:
         if isinstance(message, Failure):
-            raise errors.error_of(message.name, message.attributes, message.text)
+            error = errors.error_of(message.name, message.attributes, message.text)
+            if isinstance(error, errors.Unavailable):
+                # To the application it is the same whose server is away.
+                raise ClientDisconnected(str(error))
+            raise error
 
     def _lost(self, error: Exception | None) -> Exception:
         """The error for whoever called: the channel is of no more use."""

@@ -22,6 +22,7 @@ from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcome
 from zeolith.client.position import Change
 from zeolith.client.session import Session
 from zeolith.client.stores import Stores
+from zeolith.client.uploads import Uploads
 
 if TYPE_CHECKING:
     from zeolith.client.storage import ClientStorage
@@ -75,28 +76,90 @@ class Commit:
             status,
         ]
         self.stores = Stores(storage.limits)
+        if storage.is_relayed:
+            # Its own client may ask what became of it, of us or of anybody.
+            self.stores.id = getattr(metadata, "transaction_id", self.stores.id)
+        self.uploads = Uploads(storage.blobs, self.stores.id)
         self.phase = Phase.BEGUN
+        # Borrowed for the first blob, or for the vote.
         self._channel: Channel | None = None
         # The tid it will have, if the server told that with the vote.
-        self._tid: bytes | None = None
-        self._resolved: list[bytes] = []
+        self.tid: bytes | None = None
+        # What the server holds differently from what was sent.
+        self.resolved: list[bytes] = []
 
-    # Vote
+    # Blobs
 
-    def vote(self) -> list[bytes]:
-        """Send everything; returns the oids that the server holds differently."""
+    def store_blob(self, oid: bytes, serial: bytes, data: bytes, path: str) -> None:
+        """Take over the file at ``path``, and send it unless the server can see it."""
+        number = self.uploads.take(oid, path)
+        if self.uploads.is_shared:
+            self.stores.store_blob(oid, serial, data, self.uploads.name(number))
+        else:
+            self.stores.store_blob(oid, serial, data, number)
+            self._upload(number)
+
+    def restore_blob(
+        self, oid: bytes, tid: bytes, data: bytes, previous: bytes | None, path: str
+    ) -> None:
+        """Like ``store_blob``, for a transaction that is copied; always sent."""
+        number = self.uploads.take(oid, path)
+        self.stores.restore_blob(oid, tid, data, previous, number)
+        self._upload(number)
+
+    def _upload(self, number: int) -> None:
+        try:
+            channel = self._take_channel()
+            self.uploads.send(number, channel, self._storage.limits)
+        except ChannelLost as error:
+            self.end()
+            cause = self._session.lost(error)
+            raise ClientDisconnected(f"{cause}; nothing was committed") from error
+
+    def _take_channel(self) -> Channel:
+        """The channel of this transaction; raises ChannelLost, ClientDisconnected."""
         if self._storage.current_session is not self._session:
             raise ClientDisconnected(
                 "the connection was lost since the transaction began; nothing of it"
                 " was committed"
             )
-        try:
+        if self._channel is None:
             self._channel = self._session.borrow()
-            for chunk in self.stores.spilled():
-                self._channel.send(chunk)
-            answer = self._call("vote", self._metadata, self.stores.operations)
-            while answer[0] == "conflicts":
-                answer = self._call("resolve", self._resolutions(answer[1]))
+        return self._channel
+
+    # Vote
+
+    def vote(self) -> list[bytes]:
+        """Send everything, and resolve what the server cannot."""
+        conflicts = self.begin_vote()
+        while conflicts:
+            conflicts = self._step(self._resolve_here, conflicts)
+        return self.resolved
+
+    def begin_vote(self) -> list[list[bytes]]:
+        """Send everything; returns what the server could not resolve.
+
+        If that is nothing, the transaction has voted.
+        """
+        return self._step(self._send_all)
+
+    def resolve(self, resolutions: list[list[bytes]]) -> list[list[bytes]]:
+        """Go on with records made of the conflicts; returns what is still left."""
+        return self._step(self._call, "resolve", resolutions)
+
+    def _resolve_here(self, conflicts: list[list[bytes]]) -> Any:
+        return self._call("resolve", self._resolutions(conflicts))
+
+    def _send_all(self) -> Any:
+        channel = self._take_channel()
+        for chunk in self.stores.spilled():
+            channel.send(chunk)
+        return self._call("vote", self._metadata, self.stores.operations)
+
+    def _step(self, ask: Callable[..., Any], *args: Any) -> list[list[bytes]]:
+        """A step of the vote: any error is the end of the transaction."""
+        try:
+            answer = ask(*args)
         except ChannelLost as error:
             self.end()
             cause = self._session.lost(error)
@@ -110,14 +173,20 @@ class Commit:
         except BaseException:
             self._abort_quietly()
             raise
-        _voted, self._tid, self._resolved = answer
+        if answer[0] == "conflicts":
+            conflicts: list[list[bytes]] = answer[1]
+            return conflicts
+        _voted, self.tid, self.resolved = answer
         self.phase = Phase.VOTED
-        return self._resolved
+        return []
 
     def _resolutions(self, conflicts: list[list[bytes]]) -> list[list[bytes]]:
         """Resolve with the application's classes; raises ConflictError."""
         resolutions = []
         for oid, committed_tid, old_tid, committed, old, new in conflicts:
+            if self._storage.is_relayed:
+                # A server has no classes, and imports none that a record names.
+                raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
             states = _States(self._storage, {committed_tid: committed, old_tid: old})
             resolved = tryToResolveConflict(
                 states, oid, committed_tid, old_tid, new, committed
@@ -164,12 +233,13 @@ class Commit:
 
         def apply(tid: bytes) -> None:
             self._fill_cache(tid, history)
+            self.uploads.adopt(tid)
             callback(tid)
 
         try:
             changes = None if before is None else [Change(*each) for each in before]
             since = changes[-1].tid if changes else sent_at
-            oids = list({*self.stores.oids, *self._resolved})
+            oids = list({*self.stores.oids, *self.resolved})
             change = Change(since, tid, oids, self.stores.id)
             position.finished(self._session, change, changes, apply)
         finally:
@@ -183,12 +253,12 @@ class Commit:
         """The tid of the transaction, if it was committed; else raises the truth."""
         unknown = CommitOutcomeUnknown(
             "the server was lost while it finished the transaction; it may have been"
-            f" committed{f' as {self._tid.hex()}' if self._tid else ''}: {cause}"
+            f" committed{f' as {self.tid.hex()}' if self.tid else ''}: {cause}"
         )
         was = self._session.welcome
         try:
             outcome, tid = self._storage.call(
-                "outcome", self.stores.id, self._tid, sent_at
+                "outcome", self.stores.id, self.tid, sent_at
             )
             session = self._storage.current_session
         except Exception as error:
@@ -207,7 +277,7 @@ class Commit:
     def _fill_cache(self, tid: bytes, history: int) -> None:
         """Keep what we have just written; never at the price of the commit."""
         cache = self._storage.cache
-        resolved = set(self._resolved)
+        resolved = set(self.resolved)
         try:
             for oid, data in self.stores.kept.items():
                 if oid not in resolved:
@@ -241,4 +311,5 @@ class Commit:
         if channel is not None:
             self._session.give_back(channel)
         self.stores.close()
+        self.uploads.close()
         self._storage.forget_commit(self)

@@ -1,7 +1,9 @@
 """A ClientStorage from a ZConfig file.
 
 ``%import zeolith.client`` makes ZConfig read component.xml beside this module, which
-adds the section ``<zeolith>`` to the storages of any ZODB configuration. ZConfig
+adds the section ``<zeolith>`` to the storages of any ZODB configuration;
+``%import zeolith.client.upstream`` adds the same as ``<upstream>``, for the file of a
+server that serves another server's storage and where ``<zeolith>`` is taken. ZConfig
 calls the datatypes here while it reads, and ``open()`` when the storage is wanted;
 both in the thread that reads the configuration.
 
@@ -25,7 +27,7 @@ _ARGUMENT_OF_KEY = {"server": "addr", "cache_path": "cache"}
 
 
 class ZeolithStorage(BaseConfig):
-    """The section ``<zeolith>``."""
+    """The section ``<zeolith>`` or ``<upstream>``."""
 
     def open(self) -> ClientStorage:
         """The ClientStorage that the section describes."""

@@ -60,6 +60,8 @@ class Connector:
         self._on_session = on_session
         self._thread: threading.Thread | None = None
         self._reset()
+        # Database id and epoch of the session that is, or is being, adopted.
+        self.identity: tuple[bytes, int] | None = None
         # Of the database, to know it again.
         self._database_id: bytes | None = None
         self._epoch: int | None = None
@@ -240,6 +242,8 @@ class Connector:
     def _adopt(self, session: Session) -> None:
         welcome = session.welcome
         changes = welcome["changes"]
+        # Whoever is told to start afresh may ask where he is.
+        self.identity = welcome["database_id"], welcome["epoch"]
         self._position.adopt(
             session,
             welcome["last_tid"],

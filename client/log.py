@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from persistent.TimeStamp import TimeStamp
-from ZODB._compat import loads
+from ZODB import _compat
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def describe(entry: Sequence[Any]) -> Description:
     }
     if extension:
         try:
-            described.update(loads(extension))
+            described.update(_compat.loads(extension))
         except Exception as error:  # noqa: BLE001 - whatever a class may raise
             logger.warning("the extension of %s is unreadable: %s", tid.hex(), error)
     return described

@@ -12,7 +12,7 @@ import time
 import weakref
 from base64 import decodebytes
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
 from ZODB import interfaces
 from ZODB.ConflictResolution import ConflictResolvingStorage
@@ -24,7 +24,7 @@ from ZODB.POSException import (
 )
 from zope.interface import alsoProvides, implementer
 
-from zeolith.client import log
+from zeolith.client import copying, iteration, log, packing, uploads
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
 from zeolith.client.commit import Commit, Phase
@@ -32,8 +32,10 @@ from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
 from zeolith.client.position import Change, Position
+from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64
+from zeolith.client.wrapped import WrapperListener, is_wrapper
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
 
@@ -41,7 +43,21 @@ logger = logging.getLogger(__name__)
 
 NEW_OIDS = 100
 # What we can do if the server's storage can.
-_OPTIONAL_INTERFACES = {"IStorageUndoable": interfaces.IStorageUndoable}
+_OPTIONAL_INTERFACES = {
+    interface.__name__: interface
+    for interface in (
+        interfaces.IExternalGC,
+        interfaces.IStorageCurrentRecordIteration,
+        interfaces.IStorageIteration,
+        interfaces.IStorageRestoreable,
+        interfaces.IStorageUndoable,
+    )
+}
+# And if there is a blob_dir.
+_BLOB_INTERFACES = {
+    "IBlobStorage": interfaces.IBlobStorage,
+    "IBlobStorageRestoreable": interfaces.IBlobStorageRestoreable,
+}
 
 
 @implementer(interfaces.IMultiCommitStorage, interfaces.IPrefetchStorage)
@@ -55,6 +71,9 @@ class ClientStorage(ConflictResolvingStorage):
     is no connection in time, at once if the server refuses, NotSupportedYet for an
     argument of a release to come, ValueError for a wrong one.
     """
+
+    # Whether a server serves us to others: see client.relaying.
+    is_relayed = False
 
     def __init__(
         self,
@@ -82,13 +101,6 @@ class ClientStorage(ConflictResolvingStorage):
     ):
         _refuse_arguments_to_come(
             cache=cache,
-            blob_dir=blob_dir,
-            shared_blob_dir=shared_blob_dir or None,
-            blob_cache_size=blob_cache_size,
-            # 10 is the default, which configurations write out.
-            blob_cache_size_check=(
-                None if blob_cache_size_check == 10 else blob_cache_size_check
-            ),
             ssl=ssl,
             ssl_server_hostname=ssl_server_hostname,
             username=username,
@@ -102,12 +114,14 @@ class ClientStorage(ConflictResolvingStorage):
         self._is_read_only = bool(read_only)
         self._server_sync = server_sync
         self._is_closed = False
+        # Where blobs are; None if there are to be none.
+        self.blobs = uploads.open_blobs(
+            blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
+        )
         self.cache = MemoryCache(cache_size)
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
-        # The session that gave the oids, and those not used yet.
-        self._oids: tuple[Session | None, list[bytes]] = (None, [])
-        self._oids_lock = threading.Lock()
+        self._take_nothing_ahead()
         self._connector = Connector(
             addresses,
             self.position,
@@ -133,6 +147,13 @@ class ClientStorage(ConflictResolvingStorage):
     def current_session(self) -> Session | None:
         """The session now, if there is one."""
         return self._connector.current
+
+    def identity(self) -> tuple[bytes, int]:
+        """Database id and epoch, as of the last session; waits for the first one."""
+        if self._connector.identity is None:
+            self._connector.session(self._wait_timeout_s)
+        assert self._connector.identity is not None
+        return self._connector.identity
 
     def is_connected(self) -> bool:
         """Whether there is a session now."""
@@ -206,11 +227,15 @@ class ClientStorage(ConflictResolvingStorage):
         self._connector.close()
         for commit in tuple(self._commits.values()):
             commit.abort()
+        if self.blobs is not None:
+            self.blobs.close()
         _storages.discard(self)
 
     def _welcome(self, session: Session) -> None:
         for name in session.welcome["interfaces"]:
             interface = _OPTIONAL_INTERFACES.get(name)
+            if self.blobs is not None:
+                interface = _BLOB_INTERFACES.get(name, interface)
             if interface is not None and not interface.providedBy(self):
                 alsoProvides(self, interface)
 
@@ -218,9 +243,15 @@ class ClientStorage(ConflictResolvingStorage):
         """In a forked child; see _after_fork."""
         self.position.forget()
         self._commits.clear()
-        self._oids_lock = threading.Lock()
-        self._oids = (None, [])
+        self._take_nothing_ahead()
         self._connector.forget()
+
+    def _take_nothing_ahead(self) -> None:
+        """At the beginning, and in a forked child, which must not use its parent's."""
+        # The session that gave the oids, and those not used yet.
+        self._oids: tuple[Session | None, list[bytes]] = (None, [])
+        self._oids_lock = threading.Lock()
+        self._current_records = iteration.CurrentRecords(self.call)
 
     # What it is
 
@@ -257,7 +288,8 @@ class ClientStorage(ConflictResolvingStorage):
     def registerDB(self, wrapper: Any) -> None:
         """Tell ``wrapper`` of changes from now on."""
         super().registerDB(wrapper)
-        self.position.register(wrapper)
+        is_between = is_wrapper(wrapper)
+        self.position.register(WrapperListener(wrapper) if is_between else wrapper)
         # ZODB.DB looks for the root next, which somebody else may just have made.
         self._catch_up()
 
@@ -330,11 +362,29 @@ class ClientStorage(ConflictResolvingStorage):
         return data
 
     def loadBlob(self, oid: bytes, serial: bytes) -> str:
-        """Blobs arrive with a later release."""
-        raise Unsupported(
-            "blobs are not supported yet by zeolith: the object is there, its blob is"
-            " not reachable through the server"
-        )
+        """The path of the blob's file, fetched if it is not there; POSKeyError."""
+        return self._blobs().path_of(oid, serial, self._fetch)
+
+    def openCommittedBlobFile(self, oid: bytes, serial: bytes, blob: Any = None) -> Any:
+        """The blob's file, open for reading: of ``blob``, or an ordinary file."""
+        return self._blobs().open(oid, serial, blob, self._fetch)
+
+    def temporaryDirectory(self) -> str:
+        """Where uncommitted blobs are on the file system of the committed ones."""
+        return self._blobs().temporary_directory()
+
+    @property
+    def fshelper(self) -> Any:
+        """What ZODB and its tools look for at a storage with blobs."""
+        return uploads.fshelper_of(self._blobs())
+
+    def _blobs(self) -> uploads.Blobs:
+        if self.blobs is None:
+            raise Unsupported("blobs need a blob_dir, and this storage has none")
+        return self.blobs
+
+    def _fetch(self, oid: bytes, tid: bytes, file: BinaryIO) -> None:
+        uploads.fetch(self.call, oid, tid, file, self.limits)
 
     def getTid(self, oid: bytes) -> bytes:
         """The tid of the current record."""
@@ -347,6 +397,22 @@ class ClientStorage(ConflictResolvingStorage):
             {**log.describe(entry), "tid": entry[0]}
             for entry in self.call("history", oid, size)
         ]
+
+    def iterator(
+        self, start: bytes | None = None, stop: bytes | None = None
+    ) -> iteration.Transactions:
+        """The transactions from ``start`` to ``stop`` (tids, inclusive), oldest first.
+
+        Those that are committed meanwhile may be among them, if ``stop`` does not
+        exclude them.
+        """
+        return iteration.Transactions(self.call, start, stop)
+
+    def record_iternext(
+        self, next: bytes | None = None
+    ) -> tuple[bytes, bytes, bytes, bytes | None]:
+        """``(oid, tid, data, next)``, object after object; begin with None."""
+        return self._current_records.next(next)
 
     def new_oid(self) -> bytes:
         """An oid that was never given out."""
@@ -389,11 +455,72 @@ class ClientStorage(ConflictResolvingStorage):
         assert not version, "versions are not supported"
         self._begun(transaction).stores.store(oid, serial or Z64, data)
 
+    def storeBlob(
+        self,
+        oid: bytes,
+        oldserial: bytes | str | None,
+        data: bytes,
+        blobfilename: str,
+        version: str,
+        transaction: Any,
+    ) -> None:
+        """Write a blob: its record, and its file, which is taken away and sent."""
+        assert not version, "versions are not supported"
+        commit = self._begun_with_blobs(transaction)
+        if isinstance(oldserial, str):
+            # As ZODB's own tests of blobs have it.
+            oldserial = oldserial.encode("latin-1")
+        commit.store_blob(oid, oldserial or Z64, data, blobfilename)
+
+    def restoreBlob(
+        self,
+        oid: bytes,
+        serial: bytes,
+        data: bytes,
+        blobfilename: str,
+        prev_txn: bytes | None,
+        transaction: Any,
+    ) -> None:
+        """Write a blob of a transaction that is copied; see IBlobStorageRestoreable."""
+        commit = self._begun_with_blobs(transaction)
+        commit.restore_blob(oid, serial, data, prev_txn, blobfilename)
+
+    def _begun_with_blobs(self, transaction: Any) -> Commit:
+        if not interfaces.IBlobStorage.providedBy(self):
+            raise Unsupported("the server's storage has no blobs")
+        return self._begun(transaction)
+
     def checkCurrentSerialInTransaction(
         self, oid: bytes, serial: bytes, transaction: Any
     ) -> None:
         """The transaction depends on ``oid`` not having changed since ``serial``."""
         self._begun(transaction).stores.check(oid, serial)
+
+    def restore(
+        self,
+        oid: bytes,
+        serial: bytes,
+        data: bytes | None,
+        version: str,
+        prev_txn: bytes | None,
+        transaction: Any,
+    ) -> None:
+        """Write a record of transaction ``serial`` as it is in another database.
+
+        ``data`` is None where the object is gone; ``prev_txn`` is the transaction
+        whose data these are, a hint. The transaction must have been begun with
+        ``serial`` as its tid (IStorageRestoreable).
+        """
+        assert not version, "versions are not supported"
+        self._begun(transaction).stores.restore(oid, serial, data, prev_txn)
+
+    def deleteObject(self, oid: bytes, serial: bytes, transaction: Any) -> None:
+        """Remove an object that nothing refers to; the vote may raise ConflictError."""
+        self._begun(transaction).stores.delete(oid, serial)
+
+    def copyTransactionsFrom(self, other: Any, verbose: int = 0) -> None:
+        """Commit the transactions of ``other`` here, with their ids and metadata."""
+        copying.copy_transactions(other, self)
 
     def tpc_vote(self, transaction: Any) -> list[bytes]:
         """Everything is checked and will be kept; returns resolved oids."""
@@ -414,6 +541,18 @@ class ClientStorage(ConflictResolvingStorage):
     def tpc_transaction(self) -> Any:
         """Any transaction between begin and end; there may be several."""
         return next(iter(self._commits), None)
+
+    def for_relay(self) -> Upstream:
+        """For a server that serves this storage to others, before anything else.
+
+        From then on no record and no extension is unpickled here.
+        """
+        self.is_relayed = True
+        return Upstream(self)
+
+    def commit_to_vote(self, transaction: Any) -> Commit:
+        """For a relay: the commit of a transaction that has not voted yet."""
+        return self._begun(transaction)
 
     def forget_commit(self, commit: Commit) -> None:
         """``commit`` has ended."""
@@ -474,18 +613,27 @@ class ClientStorage(ConflictResolvingStorage):
         referencesf: Any = None,
         wait: bool = True,
         days: float = 0,
+        gc: bool | None = None,
     ) -> None:
         """Pack to ``pack_time`` (seconds since the epoch; now), less ``days``.
 
-        The server finds references itself; ``referencesf`` is not needed, and packing
-        is always waited for.
+        The server finds references itself; ``referencesf`` is not needed. ``gc`` says
+        whether garbage is collected; None: as the server's storage is configured.
+        Without ``wait`` an error is only logged.
         """
         moment = time.time() if pack_time is None else pack_time
         session = self._connector.session(self._wait_timeout_s)
-        try:
-            session.call("pack", moment - days * 86400)
-        except ChannelLost as error:
-            raise ClientDisconnected(f"while packing: {error}") from error
+        pack = packing.pack if wait else packing.begin_pack
+        pack(session, moment - days * 86400, gc)
+
+    def pack_progress(self) -> dict[str, Any] | None:
+        """How far the pack is that is under way; None if there is none."""
+        progress: dict[str, Any] | None = self.call("pack_progress")
+        return progress
+
+    def pack_cancel(self) -> bool:
+        """Give up the pack that is under way; whether there was one to give up."""
+        return bool(self.call("pack_cancel"))
 
 
 def _refuse_arguments_to_come(**arguments: object) -> None:

@@ -44,6 +44,55 @@ class Stores:
 
     def store(self, oid: bytes, serial: bytes, data: bytes) -> None:
         """Add a record; raises StorageError if it is too large for the wire."""
+        self._add_record("store", oid, serial, data)
+
+    def restore(
+        self, oid: bytes, tid: bytes, data: bytes | None, data_tid: bytes | None
+    ) -> None:
+        """Add a record as it was; raises StorageError as ``store`` does."""
+        if data is not None:
+            data = self._measured(data)
+        self._add(["restore", oid, tid, data, data_tid], len(data or b""))
+        self._gone(oid)
+
+    def delete(self, oid: bytes, serial: bytes) -> None:
+        """Remove an object that was read as of ``serial``."""
+        self._add(["delete", oid, serial], 0)
+        self._gone(oid)
+
+    def store_blob(
+        self, oid: bytes, serial: bytes, data: bytes, name: int | str
+    ) -> None:
+        """Add a blob: its record, and the number that its upload has, or its file."""
+        shared = isinstance(name, str)
+        operation = "store_shared_blob" if shared else "store_blob"
+        self._add_record(operation, oid, serial, data, name)
+
+    def restore_blob(
+        self, oid: bytes, tid: bytes, data: bytes, previous: bytes | None, number: int
+    ) -> None:
+        """Add a blob of a transaction that is copied."""
+        self._add_record("restore_blob", oid, tid, data, previous, number)
+
+    def _add_record(
+        self, operation: str, oid: bytes, serial: bytes, data: bytes, *rest: Any
+    ) -> None:
+        data = self._measured(data)
+        self._add([operation, oid, serial, data, *rest], len(data))
+        self.oids.add(oid)
+        self._kept_bytes += len(data)
+        if self._kept_bytes <= KEPT_BYTES_MAX:
+            self.kept[oid] = data
+        else:
+            self.kept.clear()
+
+    def _gone(self, oid: bytes) -> None:
+        """What the server will have of ``oid`` is not what was stored before."""
+        self.oids.add(oid)
+        self.kept.pop(oid, None)
+
+    def _measured(self, data: bytes) -> bytes:
+        """``data`` as bytes, counted; raises StorageError if it is too much."""
         if type(data) is not bytes:
             # A buffer may change before it is sent, or while it is in the cache.
             data = bytes(memoryview(data))
@@ -60,13 +109,7 @@ class Stores:
                 f" (transaction_bytes_max is {self._limits.transaction_bytes_max});"
                 " divide it into several"
             )
-        self._add(["store", oid, serial, data], len(data))
-        self.oids.add(oid)
-        self._kept_bytes += len(data)
-        if self._kept_bytes <= KEPT_BYTES_MAX:
-            self.kept[oid] = data
-        else:
-            self.kept.clear()
+        return data
 
     def check(self, oid: bytes, serial: bytes) -> None:
         """The transaction depends on ``oid`` being as of ``serial``."""

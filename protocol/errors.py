@@ -73,6 +73,13 @@ class ShuttingDown(POSException.StorageError, TransientError):
     """The server is stopping and takes no new transaction; nothing was committed."""
 
 
+class Unavailable(POSException.StorageError, TransientError):
+    """What the server's storage stands on, another server, cannot be reached.
+
+    Nothing was committed, so it may be tried again.
+    """
+
+
 Attributes = dict[str, Any]
 _Outbound = Callable[[Any], Attributes]
 _Inbound = Callable[[Attributes, str], Exception]
@@ -212,6 +219,7 @@ _BY_TEXT_ALONE: tuple[type[Exception], ...] = (
     FileStorageQuotaError,
     TransactionTimeout,
     ShuttingDown,
+    Unavailable,
     LocalProtocolError,
     RemoteProtocolError,
 )
@@ -226,12 +234,18 @@ CROSSING_NAMES = tuple(sorted(_INBOUND))
 def failure_of(error: BaseException) -> tuple[str, Attributes, str]:
     """``(name, attributes, text)`` that tells ``error`` to the other end.
 
-    The name is that of the nearest base class that may cross; an error of which no
+    The name is that of the nearest base class that may cross (one that may be tried
+    again stays such a one, as Unavailable if need be); an error of which no
     base may cross keeps its own class's name and arrives as RemoteFailure. Its text
     goes along, its attributes and traceback do not.
     """
     for each in type(error).__mro__:
         if each in _CROSSING:
+            if isinstance(error, TransientError) and not issubclass(
+                each, TransientError
+            ):
+                # Whatever it is to those who know its class, to try again may help.
+                each = Unavailable
             name, outbound, _inbound = _CROSSING[each]
             attributes = outbound(error)
             return name, {k: _sendable(v) for k, v in attributes.items()}, _text(error)

@@ -24,10 +24,15 @@ class Limits:
     hello_timeout_s: float = 10.0
     # Requests of one socket that are not answered yet.
     requests_open_max: int = 1000
-    # Frames larger than this are not put together from many stores by the client.
+    # Frames larger than this are not put together from many stores by the client, and
+    # no part of a blob is.
     batch_bytes_max: int = 1024 * 1024
     # Records of one transaction that a server keeps in memory until the vote.
     transaction_bytes_max: int = 2 * 1024 * 1024 * 1024
+    # Blobs of one transaction.
+    transaction_blobs_max: int = 100_000
+    # Of a peer's blobs, what may wait for the disk before its socket is not read.
+    blob_backlog_bytes_max: int = 4 * 1024 * 1024
     # What may wait for a peer that does not read before it is disconnected.
     output_bytes_max: int = 64 * 1024 * 1024
     # Each end says something at least this often on a socket that has reason to live.

@@ -107,6 +107,11 @@ OPERATIONS: dict[str, tuple[Kind, ...]] = {
     "store": (OID, TID, BYTES),
     "check": (OID, TID),
     "undo": (TID,),
+    "restore": (OID, TID, optional(BYTES), optional(TID)),
+    "delete": (OID, TID),
+    "store_blob": (OID, TID, BYTES, COUNT),
+    "store_shared_blob": (OID, TID, BYTES, TEXT),
+    "restore_blob": (OID, TID, BYTES, optional(TID), COUNT),
 }
 OPERATION = Kind("operation", _is_operation)
 RESOLUTION = Kind(
@@ -181,9 +186,24 @@ _TABLE = (
     Method("load", (("oid", OID), ("before", TID)), _R),
     Method("load_many", (("oids", list_of(OID)), ("before", TID)), _R),
     Method("load_serial", (("oid", OID), ("tid", TID)), _R),
+    Method(
+        "load_blob",
+        (("oid", OID), ("tid", TID), ("offset", COUNT), ("size", COUNT)),
+        _R,
+    ),
     Method("get_tid", (("oid", OID),), _R),
     Method("history", (("oid", OID), ("size", COUNT)), _R),
     Method("undo_log", (("before", optional(TID)), ("size", COUNT)), _R),
+    Method(
+        "transactions",
+        (
+            ("start", optional(TID)),
+            ("stop", optional(TID)),
+            ("cursor", optional(BYTES)),
+        ),
+        _R,
+    ),
+    Method("records", (("first", optional(OID)),), _R),
     Method("info", (), _R),
     Method("changes_since", (("position", TID),), _R),
     Method(
@@ -203,6 +223,12 @@ _TABLE = (
         answers=False,
     ),
     Method(
+        "blob_chunk",
+        (("transaction", TRANSACTION_ID), ("number", COUNT), ("data", BYTES)),
+        _W,
+        answers=False,
+    ),
+    Method(
         "vote",
         (
             ("transaction", TRANSACTION_ID),
@@ -218,7 +244,9 @@ _TABLE = (
     ),
     Method("finish", (("transaction", TRANSACTION_ID), ("position", TID)), _W),
     Method("abort", (("transaction", TRANSACTION_ID),), _W),
-    Method("pack", (("time", TIME),), _A),
+    Method("pack", (("time", TIME), ("gc", optional(BOOL))), _A),
+    Method("pack_progress", (), _R),
+    Method("pack_cancel", (), _A),
     Method(
         "changes", (("changes", list_of(CHANGE)),), _R, answers=False, sender="server"
     ),

@@ -1,7 +1,8 @@
 """The ``zeolith`` command.
 
 Exit codes: 0 it worked; 1 it could not be done (no answer, an address in use, a file
-that is locked); 2 the command line or the configuration is wrong. A mistake of the
+that is locked); 2 the command line or the configuration is wrong; 3 a pack was given
+up by Ctrl-C. A mistake of the
 operator's is one line on standard error, never a traceback.
 """
 
@@ -15,6 +16,7 @@ import click
 from zeolith.protocol.addresses import Address, format_address, parse_address
 from zeolith.server import config, daemon, probe
 from zeolith.server.listener import ListenError
+from zeolith.server.pack_command import pack_storage
 from zeolith.storage.opening import OpeningError
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -122,6 +124,38 @@ def status(address: Address, as_json: bool, timeout: float) -> None:
         click.echo("\n".join(_lines(state)))
 
 
+@main.command()
+@click.argument("address", type=_ADDRESS)
+@click.option(
+    "--storage",
+    default=config.DEFAULT_STORAGE,
+    show_default=True,
+    metavar="NAME",
+    help="Which one.",
+)
+@click.option(
+    "--days",
+    type=click.FloatRange(min=0),
+    help="Keep what was current in the last N days (1).",
+)
+@click.option(
+    "--at", metavar="TIME", help="Keep it since TIME: 2026-01-31 or with T04:30."
+)
+@click.option("--gc/--no-gc", default=None, help="Remove garbage too, or not.")
+@click.option("--cancel", is_flag=True, help="Give up the pack under way instead.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option(
+    "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
+)
+def pack(address: Address, **options: Any) -> None:
+    """Pack a storage of the server at ADDRESS.
+
+    Exit code 0 if it is packed or there is nothing to pack, 1 if it could not be done,
+    2 for a wrong command line, 3 if Ctrl-C has given it up.
+    """
+    sys.exit(pack_storage(address, **options))
+
+
 def _ask(address: Address, method: str, timeout_s: float) -> Any:
     try:
         return probe.ask(address, method, timeout_s)
@@ -145,6 +179,12 @@ def _lines(state: dict[str, Any]) -> list[str]:
         ]
         if storage["broken"]:
             lines.append(f"  BROKEN, nothing is written: {storage['broken']}")
+        packing = storage.get("pack")
+        if packing:
+            lines.append(
+                f"  being packed: {packing['phase']}, {packing['fraction']:.0%},"
+                f" for {packing['who']}"
+            )
         holder = storage["transaction"]
         if holder:
             lines.append(

@@ -21,7 +21,9 @@ Invariants:
 3. A commit whose channel is gone while the writer works for it is only marked
    (``is_abandoned``); the callback of that step aborts it. A commit that is being
    finished is never aborted.
-4. After a disaster in finish nothing is written any more: every vote gets the error.
+4. A database that tells its own commits through ``follow`` (a relay's) has them
+   appended and announced there (server.relay), before the finish is answered.
+5. After a disaster in finish nothing is written any more: every vote gets the error.
 """
 
 import asyncio
@@ -38,6 +40,7 @@ from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
 from zeolith.storage.database import (
     BrokenDatabase,
     Finished,
+    OutcomeUnknown,
     Transaction,
     Unresolved,
     Voted,
@@ -101,17 +104,13 @@ class Committer:
 
     def vote(self, commit: Commit, answer: Answer) -> None:
         """Get in line; the answer is Voted or Unresolved."""
+        commit.answer = answer
         if self._broken is not None:
-            answer(
-                None,
-                StorageSystemError(
-                    f"nothing is written any more until a restart: {self._broken}"
-                ),
-            )
+            broken = f"nothing is written any more until a restart: {self._broken}"
+            self.abandon(commit, StorageSystemError(broken), None)
         elif self._is_stopping:
-            answer(None, ShuttingDown("the server is stopping"))
+            self.abandon(commit, ShuttingDown("the server is stopping"), None)
         else:
-            commit.answer = answer
             self._idle.clear()
             if self._turn.request(commit):
                 self._start(commit)
@@ -258,13 +257,23 @@ class Committer:
         error = self._disaster(done)
         if error is None:
             tid, oids = done.result()
-            change = self._served.append(tid, oids, commit.transaction.id)
             self._served.counters.commits += 1
             self._served.counters.stores += len(oids)
+            change = None
+            if not self._database.tells_own:
+                change = self._served.append(tid, oids, commit.transaction.id)
             # Whoever waits for the server goes before whoever only listens.
             self._end(commit, _ENDED)
             self._answer(commit, done.result(), None)
-            self._served.announce(change)
+            if change is not None:
+                self._served.announce(change)
+        elif self._database.tells_own and not isinstance(error, BrokenDatabase):
+            # The upstream's affair: it may go on at once, and so may we.
+            self._served.counters.aborts += 1
+            if isinstance(error, OutcomeUnknown):
+                error = StorageSystemError(str(error))
+            self._end(commit, _ENDED)
+            self._answer(commit, None, error)
         else:
             logger.critical(
                 "%s: nothing is written any more until a restart",
@@ -281,6 +290,8 @@ class Committer:
         """Why the database must not be written any more, if that is so."""
         error = finishing.exception()
         last_tid = self._served.changes.last_tid
+        if self._database.tells_own:
+            return error
         if error is None and finishing.result().tid <= last_tid:
             return BrokenDatabase(
                 f"the storage committed {finishing.result().tid.hex()} after"

@@ -23,6 +23,7 @@ from zeolith.server.indexing import IndexSaver
 from zeolith.server.listener import Listener, ListenError
 from zeolith.server.peer import Peer
 from zeolith.server.readiness import notify
+from zeolith.server.relay import Relay
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
@@ -99,6 +100,8 @@ async def _serve(
         for name, database in databases.items()
     }
     service = Service(served, DEFAULT)
+    for each in served.values():
+        Relay(service, each)
     index_saver = IndexSaver(served.values(), options.index_interval_s)
     _configure(service, index_saver, options)
 
@@ -177,11 +180,15 @@ async def _tick(service: Service, index_saver: IndexSaver) -> None:
 
 async def _wind_down(service: Service, timeout_s: float) -> bool:
     service.is_stopping = True
+    service.packs.give_up("the server is stopping; the pack is given up")
     databases = service.databases.values()
     await asyncio.gather(*(served.committer.drain(timeout_s) for served in databases))
     for peer in tuple(service.peers):
         peer.hang_up("stopping", "the server is stopping")
     await service.wait_until_empty(LAST_WORDS_TIMEOUT_S)
+    loop = asyncio.get_running_loop()
+    for served in databases:
+        await loop.run_in_executor(None, served.database.stop_waiting)
     return all([await served.workers.close(timeout_s) for served in databases])
 
 

@@ -17,6 +17,7 @@ from zeolith.protocol.messages import Hello, Message, Notice, Request
 from zeolith.server.sessions import ChannelTransactions, Session
 
 if TYPE_CHECKING:
+    from zeolith.server.blobs import Uploading
     from zeolith.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Peer(asyncio.Protocol):
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
         self.transactions = ChannelTransactions(limits.transaction_bytes_max)
+        # The blobs of the transaction that will vote next; a channel has it.
+        self.upload: Uploading | None = None
         # The client's own address, never ours.
         self.address = "?"
         self._transport: asyncio.Transport | None = None
@@ -41,6 +44,7 @@ class Peer(asyncio.Protocol):
         self._batch_bytes = 0
         # Whether it was closing at the last tick already.
         self._is_lingering = False
+        self._is_paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is accepted."""
@@ -113,6 +117,20 @@ class Peer(asyncio.Protocol):
             now = self._loop.time()
             self._write(self.connection.goodbye(reason, text or reason, now))
             transport.close()
+
+    def pause(self) -> None:
+        """Read no more for now: the client gets no further than the buffers."""
+        transport = self._transport
+        if transport is not None and not self._is_paused and not transport.is_closing():
+            self._is_paused = True
+            transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
 
     def cut_off(self) -> None:
         """Close without a word, and without waiting for what is not sent yet."""

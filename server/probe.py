@@ -24,7 +24,7 @@ class NoAnswer(Exception):
 def ask(address: Address, method: str, timeout_s: float) -> Any:
     """The value of ``method``, which needs no session; raises NoAnswer."""
     try:
-        with _connected(address, timeout_s) as sock:
+        with connected(address, timeout_s) as sock:
             return _Dialogue(sock, timeout_s).ask(method)
     except TimeoutError as error:
         raise NoAnswer(
@@ -35,7 +35,8 @@ def ask(address: Address, method: str, timeout_s: float) -> Any:
         raise NoAnswer(f"{format_address(address)}: {reason}") from error
 
 
-def _connected(address: Address, timeout_s: float) -> socket.socket:
+def connected(address: Address, timeout_s: float) -> socket.socket:
+    """A socket that is connected to ``address``; raises OSError."""
     if not isinstance(address, str):
         return socket.create_connection(address, timeout_s)
     sock = socket.socket(socket.AF_UNIX)

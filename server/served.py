@@ -17,7 +17,8 @@ from zeolith.protocol.messages import Notice
 from zeolith.server.committer import Committer
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
-from zeolith.storage.database import Database
+from zeolith.storage.database import Database, Standing
+from zeolith.storage.packing import Packing
 from zeolith.storage.tids import following
 
 
@@ -57,14 +58,31 @@ class Served:
         self.database = database
         self.workers = workers
         self.changes = changes
-        self.is_read_only = is_read_only or database.is_read_only
+        self._is_read_only = is_read_only
+        # Nobody may come while nobody knows where the storage stands.
+        self.is_starting_afresh = False
         # As of opening; a client that wants to know today's asks with ``info``.
         self.size, self.length = info
         self.counters = Counters()
         self.followers: set[Follower] = set()
         # The first tid that clients have not heard of is at or after this.
         self.horizon = following(changes.last_tid)
+        # The pack under way, if there is one.
+        self.packing: Packing | None = None
         self.committer = Committer(self)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing can be written now; of some storages that changes."""
+        return self._is_read_only or self.database.is_read_only
+
+    def start_afresh(self, standing: Standing) -> None:
+        """Forget all changes: the storage stands there now; nobody follows."""
+        self.database.database_id = standing.database_id
+        self.database.epoch = standing.epoch
+        self.changes = Changes(standing.last_tid)
+        self.horizon = following(standing.last_tid)
+        self.is_starting_afresh = False
 
     def follow(self, follower: Follower) -> bytes:
         """Send ``follower`` every change from now on; returns the last tid."""

@@ -19,14 +19,24 @@ from zeolith.protocol.errors import HelloRefused, LocalProtocolError, ZeolithErr
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS, VERSION, Effect
+from zeolith.server import blobs
 from zeolith.server.committer import Commit, Phase
+from zeolith.server.iteration import Iteration
+from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
 from zeolith.server.status import status_of
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
-from zeolith.storage.database import Finished, Revision, Unresolved, Voted, WouldBlock
+from zeolith.storage.database import (
+    Database,
+    Finished,
+    Revision,
+    Unresolved,
+    Voted,
+    WouldBlock,
+)
 from zeolith.storage.tids import tid_at
 
 logger = logging.getLogger(__name__)
@@ -48,8 +58,14 @@ class Service:
         self.started_at = time.time()
         self.is_stopping = False
         self._someone_left = asyncio.Event()
+        self.packs = Packs(self, later=LATER, fail=self._fail)
+        elsewhere = {
+            **blobs.Blobs(self._read, limits).handlers,
+            **Iteration(self._read, limits).handlers,
+            **self.packs.handlers,
+        }
         self._handlers: dict[str, Callable[..., Any]] = {
-            name: getattr(self, f"_{name}")
+            name: elsewhere.get(name) or getattr(self, f"_{name}")
             for name, method in METHODS.items()
             if method.sender == "client"
         }
@@ -96,6 +112,7 @@ class Service:
         commit = peer.transactions.commit
         if session is None:
             return
+        blobs.discard(peer)
         if commit is not None:
             gone = StorageTransactionError("the connection was lost")
             session.served.committer.abandon(commit, gone, None)
@@ -104,6 +121,13 @@ class Service:
             del self.sessions[session.token]
             logger.info("%s has left storage %s", session.name, session.served.name)
             session.end("the session has ended")
+
+    def end_sessions(self, served: Served, reason: str) -> None:
+        """End all sessions at ``served``; no channel joins them any more."""
+        for token, session in tuple(self.sessions.items()):
+            if session.served is served:
+                del self.sessions[token]
+                session.end(reason)
 
     async def wait_until_empty(self, timeout_s: float) -> None:
         """Wait until every peer is gone; those that linger are cut off."""
@@ -155,6 +179,8 @@ class Service:
                 "storage",
                 f"there is no storage {fields['storage']!r} here, only {names}",
             )
+        if served.is_starting_afresh:
+            raise HelloRefused("stopping", f"storage {served.name!r} starts afresh")
         if served.is_read_only and not fields["read_only"]:
             raise HelloRefused(
                 "read-only",
@@ -293,11 +319,10 @@ class Service:
         try:
             loaded = _load_several(served.database.load_nowait, oids, before, bytes_max)
         except WouldBlock:
-            load = served.database.load
             return self._read(
                 peer,
                 number,
-                lambda: _load_several(load, oids, before, bytes_max),
+                partial(_load_slowly, served.database, oids, before, bytes_max),
                 then=lambda value: (as_of, value),
             )
         return (as_of, loaded)
@@ -346,6 +371,10 @@ class Service:
             may_deny = served.committer.broken is None and not served.is_read_only
             if transaction_id in ids:
                 self._reply(peer, number, ("committed", ids[transaction_id]))
+            elif served.database.tells_own:
+                # It is the upstream's transaction: what we have not heard of may be.
+                ask = served.database.outcome
+                self._read(peer, number, ask, transaction_id, tid, position)
             elif may_deny and (
                 position == served.changes.last_tid or (recent and None not in ids)
             ):
@@ -388,9 +417,8 @@ class Service:
         session = _session(peer)
         commit = Commit(transaction, session.name)
         peer.transactions.commit = commit
-        session.served.committer.vote(
-            commit, partial(self._voted, peer, number, commit)
-        )
+        answer = partial(self._voted, peer, number, commit)
+        blobs.vote(peer, session.served, commit, self.limits, answer)
         return LATER
 
     def _resolve(
@@ -433,9 +461,7 @@ class Service:
                 assert error is not None
                 self._fail(peer, number, "finish", error)
                 return
-            changes = served.changes.since(position)
-            # The last one is the transaction itself, appended a moment ago.
-            before = None if changes is None else changes[:-1]
+            before = _before(result.tid, served.changes.since(position))
             self._reply(peer, number, (result.tid, before))
 
         served.committer.finish(commit, finished)
@@ -446,6 +472,7 @@ class Service:
         if commit is None or commit.transaction.id != transaction_id:
             # Staged at most, or unknown: nothing to undo.
             peer.transactions.take(transaction_id)
+            blobs.discard(peer, transaction_id)
             return None
 
         def aborted(_value: None, error: BaseException | None) -> None:
@@ -457,11 +484,6 @@ class Service:
         reason = StorageTransactionError("the transaction was aborted")
         _session(peer).served.committer.abandon(commit, reason, aborted)
         return LATER
-
-    # Methods that administer
-
-    def _pack(self, peer: Peer, number: int, time_s: float) -> object:
-        return self._read(peer, number, _session(peer).served.database.pack, time_s)
 
 
 def _session(peer: Peer) -> Session:
@@ -493,6 +515,20 @@ def _welcome(
         "read_only": session.is_read_only if session else True,
         "role": ("read" if session.is_read_only else "admin") if session else "read",
     }
+
+
+def _load_slowly(
+    database: Database, oids: list[bytes], before: bytes, bytes_max: int
+) -> list[Revision | None]:
+    database.prefetch(oids, before)
+    return _load_several(database.load, oids, before, bytes_max)
+
+
+def _before(tid: bytes, changes: list[Change] | None) -> list[Change] | None:
+    """Those of ``changes`` that lead to ``tid``; None if not all of them are there."""
+    if changes is None or all(change.tid != tid for change in reversed(changes)):
+        return None
+    return [change for change in changes if change.tid < tid]
 
 
 def _loaded(as_of: bytes, found: Revision | None) -> tuple[Any, ...]:

@@ -71,7 +71,11 @@ class ChannelTransactions:
             staged = self._staged = Transaction(transaction_id)
             self._staged_bytes = 0
         self._staged_bytes += OPERATION_BYTES * len(operations) + sum(
-            len(operation[3]) for operation in operations if operation[0] == "store"
+            # Where an operation has data, it is the fourth element.
+            len(data)
+            for operation in operations
+            for data in operation[3:4]
+            if data is not None
         )
         if self._staged_bytes > self._bytes_max:
             self._staged = None

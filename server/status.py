@@ -43,6 +43,7 @@ async def _storage_status(service: "Service", served: Served) -> dict[str, Any]:
         "read_only": served.is_read_only,
         "broken": str(committer.broken) if committer.broken else None,
         "counters": asdict(served.counters),
+        "pack": served.packing.describe() if served.packing else None,
         "transaction": _commit_status(committer.holder) if committer.holder else None,
         "waiting": [_commit_status(commit) for commit in committer.waiting],
         "clients": [

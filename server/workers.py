@@ -1,8 +1,9 @@
 """The threads that may wait for a disk, on behalf of a loop that may not.
 
 Each database has one writer thread, which does the steps of a commit in the order in
-which the loop asked for them, and a few reader threads. Called on the loop; what is
-handed over runs in a thread, and the future's callbacks run on the loop again.
+which the loop asked for them, a few reader threads, a few that write blobs, and one for
+a pack. Called on the loop; what is handed over runs in a thread, and the future's
+callbacks run on the loop again.
 """
 
 import asyncio
@@ -13,6 +14,8 @@ from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 READERS = 4
+# Of their own, for a sync of a large file may take long.
+BLOB_WRITERS = 4
 
 Args = ParamSpec("Args")
 Value = TypeVar("Value")
@@ -73,12 +76,14 @@ def _settle(ended: "asyncio.Future[Any]", value: Any, error: Any) -> None:
 
 
 class Workers:
-    """The writer thread and the reader threads of one database."""
+    """The threads of one database; each starts when there is work for it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str):
         self._loop = loop
         self._writer = _Writer(loop, f"{name}-writer")
         self._readers = ThreadPoolExecutor(READERS, f"{name}-reader")
+        self._blob_writers = ThreadPoolExecutor(BLOB_WRITERS, f"{name}-blobs")
+        self._aside = ThreadPoolExecutor(1, f"{name}-aside")
 
     def write(
         self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
@@ -94,6 +99,20 @@ class Workers:
         assert not kwargs
         return self._loop.run_in_executor(self._readers, step, *args)
 
+    def write_blobs(
+        self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
+    ) -> "asyncio.Future[Value]":
+        """Run ``step`` in one of the threads that write blobs."""
+        assert not kwargs
+        return self._loop.run_in_executor(self._blob_writers, step, *args)
+
+    def aside(
+        self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
+    ) -> "asyncio.Future[Value]":
+        """Run ``step``, which may take hours, where nobody else waits for it."""
+        assert not kwargs
+        return self._loop.run_in_executor(self._aside, step, *args)
+
     async def close(self, timeout_s: float) -> bool:
         """Wait for what is under way, but not for ever; true if nothing is.
 
@@ -102,8 +121,12 @@ class Workers:
         """
         # The writer's next step may be the abort of what did not finish.
         self._writer.stop()
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        threads = {self._writer, *self._readers._threads}
+        for pool in (self._readers, self._aside):
+            pool.shutdown(wait=False, cancel_futures=True)
+        # These remove what was uploaded in vain.
+        self._blob_writers.shutdown(wait=False)
+        pools = (self._readers, self._aside, self._blob_writers)
+        threads = {self._writer, *(each for pool in pools for each in pool._threads)}
         deadline = self._loop.time() + timeout_s
         for thread in threads:
             left_s = max(0.0, deadline - self._loop.time())

@@ -13,31 +13,43 @@ from base64 import decodebytes
 from collections.abc import Callable
 from typing import Any
 
+import ZODB._compat
 import ZODB.interfaces
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.POSException import ReadOnlyError, Unsupported
+from ZODB.POSException import ReadOnlyError, StorageError, Unsupported
 from ZODB.serialize import referencesf
 from zope.interface import providedBy
 
+from zeolith.storage.blobs import Piece, Uploads, has_blobs, read_piece
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import Committing
 from zeolith.storage.database import (
+    Batch,
+    CurrentRecord,
     Finished,
     LogEntry,
     Revision,
+    Standing,
     Transaction,
     Unresolved,
     Voted,
+    Wish,
     WouldBlock,
 )
+from zeolith.storage.feed import Feed, Listener
+from zeolith.storage.iteration import current_in_storage, iterate_storage
+from zeolith.storage.packing import Packed, Packing
 from zeolith.storage.tids import Z64, advanced
+from zeolith.storage.wrapping import form_of
 
 _ENTRY_KEYS = {"id", "tid", "serial", "time", "user_name", "description", "size"}
 # After opening: more than were voted on in vain by any server while its clock stood
 # still; less than a quarter of a second of tids.
 TIDS_SKIPPED = 2**24
+# Of iterating while others commit.
+_TRIES = 10
 _TAKES_TID = (FileStorage, MappingStorage, DemoStorage)
 
 
@@ -53,16 +65,24 @@ def forbid_unpickling() -> None:
     ``_log_entry`` understands. For the whole process, so for a server's only.
     """
     sys.modules[FileStorage.__module__].loads = _opaque  # type: ignore[attr-defined]
+    # What another server's storage lists them with.
+    ZODB._compat.loads = _opaque
 
 
 class AdaptedStorage:
     """A database.Database over any object that provides IStorage."""
+
+    tells_own = False
 
     def __init__(self, name: str, storage: Any, database_id: bytes, epoch: int = 1):
         self.name = name
         self.database_id = database_id
         self.epoch = epoch
         self._storage = storage
+        self._feed = Feed()
+        if hasattr(storage, "registerDB"):
+            storage.registerDB(self._feed)
+        self._form = form_of(storage)
         # Whether the storage lets us choose the tid, so that it is known at the vote
         # and grows whatever the storage thinks the time is.
         self._assigns_tid = isinstance(storage, _TAKES_TID)
@@ -71,15 +91,28 @@ class AdaptedStorage:
         # as that of a transaction which was voted on before a crash and then was not
         # committed, or which a restored backup has not got.
         self.tid_floor = advanced(storage.lastTransaction() or Z64, TIDS_SKIPPED)
-        self.is_read_only = bool(storage.isReadOnly())
+        self._is_read_only = bool(storage.isReadOnly())
         self.supports_undo = bool(storage.supportsUndo()) if _undoes(storage) else False
         self.interfaces = tuple(
             interface.__name__
             for interface in providedBy(storage)
             if interface.__module__ == ZODB.interfaces.__name__
         )
+        self.takes_blobs = has_blobs(storage)
+        self.uploads = Uploads(storage)
+        if not self.is_read_only:
+            self.uploads.sweep()
 
     # loop
+
+    @property
+    def is_read_only(self) -> bool:
+        """See Database.is_read_only."""
+        return self._is_read_only
+
+    def follow(self, listener: Listener) -> None:
+        """See Database.follow."""
+        self._feed.follow(listener)
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Nobody can say whether this storage would wait."""
@@ -96,10 +129,17 @@ class AdaptedStorage:
         found = self._storage.loadBefore(oid, before)
         return None if found is None else Revision(*found)
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """See Database.prefetch: one by one is as good."""
+
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """See Database.load_serial."""
         data: bytes = self._storage.loadSerial(oid, tid)
         return data
+
+    def load_blob(self, oid: bytes, tid: bytes, offset: int, size: int) -> Piece:
+        """See Database.load_blob."""
+        return read_piece(self._storage, oid, tid, offset, size)
 
     def get_tid(self, oid: bytes) -> bytes:
         """See Database.get_tid."""
@@ -126,9 +166,37 @@ class AdaptedStorage:
             for entry in self._storage.undoLog(0, -size, is_before)
         ]
 
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """See Database.transactions."""
+        for _try in range(_TRIES):
+            try:
+                return iterate_storage(self._storage, wish, cursor)
+            except RuntimeError as error:
+                # A MappingStorage walks through its BTree without its lock, and the
+                # tree minds that somebody commits meanwhile.
+                failed = error
+        raise StorageError(f"the storage could not be iterated: {failed}")
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """See Database.current_records."""
+        return current_in_storage(self._storage, first, bytes_max)
+
     def committed(self, tid: bytes) -> bool | None:
         """A storage without a log of its own does not remember."""
         return None
+
+    def standing(self) -> Standing:
+        """See Database.standing."""
+        last_tid = self._storage.lastTransaction() or Z64
+        return Standing(last_tid, self.database_id, self.epoch)
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        """See Database.outcome: the server knows our own commits better."""
+        return "unknown", None
 
     def new_oids(self, count: int) -> list[bytes]:
         """See Database.new_oids."""
@@ -142,15 +210,37 @@ class AdaptedStorage:
         """Other storages have none, or see to it themselves."""
         return False
 
-    def pack(self, time_s: float) -> None:
-        """See Database.pack; the references are read without importing anything."""
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
+        """See Database.pack; the references are read without importing anything.
+
+        Nobody can say how far the storage is, nor stop it.
+        """
         if self.is_read_only:
             raise ReadOnlyError("a read-only storage is not packed")
-        self._storage.pack(time_s, referencesf)
+        size = int(self._storage.getSize())
+        if packing is not None:
+            packing.phase, packing.bytes_total = "packing", size
+            packing.is_cancellable = False
+        options = {} if gc is None else {"gc": gc}
+        try:
+            self._storage.pack(time_s, referencesf, **options)
+        except TypeError as error:
+            if gc is None:
+                raise
+            raise Unsupported(
+                f"this storage cannot be told whether to collect garbage: {error}"
+            ) from error
+        return Packed(True, size, int(self._storage.getSize()))
+
+    def stop_waiting(self) -> None:
+        """See Database.stop_waiting: disks are waited for."""
 
     def close(self) -> None:
         """See Database.close."""
         self.abort()
+        self.uploads.close()
         self._storage.close()
 
     # writer
@@ -164,7 +254,7 @@ class AdaptedStorage:
         assert self._committing is None, "a vote between vote and finish"
         if self.is_read_only:
             raise ReadOnlyError("the storage is read-only")
-        committing = Committing(self._storage, transaction, self.tid_floor)
+        committing = self._committing_of(transaction)
         self._committing = committing
 
         def begin_and_vote() -> Voted | Unresolved:
@@ -175,6 +265,9 @@ class AdaptedStorage:
             return committing.vote({})
 
         return self._or_abort(begin_and_vote)
+
+    def _committing_of(self, transaction: Transaction) -> Committing:
+        return Committing(self._storage, transaction, self.tid_floor, self._form)
 
     def resolve(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """See Database.resolve."""

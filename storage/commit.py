@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
-from ZODB.interfaces import IStorageRestoreable, IStorageUndoable
+from ZODB.interfaces import (
+    IBlobStorageRestoreable,
+    IExternalGC,
+    IStorageRestoreable,
+    IStorageUndoable,
+)
 from ZODB.POSException import (
     ConflictError,
     POSKeyError,
@@ -20,7 +25,7 @@ from ZODB.POSException import (
     Unsupported,
 )
 
-from zeolith.storage import conflicts
+from zeolith.storage import blobs, conflicts
 from zeolith.storage.database import (
     BrokenDatabase,
     Conflict,
@@ -30,6 +35,7 @@ from zeolith.storage.database import (
     Voted,
 )
 from zeolith.storage.tids import Z64, next_tid, tid_at
+from zeolith.storage.wrapping import PLAIN, Form
 
 # Committed, and packed. FileStorage writes the status as it is where it marks a
 # transaction as whole: any other text takes it, or the whole file, away again.
@@ -38,6 +44,12 @@ _STATUSES = (" ", "p")
 # A copied transaction keeps its tid; clocks differ, but not by more than this.
 FUTURE_MAX_S = 24 * 3600
 OID_MAX = b"\x7f" + b"\xff" * 7
+
+# Operations that write a record: only if nobody else has; as it was elsewhere.
+_STORES = {"store", "store_blob", "store_shared_blob"}
+_RESTORES = {"restore", "restore_blob"}
+# All that leave a new revision of the oid they name.
+_WRITING = _STORES | _RESTORES | {"delete"}
 
 
 class Metadata(TransactionMetaData):
@@ -50,17 +62,29 @@ class Metadata(TransactionMetaData):
         super().__init__(transaction.user, transaction.description, b"")
         self.extension_bytes = transaction.extension
         self.extension = {"bytes": transaction.extension}
+        # A storage that passes the transaction on may want to use the same.
+        self.transaction_id = transaction.id
 
 
 class Committing:
     """One transaction on ``storage``, from vote to finish or abort."""
 
-    def __init__(self, storage: Any, transaction: Transaction, tid_floor: bytes):
-        """``tid_floor``: a new transaction's tid is greater than this."""
+    def __init__(
+        self,
+        storage: Any,
+        transaction: Transaction,
+        tid_floor: bytes,
+        form: Form = PLAIN,
+    ):
+        """``tid_floor``: a new transaction's tid is greater than this.
+
+        ``form`` is that of the records.
+        """
         self._storage = storage
         self._transaction = transaction
         self._tid_floor = tid_floor
         self._metadata = Metadata(transaction)
+        self._form = form
         self._undone: set[bytes] = set()
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
@@ -103,7 +127,7 @@ class Committing:
                     f"transaction id {tid.hex()} is too far in the future"
                 )
         for operation in self._transaction.operations:
-            if operation[0] == "store" and operation[1] > OID_MAX:
+            if operation[0] in _WRITING and operation[1] > OID_MAX:
                 raise StorageTransactionError(
                     f"oid {operation[1].hex()} is beyond all that are given out"
                 )
@@ -117,6 +141,7 @@ class Committing:
             return Unresolved(unresolved)
         self._store(operations)
         answer = self._storage.tpc_vote(self._metadata)
+        blobs.sync_stored(self._storage)
         # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
         self._undone.update(oid for oid in answer or () if isinstance(oid, bytes))
         return Voted(self.tid, [*self._resolutions, *self._undone])
@@ -132,13 +157,17 @@ class Committing:
                 " it was committed is known after a restart"
             ) from error
         self._begun = False
+        return Finished(tid if isinstance(tid, bytes) else told[0], self._changed())
+
+    def _changed(self) -> list[bytes]:
+        """The oids that the transaction changes."""
         oids = dict.fromkeys(
             operation[1]
             for operation in self._transaction.operations
-            if operation[0] == "store"
+            if operation[0] in _WRITING
         )
         oids.update(dict.fromkeys(self._undone))
-        return Finished(tid if isinstance(tid, bytes) else told[0], list(oids))
+        return list(oids)
 
     def abort(self) -> None:
         """Undo whatever was begun."""
@@ -152,12 +181,12 @@ class Committing:
         last = {
             operation[1]: index
             for index, operation in enumerate(operations)
-            if operation[0] == "store"
+            if operation[0] in _STORES
         }
         return (
             operation
             for index, operation in enumerate(operations)
-            if operation[0] != "store" or last[operation[1]] == index
+            if operation[0] not in _STORES or last[operation[1]] == index
         )
 
     def _validate(self, operations: list[list[Any]]) -> Iterable[Conflict]:
@@ -168,7 +197,14 @@ class Committing:
             committed_tid = self._current_tid(oid)
             if operation[0] == "check":
                 self._check_read(oid, serial, committed_tid)
+            elif operation[0] in _RESTORES:
+                self._check_restored(oid, serial)
+            elif operation[0] == "delete":
+                self._check_deleted(oid, serial, committed_tid)
             elif committed_tid is not None and serial != committed_tid:
+                if serial == Z64 and operation[0] != "store":
+                    # All blobs have the same record; their files differ.
+                    raise ConflictError(oid=oid, serials=(committed_tid, serial))
                 conflict = self._resolve(oid, serial, committed_tid, operation[3])
                 if conflict is not None:
                     yield conflict
@@ -185,6 +221,20 @@ class Committing:
             raise POSKeyError(oid)
         if current != serial:
             raise ReadConflictError(oid=oid, serials=(current, serial))
+
+    def _check_restored(self, oid: bytes, serial: bytes) -> None:
+        # FileStorage writes the serial as the record's tid, whatever it is.
+        if serial != self._transaction.tid:
+            raise StorageTransactionError(
+                f"oid {oid.hex()} is restored as of {serial.hex()} in another"
+                " transaction; begin it with that tid"
+            )
+
+    def _check_deleted(self, oid: bytes, serial: bytes, current: bytes | None) -> None:
+        if current is None:
+            raise POSKeyError(oid)
+        if current != serial:
+            raise ConflictError(oid=oid, serials=(current, serial))
 
     def _resolve(
         self, oid: bytes, old_tid: bytes, committed_tid: bytes, new: bytes
@@ -206,7 +256,9 @@ class Committing:
             # Packed away, or never stored under this serial.
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
         try:
-            self._resolutions[oid] = conflicts.resolve(new, old, committed)
+            self._resolutions[oid] = conflicts.resolve_encoded(
+                self._form, new, old, committed
+            )
         except conflicts.Unresolvable:
             return Conflict(oid, committed_tid, old_tid, committed, old, new)
         return None
@@ -214,21 +266,80 @@ class Committing:
     def _store(self, operations: list[list[Any]]) -> None:
         actions: dict[str, Callable[..., None]] = {
             "store": self._store_record,
-            "check": lambda *_validated: None,
+            "check": self._check,
             "undo": self._undo,
+            "restore": self._restore_record,
+            "delete": self._delete,
+            "store_blob": self._store_blob,
+            "store_shared_blob": self._store_blob,
+            "restore_blob": self._restore_blob,
         }
         for name, *arguments in operations:
             actions[name](*arguments)
 
     def _store_record(self, oid: bytes, serial: bytes, data: bytes) -> None:
+        serial, data = self._as_resolved(oid, serial, data)
+        self._storage.store(oid, serial, data, "", self._metadata)
+
+    def _as_resolved(
+        self, oid: bytes, serial: bytes, data: bytes
+    ) -> tuple[bytes, bytes]:
         if oid in self._resolutions:
             data = self._resolutions[oid]
             serial = self._current_tid(oid) or serial
+        self._refuse_empty(oid, data)
+        return serial, data
+
+    def _store_blob(
+        self, oid: bytes, serial: bytes, data: bytes, name: int | str
+    ) -> None:
+        path = self._blob_file(name)
+        serial, data = self._as_resolved(oid, serial, data)
+        self._storage.storeBlob(oid, serial, data, path, "", self._metadata)
+
+    def _restore_blob(
+        self, oid: bytes, serial: bytes, data: bytes, previous: bytes | None, name: int
+    ) -> None:
+        if not IBlobStorageRestoreable.providedBy(self._storage):
+            raise Unsupported("this storage cannot restore blobs")
+        self._refuse_empty(oid, data)
+        path = self._blob_file(name)
+        self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
+
+    def _blob_file(self, name: int | str) -> str:
+        """The file of a blob, which the storage will take away."""
+        if not blobs.has_blobs(self._storage):
+            raise Unsupported("this storage has no blobs")
+        path = self._transaction.blobs.pop(name, None)
+        if path is None:
+            raise StorageTransactionError(
+                f"there is no blob {name!r:.100} to be stored"
+            )
+        return str(path)
+
+    def _restore_record(
+        self, oid: bytes, serial: bytes, data: bytes | None, data_tid: bytes | None
+    ) -> None:
+        if not IStorageRestoreable.providedBy(self._storage):
+            raise Unsupported("this storage cannot restore records; store them")
+        if data is not None:
+            self._refuse_empty(oid, data)
+        self._storage.restore(oid, serial, data, "", data_tid, self._metadata)
+
+    def _delete(self, oid: bytes, serial: bytes) -> None:
+        if not IExternalGC.providedBy(self._storage):
+            raise Unsupported("this storage cannot delete objects")
+        self._storage.deleteObject(oid, serial, self._metadata)
+
+    @staticmethod
+    def _refuse_empty(oid: bytes, data: bytes) -> None:
         if not data:
             # In a Data.fs length 0 means that the data are elsewhere: the file would
             # end here at the next opening without an index.
             raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
-        self._storage.store(oid, serial, data, "", self._metadata)
+
+    def _check(self, oid: bytes, serial: bytes) -> None:
+        """It is validated, and stays true: the storage's commit lock is ours."""
 
     def _undo(self, tid: bytes) -> None:
         if not IStorageUndoable.providedBy(self._storage):

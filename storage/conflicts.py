@@ -26,6 +26,8 @@ from ZODB.POSException import ConflictError
 from zodbpickle.pickle_3 import DICT, SETITEM, SETITEMS
 from zodbpickle.slowpickle import Unpickler
 
+from zeolith.storage.wrapping import PLAIN, Form
+
 # A bucket of a BTree takes a few KiB. More would be a risk rather than a service: with
 # keys that were made to collide, a dictionary takes quadratic time.
 RECORD_BYTES_MAX = 128 * 1024
@@ -86,6 +88,32 @@ def resolve(new: bytes, old: bytes, committed: bytes) -> bytes:
         raise Unresolvable(str(error)) from None
     except Exception as error:
         raise Unresolvable(f"{type(error).__name__}: {error}") from error
+
+
+def class_alone(record: bytes) -> ClassName | None:
+    """The class of a record, if its first pickle is that and nothing else."""
+    try:
+        meta = _StateUnpickler(record, lambda _reference: None).load()
+    except Exception:  # noqa: BLE001 - whatever a pickle may be made to raise
+        return None
+    return meta if isinstance(meta, ClassName) else None
+
+
+def resolve_encoded(form: Form, new: bytes, old: bytes, committed: bytes) -> bytes:
+    """``resolve`` for records in the form in which a storage takes them.
+
+    Raises Unresolvable, for records that are not of that form, too.
+    """
+    if form is PLAIN:
+        return resolve(new, old, committed)
+    if max(len(new), len(old), len(committed)) > RECORD_BYTES_MAX:
+        raise Unresolvable("too large")
+    try:
+        plain = [form.decode(record) for record in (new, old, committed)]
+    except Exception as error:
+        # Whatever a wrapper may raise for what a client made up.
+        raise Unresolvable(f"{type(error).__name__}: {error}") from error
+    return form.encode(resolve(*plain))
 
 
 def _class_of(meta: Any) -> Any:

@@ -15,9 +15,18 @@ what clients have not heard of.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from transaction.interfaces import TransientError
+from ZODB.POSException import StorageError
+
+from zeolith.storage.blobs import Piece, Uploads
 from zeolith.storage.changes import Change
+from zeolith.storage.feed import Listener
+
+if TYPE_CHECKING:
+    from zeolith.storage.packing import Packed, Packing
 
 
 class WouldBlock(Exception):
@@ -26,6 +35,22 @@ class WouldBlock(Exception):
 
 class BrokenDatabase(Exception):
     """A disaster between vote and durability; this process must not write any more."""
+
+
+class Unavailable(StorageError, TransientError):
+    """What the storage stands on cannot be reached; nothing was committed."""
+
+
+class OutcomeUnknown(StorageError):
+    """Nobody can say whether the transaction was committed; all else is in order."""
+
+
+class Standing(NamedTuple):
+    """Where a database stands, and which one it is."""
+
+    last_tid: bytes
+    database_id: bytes
+    epoch: int
 
 
 class Revision(NamedTuple):
@@ -59,8 +84,12 @@ class Transaction:
     # The tid to keep when transactions are copied; None for a new one.
     tid: bytes | None = None
     status: str = " "
-    # ["store", oid, serial, data], ["check", oid, serial], ["undo", tid]
+    # ["store", oid, serial, data], ["check", oid, serial], ["undo", tid],
+    # ["restore", oid, serial, data or None, tid of the data or None],
+    # ["delete", oid, serial]
     operations: list[list[Any]] = field(default_factory=list)
+    # The files of its blobs, by what names them in the operations.
+    blobs: dict[int | str, Path] = field(default_factory=dict)
 
 
 class Conflict(NamedTuple):
@@ -97,6 +126,55 @@ class Finished(NamedTuple):
     oids: list[bytes]
 
 
+class DataRecord(NamedTuple):
+    """What a transaction wrote of an object."""
+
+    oid: bytes
+    tid: bytes
+    # None where the creation of the object was undone, or it was deleted.
+    data: bytes | None
+    # The transaction whose data these are, where the record only points to them.
+    data_tid: bytes | None
+
+
+class TransactionPiece(NamedTuple):
+    """A transaction, or as much of it as was wanted."""
+
+    tid: bytes
+    status: str
+    user: bytes
+    description: bytes
+    extension: bytes
+    records: list[DataRecord]
+
+
+class Batch(NamedTuple):
+    """Transactions one after the other, and how to go on."""
+
+    pieces: list[TransactionPiece]
+    # To the records of the last one that are not in it; None if all are.
+    rest: bytes | None
+    # To the transaction after the last one; None at the end.
+    next: bytes | None
+
+
+class Wish(NamedTuple):
+    """Which transactions, and how much of them at once."""
+
+    # Inclusive, both.
+    start: bytes
+    stop: bytes
+    bytes_max: int
+
+
+class CurrentRecord(NamedTuple):
+    """An object as it is now."""
+
+    oid: bytes
+    tid: bytes
+    data: bytes
+
+
 class Database(Protocol):
     """A database that can be served."""
 
@@ -104,12 +182,23 @@ class Database(Protocol):
     # 16 bytes and a number that grows when history is rewritten.
     database_id: bytes
     epoch: int
-    is_read_only: bool
+    # Whether its own commits, too, are told through ``follow``, in their place.
+    tells_own: bool
     supports_undo: bool
     # Names of the ZODB.interfaces that the storage provides.
     interfaces: tuple[str, ...]
+    takes_blobs: bool
+    # Where blobs wait for their vote; see there for the threads.
+    uploads: Uploads
 
     # loop
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing can be written now."""
+
+    def follow(self, listener: Listener) -> None:
+        """Tell ``listener``, from any thread, of changes that are not our own."""
+
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Like ``load``, or WouldBlock."""
 
@@ -123,8 +212,14 @@ class Database(Protocol):
         Raises POSKeyError if there is no such object.
         """
 
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        """Bring near what ``load`` of each of ``oids`` would have to wait for."""
+
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """The record that transaction ``tid`` wrote; POSKeyError."""
+
+    def load_blob(self, oid: bytes, tid: bytes, offset: int, size: int) -> Piece:
+        """A part of a blob's file; POSKeyError, Unsupported."""
 
     def get_tid(self, oid: bytes) -> bytes:
         """The tid of the current revision; POSKeyError."""
@@ -135,8 +230,30 @@ class Database(Protocol):
     def undo_log(self, before: bytes | None, size: int) -> list[LogEntry]:
         """Up to ``size`` undoable transactions before ``before``, newest first."""
 
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """Transactions with their records, from ``cursor`` on or as ``wish`` says.
+
+        Raises StorageError for a cursor that is of no use, Unsupported.
+        """
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """Objects as they are, in the order of oids from ``first`` on; what is next.
+
+        Raises Unsupported.
+        """
+
     def committed(self, tid: bytes) -> bool | None:
         """Whether transaction ``tid`` is in the log; None if nobody can tell."""
+
+    def standing(self) -> Standing:
+        """After ``follow`` told that nothing known is of use: what is true now."""
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        """What became of a transaction, where ``tells_own``; as on the wire."""
 
     def new_oids(self, count: int) -> list[bytes]:
         """Oids that were never given out; ReadOnlyError."""
@@ -144,8 +261,17 @@ class Database(Protocol):
     def info(self) -> tuple[int, int]:
         """Size in bytes and number of objects, as far as the storage knows."""
 
-    def pack(self, time_s: float) -> None:
-        """Remove what was not current at ``time_s`` and garbage."""
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: "Packing | None" = None
+    ) -> "Packed":
+        """Remove what was not current at ``time_s``, and with ``gc`` garbage.
+
+        ``gc`` None: as the storage's options say. Takes long, in a thread that nobody
+        waits for; ``packing`` tells others how far it is.
+        """
+
+    def stop_waiting(self) -> None:
+        """At the end: whoever waits for another server gets an error now."""
 
     def save_index(self) -> bool:
         """Save what makes a start after a crash fast; false if that is not worth it.
@@ -167,7 +293,11 @@ class Database(Protocol):
         """Go on with the records that the client made of the conflicts."""
 
     def finish(self) -> Finished:
-        """Make the voted transaction durable; BrokenDatabase if that fails."""
+        """Make the voted transaction durable; BrokenDatabase if that fails.
+
+        OutcomeUnknown, and errors that say that nothing was committed, are possible
+        where ``tells_own``.
+        """
 
     def abort(self) -> None:
         """Forget the transaction that was voted or waits; harmless without one."""

@@ -1,11 +1,12 @@
 """A Data.fs: ZODB's FileStorage for everything it does well, with our read path.
 
-FileStorage keeps the file, its lock, its index, commit, undo and pack. Ours are
+FileStorage keeps the file, its lock, its index, commit and undo. Ours are
 
 * the saved index, through ``indexed``: after a crash most of it is there;
 * loads, through ``records``: no lock, no file position, and on the loop no waiting;
 * logs and histories, through ``log``: extensions are passed on, never unpickled;
 * oids: never given out twice, through ``identity``;
+* packing, through ``packing``: in another process;
 * tids: given by us, so that a transaction's tid is known at the vote.
 
 The result is a plain Data.fs at every moment. See ``database`` for the threads.
@@ -21,12 +22,21 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
 from zeolith.storage import conflicts
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
+from zeolith.storage.blobs import is_blob_record
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
-from zeolith.storage.database import LogEntry, Revision
+from zeolith.storage.database import Batch, CurrentRecord, LogEntry, Revision, Wish
 from zeolith.storage.identity import Identity
 from zeolith.storage.indexed import IndexedFile
+from zeolith.storage.iteration import current_in_file, iterate_file
 from zeolith.storage.log import LogReader
+from zeolith.storage.packing import (
+    FilePack,
+    Packed,
+    Packing,
+    clean_up,
+    finish_leftovers,
+)
 from zeolith.storage.records import NOWAIT, Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
 
@@ -55,6 +65,12 @@ class _DataFile(IndexedFile):
                     opened.close()
             raise
 
+    def _newIndexes(self) -> Any:
+        """Called at opening, with the lock file taken and before the file is opened."""
+        if not self._is_read_only:
+            clean_up(self._file_name)
+        return super()._newIndexes()
+
     def _initIndex(self, index: Any, tindex: Any) -> None:
         """Called at opening and when a pack has replaced the file."""
         super()._initIndex(index, tindex)
@@ -77,6 +93,10 @@ class _DataFile(IndexedFile):
             self._file.truncate(self._pos)
             self._files.flush()
 
+    def is_blob_record(self, record: bytes) -> bool:
+        """Called by undo and pack."""
+        return is_blob_record(record)
+
     def tryToResolveConflict(
         self,
         oid: bytes,
@@ -86,14 +106,18 @@ class _DataFile(IndexedFile):
         committed: bytes = b"",
     ) -> bytes:
         """Called by undo (store finds no conflict: commit has resolved it before)."""
+        # Set by registerDB to the wrappers' conversions, if there are any.
+        decode = self._crs_untransform_record_data
         try:
-            return conflicts.resolve(
-                new,
-                self.loadSerial(oid, old_tid),
-                committed or self.loadSerial(oid, committed_tid),
+            resolved = conflicts.resolve(
+                decode(new),
+                decode(self.loadSerial(oid, old_tid)),
+                decode(committed or self.loadSerial(oid, committed_tid)),
             )
         except (conflicts.Unresolvable, POSKeyError):
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
+        encoded: bytes = self._crs_transform_record_data(resolved)
+        return encoded
 
 
 class FileStore(AdaptedStorage):
@@ -104,24 +128,32 @@ class FileStore(AdaptedStorage):
         self._path = os.path.abspath(path)
         self._file = _DataFile(path, **options)
         try:
+            storage = self._around(self._file)
             self._identity = Identity(
                 self._path, is_read_only=bool(options.get("read_only"))
             )
             self._file.renew()
+            if not self._file.isReadOnly():
+                finish_leftovers(self._file)
             cut_off = self._file.lastTransaction() or Z64
             self._file._ltid = self._last_tid()
         except BaseException:
             self._file.close()
             raise
         super().__init__(
-            name, self._file, self._identity.database_id, self._identity.epoch
+            name, storage, self._identity.database_id, self._identity.epoch
         )
+        self._assigns_tid = True
         if cut_off < tid_at(time.time() + FUTURE_MAX_S):
             self.raise_tid_floor(advanced(cut_off, TIDS_SKIPPED))
         self._oids_lock = threading.Lock()
         self._next_oid = 1 + max(
             int.from_bytes(self._file._oid, "big"), self._identity.oids_reserved
         )
+
+    def _around(self, file: _DataFile) -> Any:
+        """What commits go through."""
+        return file
 
     def _last_tid(self) -> bytes:
         """The last tid in the log.
@@ -209,6 +241,17 @@ class FileStore(AdaptedStorage):
                     entries.append(entry.as_log_entry())
         return entries
 
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """See Database.transactions."""
+        generation, end = self._state()
+        return iterate_file(generation, end, wish, cursor)
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """See Database.current_records."""
+        return current_in_file(self._generation, first, before, bytes_max)
+
     def committed(self, tid: bytes) -> bool | None:
         """Whether ``tid`` is in the log; None if a pack may have taken it away."""
         was_packed = False
@@ -242,6 +285,14 @@ class FileStore(AdaptedStorage):
         """See Database.save_index."""
         return self._file.save_index_if_grown()
 
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
+        """See Database.pack; raises what FilePack.run raises."""
+        if self.is_read_only:
+            raise ReadOnlyError("a read-only storage is not packed")
+        return FilePack(self._file, packing or Packing()).run(time_s, gc)
+
     def close(self) -> None:
         """Save index and oids; release the files."""
         generation = self._generation
@@ -252,6 +303,10 @@ class FileStore(AdaptedStorage):
         generation.close()
 
     def _log(self) -> LogReader:
+        generation, end = self._state()
+        return LogReader(generation.duplicate(), end)
+
+    def _state(self) -> tuple[Generation, int]:
         # A pack replaces the generation and its end together, under this lock.
         with self._file._lock:
-            return LogReader(self._generation.duplicate(), self._file.getSize())
+            return self._generation, self._file.getSize()

@@ -1,8 +1,8 @@
-"""How the transactions of a Data.fs are listed, newest first.
+"""How the transactions of a Data.fs are found and listed.
 
-Reads headers only, never a record's data, and unpickles nothing. A reader has a
-descriptor of its own, so any thread may use one while the file grows or is replaced by
-a pack; ``end`` bounds what it sees to what is committed.
+Reads headers, of records only where they are asked for, and unpickles nothing. A
+reader has a descriptor of its own, so any thread may use one while the file grows or is
+replaced by a pack; ``end`` bounds what it sees to what is committed.
 
 The layout of a transaction (ZODB.FileStorage.format)::
 
@@ -37,6 +37,8 @@ class Entry(NamedTuple):
     # Of the file: where the records begin, and where they end.
     records: int
     end: int
+    # Where the transaction begins.
+    position: int
 
     def as_log_entry(self) -> LogEntry:
         """The entry as the inner interface gives it away."""
@@ -79,6 +81,36 @@ class LogReader:
             yield self._entry(start, length)
             end = start
 
+    def forwards(self) -> Iterator[Entry]:
+        """The transactions, oldest first."""
+        entry = self._entry_from(_START)
+        while entry is not None:
+            yield entry
+            entry = self.entry_after(entry)
+
+    def entry_after(self, entry: Entry) -> Entry | None:
+        """The transaction that follows ``entry``; None at the end."""
+        return self._entry_from(entry.end + _LENGTH.size)
+
+    def entry_if_at(self, position: int, tid: bytes) -> Entry | None:
+        """The transaction ``tid`` if it begins at ``position``, which may be any."""
+        least = _HEADER.size + _LENGTH.size
+        if not _START <= position <= self._end - least:
+            return None
+        found, length, *_rest = _HEADER.unpack(
+            os.pread(self._fd, _HEADER.size, position)
+        )
+        end = position + length
+        if found != tid or length < _HEADER.size or end + _LENGTH.size > self._end:
+            return None
+        if _LENGTH.unpack(os.pread(self._fd, _LENGTH.size, end)) != (length,):
+            return None
+        return self._entry(position, length)
+
+    def read(self, position: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``position`` on; fewer at the end."""
+        return os.pread(self._fd, min(size, max(0, self._end - position)), position)
+
     def entry_at(self, position: int) -> Entry:
         """The transaction that begins at ``position``."""
         head = os.pread(self._fd, _HEADER.size, position)
@@ -99,6 +131,14 @@ class LogReader:
             position += HEADER_BYTES + (header.length or 8)
         return list(oids)
 
+    def _entry_from(self, position: int) -> Entry | None:
+        if position >= self._end:
+            return None
+        entry = self.entry_at(position)
+        if not entry.records <= entry.end < self._end:
+            raise OSError(f"the log is damaged at position {position}")
+        return entry
+
     def _entry(self, start: int, length: int) -> Entry:
         head = os.pread(self._fd, 512, start)
         tid, _length, status, *lengths = _HEADER.unpack_from(head)
@@ -111,4 +151,5 @@ class LogReader:
             texts.append(head[position : position + text_length])
             position += text_length
         user, description, extension = texts
-        return Entry(tid, status, user, description, extension, records, start + length)
+        end = start + length
+        return Entry(tid, status, user, description, extension, records, end, start)

@@ -6,6 +6,8 @@ file). Every mistake of the operator's becomes an OpeningError whose text is one
 
 import os
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ZODB.config
@@ -16,6 +18,8 @@ from ZODB.POSException import POSError
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.identity import IdentityError
+from zeolith.storage.relayed import RelayedStorage, is_remote
+from zeolith.storage.wrapped import NotAWrapper, WrappedFileStore
 
 _FILESTORAGE_OPTIONS = (
     "blob_dir",
@@ -38,14 +42,20 @@ class OpeningError(Exception):
 def open_database(name: str, factory: Any, *, is_read_only: bool) -> AdaptedStorage:
     """The database ``name`` that ``factory``, a ZODB storage section, describes.
 
-    A plain ``<filestorage>`` gets our own FileStore, everything else an adapter. With
+    A ``<filestorage>``, plain or below wrappers, gets our own FileStore, a client of
+    another server a RelayedStorage, everything else an adapter. With
     ``is_read_only`` a Data.fs is opened read-only; other storages are left to the
     server to protect. Raises OpeningError.
     """
     try:
-        if type(factory) is ZODB.config.FileStorage and not factory.config.packer:
-            return _open_filestore(name, factory.config, is_read_only)
+        if _is_filestorage(factory):
+            return _open_filestore(name, factory.config, is_read_only, FileStore)
+        wrapped = _open_wrapped(name, factory, is_read_only)
+        if wrapped is not None:
+            return wrapped
         storage = factory.open()
+        if is_remote(storage):
+            return RelayedStorage(name, storage)
         return AdaptedStorage(name, storage, uuid.uuid4().bytes)
     except _MISTAKES as error:
         raise OpeningError(f"storage {name}: {_line(error)}") from error
@@ -68,7 +78,44 @@ def _line(error: Exception) -> str:
     return text
 
 
-def _open_filestore(name: str, config: Any, is_read_only: bool) -> FileStore:
+class _Opened:
+    """Stands for the section of a storage that is open already."""
+
+    def __init__(self, storage: Any):
+        self._storage = storage
+
+    def open(self) -> Any:
+        return self._storage
+
+
+def _is_filestorage(section: Any) -> bool:
+    return type(section) is ZODB.config.FileStorage and not section.config.packer
+
+
+def _open_wrapped(name: str, factory: Any, is_read_only: bool) -> FileStore | None:
+    """The Data.fs in a section of a section; None if there is none to be had."""
+    above, section = None, factory
+    while hasattr(getattr(section, "config", None), "base"):
+        above, section = section, section.config.base
+    if above is None or not _is_filestorage(section):
+        return None
+
+    def wrap(file: Any) -> Any:
+        above.config.base = _Opened(file)
+        return factory.open()
+
+    make = partial(WrappedFileStore, wrap=wrap)
+    try:
+        return _open_filestore(name, section.config, is_read_only, make)
+    except NotAWrapper:
+        return None
+    finally:
+        above.config.base = section
+
+
+def _open_filestore(
+    name: str, config: Any, is_read_only: bool, make: Callable[..., FileStore]
+) -> FileStore:
     options = {
         option: getattr(config, option)
         for option in _FILESTORAGE_OPTIONS
@@ -78,4 +125,4 @@ def _open_filestore(name: str, config: Any, is_read_only: bool) -> FileStore:
         options["read_only"] = True
         if not os.path.exists(config.path):
             raise OpeningError(f"storage {name}: {config.path} is not there to read")
-    return FileStore(name, config.path, **options)
+    return make(name, config.path, **options)

@@ -109,6 +109,20 @@ class Generation:
             break
         raise POSKeyError(oid)
 
+    def record_at(self, position: int, oid: bytes) -> tuple[bytes | None, bytes]:
+        """The data of the record of ``oid`` at ``position``, and that record's tid."""
+        header, start = self._read(position, oid, 0)
+        return self._data(header, position, start, 0), header.tid
+
+    def oid_from(self, first: bytes) -> bytes | None:
+        """The smallest oid not smaller than ``first``; None if there is none."""
+        try:
+            oid: bytes = self.index.minKey(first)
+        except ValueError:
+            # What an empty BTree says, and one without such a key.
+            return None
+        return oid
+
     def revisions(self, oid: bytes) -> Iterator[tuple[Header, int, bytes]]:
         """The records of ``oid``, newest first: header, position, first bytes."""
         position = self._find(oid)

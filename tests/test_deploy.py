@@ -162,6 +162,39 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_unit_that_packs_packs(server):
+    text = (DEPLOY / "zeolith-pack.service").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("ExecStart="))
+    program, *arguments = shlex.split(line.removeprefix("ExecStart="))
+    assert program == "/opt/zeolith/bin/zeolith"
+    assert arguments[:2] == ["pack", "127.0.0.1:8100"]
+    host, port = server.address
+    told = run(ZEOLITH, "pack", f"{host}:{port}", *arguments[2:])
+    assert told.splitlines()[-1] == "there is nothing to pack"
+
+
+def test_the_timer_is_that_of_the_unit_that_packs():
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(DEPLOY / "zeolith-pack.timer")
+    assert "OnCalendar" in parser["Timer"]
+    assert parser["Install"]["WantedBy"] == "timers.target"
+    # A timer starts the service of its own name.
+    assert (DEPLOY / "zeolith-pack.service").exists()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_systemd_finds_nothing_wrong_with_the_timer(tmp_path):
+    for name in ("zeolith-pack.service", "zeolith-pack.timer", "zeolith.service"):
+        text = (DEPLOY / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/zeolith/bin/zeolith", ZEOLITH))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / "zeolith-pack.timer"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 Instruction = tuple[str, str]
 
 

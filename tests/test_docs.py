@@ -34,6 +34,8 @@ PAGES = sorted(
         *(ROOT / "protocol" / "README.md", ROOT / "deploy" / "README.md"),
     ]
 )
+TRANSIENT = (TransactionTimeout, ShuttingDown)
+KEYS = ROOT / "client" / "keys.xml"
 REFERENCE = (DOCS / "reference.md").read_text()
 # Databases of ZODB, and what Zope's own schema says of <zodb_db>.
 SCHEMA = """
@@ -138,7 +140,7 @@ def test_every_key_of_the_server_is_in_the_reference_with_its_default():
 
 def test_every_key_of_a_client_is_in_the_reference_with_its_default():
     described = {row[1].split(",")[0].split(";")[0]: row for row in rows("### Options")}
-    for key, default in keys(ROOT / "client" / "component.xml", "zeolith").items():
+    for key, default in keys(KEYS, "zeolith.client.keys").items():
         assert key in described
         assert default in (None, described[key][3]), key
 
@@ -161,7 +163,7 @@ def test_every_exception_is_in_the_reference():
     assert {"ClientDisconnected", "CommitOutcomeUnknown", "NotSupportedYet"} <= set(
         ours
     )
-    for name in (*ours, TransactionTimeout.__name__, ShuttingDown.__name__):
+    for name in (*ours, *(each.__name__ for each in TRANSIENT)):
         assert f"`{name}`" in text
 
 
@@ -235,7 +237,8 @@ def server_configurations() -> list[Block]:
     return [
         block
         for block in BLOCKS
-        if "<zeolith>" in block.text and "</filestorage>" in block.text
+        if "<zeolith>" in block.text
+        and ("</filestorage>" in block.text or "</upstream>" in block.text)
     ]
 
 
@@ -248,7 +251,7 @@ def test_a_configuration_of_a_server_is_right(block, tmp_path):
 
 def client_configurations() -> list[Block]:
     return [
-        block for block in BLOCKS if block.text.startswith("%import zeolith.client")
+        block for block in BLOCKS if block.text.startswith("%import zeolith.client\n")
     ]
 
 

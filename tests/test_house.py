@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("client", "protocol", "server", "storage")
+# Packages that ZConfig's %import wants for a component.xml; no module of code in them.
+COMPONENTS = ("client.upstream",)
 # Who may import whom; protocol and storage know nobody.
 ALLOWED = {
     "protocol": set[str](),
@@ -141,8 +143,19 @@ def test_packages_are_declared_everywhere(package):
     assert (ROOT / package / "py.typed").is_file()
 
 
+@pytest.mark.parametrize("package", COMPONENTS)
+def test_a_component_has_no_code(package):
+    folder = ROOT.joinpath(*package.split("."))
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {
+        "__init__.py",
+        "component.xml",
+    }
+    (docstring,) = ast.parse((folder / "__init__.py").read_text()).body
+    assert isinstance(docstring, ast.Expr)
+
+
 def test_no_undeclared_package():
-    declared = {f"zeolith.{package}" for package in PACKAGES}
+    declared = {f"zeolith.{package}" for package in (*PACKAGES, *COMPONENTS)}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert set(settings["setuptools"]["packages"]) == declared
     found = {

@@ -10,7 +10,7 @@ from ZODB.POSException import POSKeyError, ReadOnlyError
 from ZODB.utils import p64
 
 from zeolith.client.channel import Channel, limit_silence, shut_down
-from zeolith.client.errors import ChannelLost
+from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.protocol.codec import encode
 from zeolith.protocol.connection import HEARTBEAT, Connection, Role
 from zeolith.protocol.errors import LocalProtocolError
@@ -153,6 +153,13 @@ def test_an_error_of_the_server_is_raised_and_the_channel_goes_on(ends):
     assert not ends.channel.is_busy
     ends.answer(None, 3)
     ends.channel.call("ping")
+
+
+def test_a_relay_without_its_server_is_no_better_than_no_server(ends):
+    ends.far.sendall(encode(Failure(1, "Unavailable", {}, "it is away")))
+    with pytest.raises(ClientDisconnected, match="it is away"):
+        ends.channel.call("ping")
+    assert not ends.channel.is_lost
 
 
 def test_what_cannot_be_sent_is_a_mistake_and_the_channel_goes_on(ends):

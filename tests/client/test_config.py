@@ -1,4 +1,4 @@
-"""The section <zeolith> of a ZODB configuration."""
+"""The sections <zeolith> and <upstream> of a ZODB configuration."""
 
 import inspect
 from xml.etree import ElementTree
@@ -83,6 +83,25 @@ def test_every_key_becomes_its_argument(opened):
     assert opened == [EVERY_ARGUMENT]
 
 
+def test_an_upstream_is_the_same_by_another_name(opened):
+    storageFromString(
+        f"%import zeolith.client.upstream\n<upstream main>\n{EVERY_KEY}\n</upstream>"
+    )
+    assert opened == [EVERY_ARGUMENT]
+
+
+def test_both_names_may_stand_in_one_file(opened):
+    storageFromString(
+        "%import zeolith.client\n%import zeolith.client.upstream\n"
+        "<demostorage>\n<upstream base>\nserver 8100\n</upstream>\n"
+        "<zeolith changes>\nserver 8200\n</zeolith>\n</demostorage>\n"
+    ).close()
+    assert [each["addr"] for each in opened] == [
+        [("127.0.0.1", 8100)],
+        [("127.0.0.1", 8200)],
+    ]
+
+
 def test_every_argument_has_a_key_or_a_reason_to_have_none():
     assert set(EVERY_ARGUMENT) | set(NOT_IN_CONFIG) == set(constructor())
     assert not set(EVERY_ARGUMENT) & set(NOT_IN_CONFIG)
@@ -100,7 +119,7 @@ def test_what_is_not_written_is_as_the_constructor_has_it(opened):
 
 def test_every_key_has_a_description():
     assert config.__file__
-    tree = ElementTree.parse(config.__file__.replace("config.py", "component.xml"))
+    tree = ElementTree.parse(config.__file__.replace("config.py", "keys.xml"))
     (section_type,) = tree.iter("sectiontype")
     for key in [*section_type.iter("key"), *section_type.iter("multikey")]:
         description = key.find("description")
@@ -182,4 +201,4 @@ def test_a_database_from_a_file_is_the_servers(tmp_path):
 
 def test_what_is_not_supported_is_said_when_it_is_asked_for(tmp_path):
     with pytest.raises(NotImplementedError, match="not supported yet"):
-        storageFromString(section("server 8100\nblob-dir blobs"))
+        storageFromString(section("server 8100\ncache-path cache"))

@@ -14,6 +14,7 @@ import transaction
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
 from ZODB.interfaces import (
+    IBlobStorage,
     IMultiCommitStorage,
     IPrefetchStorage,
     IStorage,
@@ -75,10 +76,6 @@ def storage(server: ScriptedServer) -> Iterator[ClientStorage]:
     ("name", "value"),
     [
         ("cache", "cache"),
-        ("blob_dir", "blobs"),
-        ("shared_blob_dir", True),
-        ("blob_cache_size", 10**9),
-        ("blob_cache_size_check", 20),
         ("ssl", object()),
         ("ssl_server_hostname", "db.example.org"),
         ("username", "ann"),
@@ -284,9 +281,20 @@ def test_other_methods_are_handed_on(server, storage):
     assert server.asked("history") == [[A, 5]]
 
 
-def test_blobs_are_refused_in_words(server, storage):
-    with pytest.raises(Unsupported, match="blobs are not supported yet"):
-        storage.loadBlob(A, T1)
+def test_a_storage_without_a_blob_dir_says_what_it_needs(server, storage):
+    for use in (
+        lambda: storage.loadBlob(A, T1),
+        lambda: storage.openCommittedBlobFile(A, T1),
+        storage.temporaryDirectory,
+    ):
+        with pytest.raises(Unsupported, match="need a blob_dir"):
+            use()
+    assert not IBlobStorage.providedBy(storage)
+
+
+def test_a_shared_blob_dir_needs_a_directory(nothing_left_behind):
+    with pytest.raises(ValueError, match="shared_blob_dir without blob_dir"):
+        ClientStorage(8100, shared_blob_dir=True)
 
 
 # Many at once
@@ -651,9 +659,27 @@ def test_a_pack_is_told_until_when(server, storage, monkeypatch):
     storage.pack()
     storage.pack(500.0)
     storage.pack(days=2)
-    storage.pack(900_000.0, lambda *_args: None, wait=False, days=1)
-    times = [moment for (moment,) in server.asked("pack")]
-    assert times == [1_000_000, 500, 1_000_000 - 2 * 86400, 900_000 - 86400]
+    storage.pack(900_000.0, lambda *_args: None, days=1)
+    storage.pack(gc=False)
+    assert list(map(tuple, server.asked("pack"))) == [
+        (1_000_000, None),
+        (500, None),
+        (1_000_000 - 2 * 86400, None),
+        (900_000 - 86400, None),
+        (1_000_000, False),
+    ]
+
+
+def test_a_pack_need_not_be_waited_for(server, storage):
+    storage.pack(1_000.0, wait=False)
+    wait_until(lambda: server.asked("pack"), "the request")
+
+
+def test_the_pack_under_way_is_looked_at_and_given_up(server, storage):
+    server.answers["pack_progress"] = {"phase": "copying"}
+    server.answers["pack_cancel"] = True
+    assert storage.pack_progress() == {"phase": "copying"}
+    assert storage.pack_cancel()
 
 
 def test_a_pack_that_is_lost_is_not_begun_again(server, storage):

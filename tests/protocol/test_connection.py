@@ -535,7 +535,7 @@ def test_a_channel_that_nobody_waits_on_may_be_silent_for_days(role):
 
 def test_the_server_beats_on_a_channel_while_it_owes_an_answer():
     server = in_state(Role.SERVER, State.CHANNEL, SMALL)
-    server.receive_data(encode(Request(1, "pack", [1.0])), 100.0)
+    server.receive_data(encode(Request(1, "pack", [1.0, None])), 100.0)
     assert server.tick(100.1) == HEARTBEAT
     assert ticks(server, 102.5, 102.6) == [b"", HEARTBEAT]
     server.reply(1, None, 103.0)
@@ -545,7 +545,7 @@ def test_the_server_beats_on_a_channel_while_it_owes_an_answer():
 
 def test_a_client_that_waits_gives_up_a_silent_server():
     client = in_state(Role.CLIENT, State.CHANNEL, SMALL)
-    client.request("pack", [1.0], 0.0)
+    client.request("pack", [1.0, None], 0.0)
     client.receive_data(HEARTBEAT, 10.0)
     assert client.tick(30.0) == b""
     assert client.is_open
@@ -602,7 +602,7 @@ def test_two_ends_that_tick_never_give_each_other_up(kind):
     pair = Pair(SMALL)
     pair.greet(kind.value)
     if kind is SocketKind.CHANNEL:
-        pair.ask("pack", 1.0)
+        pair.ask("pack", 1.0, None)
     half = SMALL.heartbeat_interval_s / 2
     for beat in range(200):
         pair.now = beat * half

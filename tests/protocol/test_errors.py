@@ -29,6 +29,7 @@ from zeolith.protocol.errors import (
     RemoteProtocolError,
     ShuttingDown,
     TransactionTimeout,
+    Unavailable,
     ZeolithError,
     error_of,
     failure_of,
@@ -50,6 +51,7 @@ BY_TEXT_ALONE = [
     FileStorageQuotaError,
     TransactionTimeout,
     ShuttingDown,
+    Unavailable,
     LocalProtocolError,
     RemoteProtocolError,
     KeyError,
@@ -129,6 +131,17 @@ def test_a_conflict_may_be_tried_again():
     assert isinstance(crossed(ConflictError(oid=OID)), TransientError)
     assert isinstance(crossed(TransactionTimeout("30 s")), TransientError)
     assert isinstance(crossed(ShuttingDown("soon")), TransientError)
+
+
+class _Away(StorageError, TransientError):
+    """An error of a storage that is no class of ours."""
+
+
+def test_what_may_be_tried_again_stays_so_whatever_its_class():
+    received = crossed(_Away("no server"))
+    assert type(received) is Unavailable
+    assert isinstance(received, TransientError)
+    assert received.args == ("no server",)
 
 
 def test_an_undo_error_arrives_with_reason_and_oid():

@@ -91,6 +91,7 @@ BYTES = {
 # Kind -> the samples that it accepts; it refuses all others.
 ACCEPTED = {
     "oid": {"8 bytes"},
+    "oid or nil": {"8 bytes", "nil"},
     "tid": {"8 bytes"},
     "tid or nil": {"8 bytes", "nil"},
     "bytes": BYTES,
@@ -100,6 +101,7 @@ ACCEPTED = {
     "count": {"zero", "one", "2**64-1"},
     "count or nil": {"zero", "one", "2**64-1", "nil"},
     "bool": {"true"},
+    "bool or nil": {"true", "nil"},
     "time": {"zero", "one", "0.5"},
     "transaction id": {"16 bytes"},
     "transaction id or nil": {"16 bytes", "nil"},
@@ -192,9 +194,9 @@ def test_methods_are_called_by_their_names():
     assert len(METHODS) == len(methods._TABLE)
 
 
-def test_what_is_not_answered_is_staging_and_the_changes():
+def test_what_is_not_answered_is_what_comes_before_a_vote_and_the_changes():
     unanswered = {name for name, method in METHODS.items() if not method.answers}
-    assert unanswered == {"stage", "changes"}
+    assert unanswered == {"stage", "blob_chunk", "changes"}
 
 
 def test_the_server_sends_only_changes():
@@ -212,8 +214,9 @@ def test_every_effect_is_on_the_right_methods():
     administers = {
         n for n, method in METHODS.items() if method.effect is Effect.ADMINISTERS
     }
-    assert writes == {"new_oids", "stage", "vote", "resolve", "finish", "abort"}
-    assert administers == {"pack"}
+    transaction = {"stage", "blob_chunk", "vote", "resolve", "finish", "abort"}
+    assert writes == {"new_oids", *transaction}
+    assert administers == {"pack", "pack_cancel"}
 
 
 @pytest.mark.parametrize(("kinds", "strategy"), [(HELLO, hellos), (WELCOME, welcomes)])

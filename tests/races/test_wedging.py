@@ -16,6 +16,7 @@ from zeolith.client.storage import ClientStorage
 from zeolith.protocol.errors import HelloRefused, LocalProtocolError, TransactionTimeout
 from zeolith.protocol.limits import Limits
 from zeolith.storage.database import WouldBlock
+from zeolith.storage.packing import Packed
 
 from ..support.gates import Background
 from ..support.inprocess import HeldStream, InProcessServer, client_of, serving
@@ -284,7 +285,9 @@ def test_a_long_call_is_kept_alive_by_the_server(tmp_path, gate, monkeypatch):
         session = storage.current_session
         assert session is not None
         database = server.database
-        monkeypatch.setattr(database, "pack", gate.before(lambda _time: None))
+        monkeypatch.setattr(
+            database, "pack", gate.before(lambda *_: Packed(False, 0, 0))
+        )
         gate.shut()
         packing = Background(storage.pack)
         gate.wait_until_reached()

@@ -8,9 +8,12 @@ from ZODB.POSException import ConflictError, StorageSystemError, StorageTransact
 from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
 from zeolith.server.committer import Commit, Phase
 from zeolith.storage.database import (
+    BrokenDatabase,
     Conflict,
     Finished,
+    OutcomeUnknown,
     Transaction,
+    Unavailable,
     Unresolved,
     Voted,
 )
@@ -528,3 +531,49 @@ async def test_after_draining_nothing_is_left_in_the_database(server):
     await server.workers.work()
     assert not server.database.is_in_transaction
     assert server.committer.holder is None
+
+
+# A database that is another server's
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OutcomeUnknown("perhaps"), StorageSystemError),
+        (Unavailable("nothing was committed"), Unavailable),
+        (StorageTransactionError("it was aborted"), StorageTransactionError),
+    ],
+)
+async def test_a_finish_that_fails_elsewhere_is_no_disaster_here(server, error, told):
+    server.database.tells_own = True
+    client, next_one = await voted(server), Client(server, 1)
+    next_one.vote()
+    server.database.finish_error = error
+    client.finish()
+    await server.workers.write_step()
+    assert isinstance(client.answers[-1], told)
+    assert str(client.answers[-1]) == str(error)
+    assert client.is_in(Phase.ENDED)
+    assert server.committer.broken is None
+    await server.workers.write_step()
+    assert next_one.is_in(Phase.VOTED)
+
+
+async def test_a_disaster_is_one_everywhere(server):
+    server.database.tells_own = True
+    client = await voted(server)
+    server.database.finish_error = BrokenDatabase("the disk")
+    client.finish()
+    await server.workers.write_step()
+    assert server.committer.broken is not None
+
+
+async def test_an_own_commit_is_appended_where_it_is_told(server):
+    server.database.tells_own = True
+    client = await voted(server)
+    before = server.served.changes.last_tid
+    client.finish()
+    await server.workers.write_step()
+    assert isinstance(client.answers[-1], Finished)
+    assert server.served.changes.last_tid == before
+    assert server.served.counters.commits == 1

@@ -191,7 +191,7 @@ import threading
 from zeolith.storage.filestore import FileStore
 from zeolith.server.cli import main
 
-def pack(self, time_s):
+def pack(self, *_args):
     print("packing", flush=True)
     threading.Event().wait()
 

@@ -29,19 +29,25 @@ ARGUMENTS: dict[str, list[Any]] = {
     "load": [OID, LATEST],
     "load_many": [[OID], LATEST],
     "load_serial": [OID, number(1)],
+    "load_blob": [OID, number(1), 0, 100],
     "get_tid": [OID],
     "history": [OID, 1],
     "undo_log": [None, 1],
+    "transactions": [None, None, None],
+    "records": [None],
     "info": [],
     "changes_since": [number(0)],
     "outcome": [TRANSACTION, None, number(0)],
     "new_oids": [1],
     "stage": [TRANSACTION, []],
+    "blob_chunk": [TRANSACTION, 0, b"data"],
     "vote": [TRANSACTION, METADATA, []],
     "resolve": [TRANSACTION, []],
     "finish": [TRANSACTION, number(0)],
     "abort": [TRANSACTION],
-    "pack": [0.0],
+    "pack": [0.0, None],
+    "pack_progress": [],
+    "pack_cancel": [],
 }
 CALLABLE = [method.name for method in METHODS.values() if method.sender == "client"]
 READING = [name for name in CALLABLE if METHODS[name].effect is Effect.READS]
@@ -786,3 +792,69 @@ async def test_a_reply_and_a_welcome_are_what_their_names_say(server, session):
     channel.ask("ping")
     assert channel.received() == [Reply(1, None)]
     assert isinstance(MemoryClient(server.service).hello(), Welcome)
+
+
+# A database that is another server's
+
+
+@pytest.fixture
+async def relayed(server: ModelServer) -> ModelServer:
+    server.database.tells_own = True
+    return server
+
+
+async def test_the_outcome_is_asked_of_whoever_knows(relayed, session, channel):
+    relayed.database.known = ("committed", number(7))
+    position = relayed.served.changes.last_tid
+    asked = channel.ask("outcome", TRANSACTION, None, position)
+    await relayed.workers.work()
+    assert channel.value(asked) == ["committed", number(7)]
+
+
+async def test_an_own_commit_is_announced_by_whoever_tells_it(relayed, channel):
+    vote = channel.ask("vote", TRANSACTION, METADATA, [["store", *new(5)]])
+    await relayed.workers.work()
+    assert channel.value(vote)[0] == "voted"
+    finish = channel.ask("finish", TRANSACTION, number(1))
+    # Told, with one before it and one behind it, while the writer is at work.
+    for value, transaction in ((2, None), (3, TRANSACTION), (4, None)):
+        publish(relayed.served, number(value), [OID], transaction)
+    relayed.database.last_tid = number(2)
+    await relayed.workers.work()
+    tid, before = channel.value(finish)
+    assert tid == number(3)
+    assert [change[1] for change in before] == [number(2)]
+    assert relayed.served.changes.last_tid == number(4)
+
+
+async def test_an_own_commit_that_is_not_told_yet_has_nothing_before_it(
+    relayed, channel
+):
+    channel.ask("vote", TRANSACTION, METADATA, [["store", *new(5)]])
+    await relayed.workers.work()
+    finish = channel.ask("finish", TRANSACTION, number(1))
+    await relayed.workers.work()
+    assert channel.value(finish) == [number(2), None]
+    assert relayed.served.changes.last_tid == number(1)
+
+
+async def test_nobody_comes_while_a_storage_starts_afresh(server, session, channel):
+    server.served.is_starting_afresh = True
+    server.service.end_sessions(server.served, "it starts afresh")
+    assert not server.service.sessions
+    assert "afresh" in channel.goodbye().reason
+    late = MemoryClient(server.service).hello()
+    assert isinstance(late, Failure)
+    assert late.attributes == {"reason": "stopping"}
+    joining = MemoryClient(server.service)
+    refused = joining.hello(kind="channel", session=session.welcome["session"])
+    assert isinstance(refused, Failure)
+    assert refused.attributes == {"reason": "session"}
+
+
+async def test_many_loads_that_wait_are_prepared_at_once(server, channel):
+    server.database.would_block = True
+    asked = channel.ask("load_many", [OID, OID], LATEST)
+    await server.workers.work()
+    assert len(channel.value(asked)[1]) == 2
+    assert server.database.prefetched == [[OID, OID]]

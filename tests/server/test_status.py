@@ -52,6 +52,7 @@ async def test_the_status_of_an_idle_server(server):
                 "conflicts_resolved": 0,
                 "timeouts": 0,
             },
+            "pack": None,
             "transaction": None,
             "waiting": [],
             "clients": [],

@@ -60,3 +60,14 @@ def transaction(*operations: list[Any], **others: Any) -> Transaction:
     return Transaction(
         transaction_id(next(_transactions)), operations=list(operations), **others
     )
+
+
+def references(*oids: bytes) -> bytes:
+    """A record that refers to `oids`, so that a pack lets them live."""
+    file = BytesIO()
+    pickler = PersistentPickler(
+        lambda value: value if isinstance(value, bytes) else None, file, 3
+    )
+    pickler.dump(("an.application", "Class"))
+    pickler.dump(list(oids))
+    return file.getvalue()

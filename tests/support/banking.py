@@ -79,10 +79,13 @@ class Bank:
         wait_until(all_have, f"{count} commits of every worker {what}", END_TIMEOUT_S)
 
     @contextmanager
-    def open(self, address: tuple[str, int]) -> Iterator[None]:
-        """Let the programs work within a with block; they must end well."""
-        host, port = address
+    def open(self, *addresses: tuple[str, int]) -> Iterator[None]:
+        """Let the programs work within a with block; they must end well.
+
+        The first program works at the first address, and so on in turn.
+        """
         for number, names in enumerate(self.workers):
+            host, port = addresses[number % len(addresses)]
             # Every other one has so small a cache that it forgets all the time.
             cache_bytes = 20_000_000 if number % 2 else 200_000
             errors = (self._folder / f"p{number}.stderr").open("w+b")

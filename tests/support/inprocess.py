@@ -21,6 +21,7 @@ from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server import daemon
 from zeolith.server.listener import Listener
 from zeolith.server.peer import Peer
+from zeolith.server.relay import Relay
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.storage.adapted import AdaptedStorage
@@ -171,6 +172,8 @@ class InProcessServer:
             for name, database in self.databases.items()
         }
         self.service = Service(served, self._limits)
+        for each in served.values():
+            Relay(self.service, each)
         self.service.transaction_timeout_s = self._transaction_timeout_s
         listener = Listener(lambda: Peer(self.service, self._limits))
         await listener.listen(self.address)

@@ -7,6 +7,7 @@ is involved.
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ZODB.POSException import ConflictError, POSKeyError
@@ -15,19 +16,60 @@ from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
+from zeolith.storage.blobs import Piece
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import (
+    Batch,
     BrokenDatabase,
+    CurrentRecord,
+    DataRecord,
     Finished,
     LogEntry,
     Revision,
+    Standing,
     Transaction,
+    TransactionPiece,
     Unresolved,
     Voted,
+    Wish,
     WouldBlock,
 )
+from zeolith.storage.feed import Listener
+from zeolith.storage.packing import Packed, Packing
 
 from .ids import number
+
+
+class ModelUpload:
+    """The files of a transaction in a dictionary."""
+
+    def __init__(self) -> None:
+        self.files: dict[int | str, bytes] = {}
+        self.write_error: Exception | None = None
+        self.is_discarded = False
+
+    def write(self, chunks: list[tuple[int, bytes]]) -> None:
+        if self.write_error is not None:
+            raise self.write_error
+        for number_, data in chunks:
+            self.files[number_] = self.files.get(number_, b"") + data
+
+    def seal(self, _operations: list[list[Any]]) -> dict[int | str, Path]:
+        return {name: Path(str(name)) for name in self.files}
+
+    def discard(self) -> None:
+        self.is_discarded = True
+
+
+class ModelUploads:
+    """Remembers the uploads that were begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[ModelUpload] = []
+
+    def begin(self) -> ModelUpload:
+        self.begun.append(ModelUpload())
+        return self.begun[-1]
 
 
 class ModelDatabase:
@@ -38,11 +80,20 @@ class ModelDatabase:
         self.database_id = b"model-database-1"
         self.epoch = 1
         self.is_read_only = is_read_only
+        self.tells_own = False
+        self.prefetched: list[list[bytes]] = []
+        # What is known of any transaction, where ``tells_own``.
+        self.known: tuple[str, bytes | None] = ("unknown", None)
+        # Whoever follows; a test tells it what it likes.
+        self.listener: Listener | None = None
         self.supports_undo = False
         self.interfaces: tuple[str, ...] = ("IStorage",)
+        self.takes_blobs = True
+        self.uploads: Any = ModelUploads()
         self.revisions: dict[bytes, list[tuple[bytes, bytes]]] = {}
         self.last_tid = number(0)
         self.tid_floor = number(0)
+        self.blobs: dict[tuple[bytes, bytes], bytes] = {}
         # The names of the writer's steps that were taken.
         self.steps: list[str] = []
         # What the next steps come to, if not to success.
@@ -62,6 +113,9 @@ class ModelDatabase:
         self.last_tid = max(self.last_tid, tid)
 
     # loop
+
+    def follow(self, listener: Listener) -> None:
+        self.listener = listener
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         if self.would_block:
@@ -83,6 +137,12 @@ class ModelDatabase:
             end = tid
         return None
 
+    def load_blob(self, oid: bytes, tid: bytes, offset: int, size: int) -> Piece:
+        data = self.blobs.get((oid, tid))
+        if data is None:
+            raise POSKeyError(oid)
+        return Piece(len(data), data[offset : offset + size])
+
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         for each, data in self.revisions.get(oid, ()):
             if each == tid:
@@ -101,10 +161,51 @@ class ModelDatabase:
         tids = {tid for each in self.revisions.values() for tid, _data in each}
         return self._log([tid for tid in tids if before is None or tid < before], size)
 
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        tids = sorted({tid for rows in self.revisions.values() for tid, _data in rows})
+        wanted = [tid for tid in tids if wish.start <= tid <= wish.stop]
+        if cursor is not None:
+            wanted = [tid for tid in wanted if tid > cursor]
+        pieces = [
+            TransactionPiece(tid, " ", b"", b"", b"", self._records(tid))
+            for tid in wanted[:1]
+        ]
+        return Batch(pieces, None, wanted[0] if len(wanted) > 1 else None)
+
+    def _records(self, tid: bytes) -> list[DataRecord]:
+        return [
+            DataRecord(oid, tid, data, None)
+            for oid, rows in self.revisions.items()
+            for each, data in rows
+            if each == tid
+        ]
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        oids = sorted(oid for oid in self.revisions if oid >= (first or b""))
+        found = self.load(oids[0], before)
+        records = [CurrentRecord(oids[0], found.tid, found.data)] if found else []
+        return records, oids[1] if len(oids) > 1 else None
+
     def committed(self, tid: bytes) -> bool | None:
         return any(
             tid == each for rows in self.revisions.values() for each, _data in rows
         )
+
+    def prefetch(self, oids: list[bytes], before: bytes) -> None:
+        self.prefetched.append(oids)
+
+    def stop_waiting(self) -> None:
+        self.steps.append("stop waiting")
+
+    def standing(self) -> Standing:
+        return Standing(self.last_tid, self.database_id, self.epoch)
+
+    def outcome(
+        self, transaction_id: bytes, tid: bytes | None, position: bytes
+    ) -> tuple[str, bytes | None]:
+        return self.known
 
     def new_oids(self, count: int) -> list[bytes]:
         first, self._next_oid = self._next_oid, self._next_oid + count
@@ -114,8 +215,11 @@ class ModelDatabase:
         size = sum(len(data) for rows in self.revisions.values() for _tid, data in rows)
         return size, len(self.revisions)
 
-    def pack(self, time_s: float) -> None:
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
         self.steps.append("pack")
+        return Packed(True, 20, 10)
 
     def save_index(self) -> bool:
         self.steps.append("save_index")
@@ -155,6 +259,8 @@ class ModelDatabase:
         transaction, self._voted = self._voted, None
         assert transaction is not None, "finish without a vote"
         if self.finish_error is not None:
+            if self.tells_own:
+                raise self.finish_error
             raise BrokenDatabase(str(self.finish_error))
         tid = self._next_tid
         for operation in transaction.operations:
@@ -191,11 +297,20 @@ class HandWorkers(Workers):
         self._loop = asyncio.get_running_loop()
         self._writes: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._reads: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._blobs: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
 
     def write(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
         return self._queue(self._writes, step, args)
 
     def read(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
+        return self._queue(self._reads, step, args)
+
+    def write_blobs(
+        self, step: Any, *args: Any, **_kwargs: Any
+    ) -> "asyncio.Future[Any]":
+        return self._queue(self._blobs, step, args)
+
+    def aside(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
         return self._queue(self._reads, step, args)
 
     async def close(self, timeout_s: float) -> bool:
@@ -215,10 +330,14 @@ class HandWorkers(Workers):
         """A reader does its next step, and the loop hears of it."""
         await self._do(self._reads)
 
+    async def blob_step(self) -> None:
+        """A thread that writes blobs does its next step, and the loop hears of it."""
+        await self._do(self._blobs)
+
     async def work(self) -> None:
         """Everything is done that there is to do."""
-        while self._writes or self._reads:
-            await self._do(self._writes or self._reads)
+        while self._writes or self._reads or self._blobs:
+            await self._do(self._writes or self._reads or self._blobs)
 
     def _queue(
         self,

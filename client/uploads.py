@@ -1,0 +1,133 @@
+"""Blobs between the application and the server: sent before the vote, fetched in parts.
+
+``Uploads`` has the files of one transaction; it belongs to the thread that commits.
+What is sent goes over the transaction's own channel, part by part, and the socket is
+what slows the sender down: neither side keeps more than some parts in memory. A file
+is sent once, when it is stored, and not again at the vote.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+from ZODB.blob import FilesystemHelper
+from ZODB.POSException import StorageError, Unsupported
+
+from zeolith.client.blobs import BlobCache, SharedBlobs
+from zeolith.client.channel import Channel
+from zeolith.protocol.codec import encode
+from zeolith.protocol.limits import Limits
+from zeolith.protocol.messages import Notice
+
+Blobs = BlobCache | SharedBlobs
+
+# Sent: small enough that whoever shares the server's loop does not notice.
+SENT_BYTES = 256 * 1024
+
+
+class Uploads:
+    """The blobs that one transaction has stored."""
+
+    def __init__(self, blobs: Blobs | None, transaction_id: bytes):
+        self._blobs = blobs
+        self._transaction_id = transaction_id
+        # Of each blob its oid and its file, which is ours until the end.
+        self._files: list[tuple[bytes, str]] = []
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the server sees the files, so that none has to be sent."""
+        return isinstance(self._blobs, SharedBlobs)
+
+    def take(self, oid: bytes, path: str) -> int:
+        """Take over the file of a blob; returns the number of the blob."""
+        if self._blobs is None:
+            raise Unsupported("blobs need a blob_dir")
+        self._files.append((oid, self._blobs.take(path)))
+        return len(self._files) - 1
+
+    def name(self, number: int) -> str:
+        """The name of a file in the directory that the server has, too."""
+        return os.path.basename(self._files[number][1])
+
+    def send(self, number: int, channel: Channel, limits: Limits) -> None:
+        """Send a blob; raises ChannelLost, OSError."""
+        size = min(SENT_BYTES, limits.batch_bytes_max)
+        with open(self._files[number][1], "rb", buffering=0) as file:
+            data = file.read(size)
+            while True:
+                arguments = [self._transaction_id, number, data]
+                channel.send(encode(Notice("blob_chunk", arguments)))
+                data = file.read(size)
+                if not data:
+                    # An empty blob has one part, too.
+                    return
+
+    def adopt(self, tid: bytes) -> None:
+        """The transaction is committed: keep the files, so that none is fetched."""
+        files, self._files = self._files, []
+        # Of a blob that was stored twice the last one counts.
+        kept = dict(files)
+        for oid, path in files:
+            if kept[oid] == path and self._blobs is not None:
+                self._blobs.adopt(oid, tid, path)
+            else:
+                _remove(path)
+
+    def close(self) -> None:
+        """Remove what was not adopted; may be called again."""
+        while self._files:
+            _remove(self._files.pop()[1])
+
+
+def open_blobs(
+    blob_dir: str | None,
+    is_shared: bool,
+    size_bytes: int | None,
+    check_percent: int,
+) -> Blobs | None:
+    """Where blobs are to be; None without ``blob_dir``. Raises ValueError, OSError."""
+    if blob_dir is None:
+        if is_shared:
+            raise ValueError("shared_blob_dir without blob_dir")
+        return None
+    if is_shared:
+        return SharedBlobs(blob_dir)
+    return BlobCache(blob_dir, size_bytes, check_percent)
+
+
+def fshelper_of(blobs: Blobs) -> Any:
+    """What ZODB's tools want of a storage's ``fshelper``: for a cache, ``temp_dir``."""
+    if isinstance(blobs, SharedBlobs):
+        return FilesystemHelper(blobs.directory)
+    return SimpleNamespace(temp_dir=blobs.temporary_directory())
+
+
+def fetch(
+    call: Callable[..., Any],
+    oid: bytes,
+    tid: bytes,
+    file: BinaryIO,
+    limits: Limits,
+) -> None:
+    """Write a blob of the server's into ``file``, part by part.
+
+    ``call`` repeats a part if the connection is lost and comes back, and so the fetch
+    goes on where it was. Raises POSKeyError, ClientDisconnected, OSError.
+    """
+    offset, whole = 0, None
+    while whole is None or offset < whole:
+        size, data = call("load_blob", oid, tid, offset, limits.batch_bytes_max)
+        if whole not in (None, size) or (not data and offset < size):
+            # A revision never changes: this is another server, with other data.
+            raise StorageError(f"the blob of oid {oid.hex()} has changed meanwhile")
+        whole = size
+        file.write(data)
+        offset += len(data)
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)

@@ -1,0 +1,243 @@
+"""Blobs on their way through the server, without the loop ever touching a file.
+
+A channel's chunks are queued here and written by a worker thread, in the order in
+which they came; one batch of a channel is with the workers at a time. When too much
+waits, the channel's socket is not read until half of it is written: so a client is
+slowed down by the disk, and nobody needs memory for what it sends.
+
+All classes belong to the loop. Invariants:
+
+1. An upload ends with its transaction: ``discard`` is called for every reason for
+   which a commit, an abort or a channel ends, and may be called again. It removes
+   what the storage has not taken.
+2. After an error of the disk the rest of the transaction's chunks is received and
+   dropped; the vote gets the error.
+3. A vote is handed to the committer when all chunks of its transaction are on disk.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ZODB.POSException import POSKeyError, Unsupported
+
+from zeolith.protocol.errors import RemoteProtocolError
+from zeolith.protocol.limits import Limits
+from zeolith.server.committer import Answer, Commit, Phase
+from zeolith.storage.blobs import name_in
+
+if TYPE_CHECKING:
+    from zeolith.server.peer import Peer
+    from zeolith.server.served import Served
+
+logger = logging.getLogger(__name__)
+
+Paths = dict[int | str, Path]
+
+
+class Blobs:
+    """The methods of the wire that have to do with blobs."""
+
+    def __init__(self, read: Callable[..., object], limits: Limits):
+        # Service's way to answer from a reader thread.
+        self._read = read
+        self._limits = limits
+        self.handlers: dict[str, Callable[..., Any]] = {
+            "blob_chunk": self._blob_chunk,
+            "load_blob": self._load_blob,
+        }
+
+    def _blob_chunk(
+        self,
+        peer: "Peer",
+        _number: int,
+        transaction_id: bytes,
+        blob: int,
+        data: bytes,
+    ) -> None:
+        assert peer.session is not None
+        served = peer.session.served
+        limits = self._limits
+        if not served.database.takes_blobs:
+            raise Unsupported("this storage has no blobs")
+        if len(data) > limits.batch_bytes_max:
+            raise RemoteProtocolError(
+                f"a chunk of {len(data)} bytes"
+                f" (batch_bytes_max is {limits.batch_bytes_max})"
+            )
+        upload = peer.upload
+        if upload is None or upload.transaction_id != transaction_id:
+            # A transaction that was given up before its vote leaves its blobs.
+            discard(peer)
+            upload = peer.upload = Uploading(served, peer, transaction_id, limits)
+        upload.receive(blob, data)
+
+    def _load_blob(
+        self, peer: "Peer", number: int, oid: bytes, tid: bytes, offset: int, size: int
+    ) -> object:
+        assert peer.session is not None
+        served = peer.session.served
+        if tid >= served.horizon:
+            # A storage has the file from the vote on.
+            raise POSKeyError(oid)
+        limits = self._limits
+        size = min(size, limits.batch_bytes_max, limits.record_bytes_max)
+        if offset >= 2**63:
+            raise ValueError("an offset beyond all files")
+        load = served.database.load_blob
+        return self._read(peer, number, load, oid, tid, offset, size)
+
+
+class Uploading:
+    """The blobs that one channel sends for one transaction."""
+
+    def __init__(
+        self, served: "Served", peer: "Peer", transaction_id: bytes, limits: Limits
+    ):
+        self.transaction_id = transaction_id
+        self._files = served.database.uploads.begin()
+        self._workers = served.workers
+        self._peer = peer
+        self._limits = limits
+        self._numbers: set[int] = set()
+        # What no thread has been given yet.
+        self._queue: list[tuple[int, bytes]] = []
+        # What is not written yet, queued or with a thread.
+        self._waiting_bytes = 0
+        self._is_writing = False
+        # Of the disk; told at the vote.
+        self._error: BaseException | None = None
+        # Whoever waits for everything to be written.
+        self._when_written: Callable[[], None] | None = None
+        self._is_discarded = False
+
+    def receive(self, number: int, data: bytes) -> None:
+        """One more chunk; raises RemoteProtocolError."""
+        self._numbers.add(number)
+        if len(self._numbers) > self._limits.transaction_blobs_max:
+            raise RemoteProtocolError(
+                "a transaction with more than"
+                f" {self._limits.transaction_blobs_max} blobs (transaction_blobs_max)"
+            )
+        if self._error is not None:
+            return
+        self._queue.append((number, data))
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes > self._limits.blob_backlog_bytes_max:
+            self._peer.pause()
+        self._write()
+
+    def seal(
+        self,
+        operations: list[list[Any]],
+        sealed: Callable[[Paths, BaseException | None], None],
+    ) -> None:
+        """Call ``sealed`` with the files when everything is written and synced."""
+
+        def written() -> None:
+            if self._error is not None:
+                sealed({}, self._error)
+                return
+            sealing = self._workers.write_blobs(self._files.seal, operations)
+            sealing.add_done_callback(done)
+
+        def done(sealing: "asyncio.Future[Paths]") -> None:
+            error = sealing.exception()
+            sealed({} if error else sealing.result(), error)
+
+        if self._is_writing:
+            self._when_written = written
+        else:
+            written()
+
+    def discard(self) -> None:
+        """The transaction has ended: remove what the storage has not taken."""
+        if self._is_discarded:
+            return
+        self._is_discarded = True
+        self._when_written = None
+        self._queue.clear()
+        discarding = self._workers.write_blobs(self._files.discard)
+        discarding.add_done_callback(_log_failure)
+
+    def _write(self) -> None:
+        if self._is_writing or not self._queue:
+            return
+        batch, self._queue = self._queue, []
+        self._is_writing = True
+        writing = self._workers.write_blobs(self._files.write, batch)
+        writing.add_done_callback(partial(self._written, sum(map(_size, batch))))
+
+    def _written(self, size: int, writing: "asyncio.Future[None]") -> None:
+        self._is_writing = False
+        self._waiting_bytes -= size
+        error = writing.exception()
+        if error is not None and not self._is_discarded:
+            self._error = error
+            self._queue.clear()
+            # Not at the end of the transaction: the disk may be full.
+            self._workers.write_blobs(self._files.discard).add_done_callback(
+                _log_failure
+            )
+        if not self._queue:
+            self._waiting_bytes = 0
+        if self._waiting_bytes <= self._limits.blob_backlog_bytes_max // 2:
+            self._peer.resume()
+        self._write()
+        if not self._is_writing and self._when_written is not None:
+            written, self._when_written = self._when_written, None
+            written()
+
+
+def discard(peer: "Peer", transaction_id: bytes | None = None) -> None:
+    """Let go of what ``peer`` has uploaded, for ``transaction_id`` or for any."""
+    upload = peer.upload
+    if upload is not None and transaction_id in (None, upload.transaction_id):
+        peer.upload = None
+        upload.discard()
+
+
+def vote(
+    peer: "Peer", served: "Served", commit: Commit, limits: Limits, answer: Answer
+) -> None:
+    """Let ``commit`` vote, as soon as its blobs are on disk."""
+    transaction = commit.transaction
+    upload = peer.upload
+    if upload is not None and upload.transaction_id != transaction.id:
+        discard(peer)
+        upload = None
+    peer.upload = None
+    if upload is None:
+        if all(name_in(operation) is None for operation in transaction.operations):
+            served.committer.vote(commit, answer)
+            return
+        upload = Uploading(served, peer, transaction.id, limits)
+    commit.when_ended.append(upload.discard)
+    commit.answer = answer
+
+    def sealed(paths: Paths, error: BaseException | None) -> None:
+        if commit.phase is not Phase.WAITING:
+            # Its channel is gone.
+            return
+        if error is None:
+            transaction.blobs = paths
+            served.committer.vote(commit, answer)
+            return
+        if isinstance(error, OSError):
+            logger.error("a blob of %s could not be written: %s", peer.address, error)
+        served.committer.abandon(commit, error, None)  # type: ignore[arg-type]
+
+    upload.seal(transaction.operations, sealed)
+
+
+def _size(chunk: tuple[int, bytes]) -> int:
+    return len(chunk[1])
+
+
+def _log_failure(discarding: "asyncio.Future[None]") -> None:
+    error = discarding.exception()
+    if error is not None:
+        logger.error("an uploaded blob could not be removed: %s", error)

@@ -1,0 +1,71 @@
+"""A Data.fs below wrappers: all that a FileStore is, with records that are converted.
+
+Commits, undo and packing go through the wrappers; loads read the file as a FileStore
+does and convert what they find. Identity, oids and tids are the FileStore's. See
+``database`` for the threads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from zeolith.storage.database import Revision, WouldBlock
+from zeolith.storage.filestore import FileStore
+from zeolith.storage.wrapping import reading, wrappers
+
+# More than this is not converted on the loop.
+LOOP_BYTES_MAX = 16 * 1024
+
+
+class NotAWrapper(Exception):
+    """What was made of the file is a storage of another kind."""
+
+
+class WrappedFileStore(FileStore):
+    """The database in a Data.fs, as it is seen through wrappers."""
+
+    def __init__(
+        self, name: str, path: str, wrap: Callable[[Any], Any], **options: Any
+    ):
+        """``wrap`` makes the storage of the opened file; NotAWrapper if it is none."""
+        self._wrap = wrap
+        super().__init__(name, path, **options)
+        self._reading = reading(self._storage)
+
+    def _around(self, file: Any) -> Any:
+        storage = self._wrap(file)
+        stack = list(wrappers(storage))
+        if not stack or stack[-1].base is not file:
+            raise NotAWrapper
+        return storage
+
+    # loop
+
+    def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
+        """See Database.load_nowait."""
+        if self._reading is None:
+            raise WouldBlock
+        found = super().load_nowait(oid, before)
+        if found is not None and len(found.data) > LOOP_BYTES_MAX:
+            raise WouldBlock
+        return self._converted(found)
+
+    # reader
+
+    def load(self, oid: bytes, before: bytes) -> Revision | None:
+        """See Database.load."""
+        if self._reading is None:
+            found = self._storage.loadBefore(oid, before)
+            return None if found is None else Revision(*found)
+        return self._converted(super().load(oid, before))
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        """See Database.load_serial."""
+        if self._reading is None:
+            data: bytes = self._storage.loadSerial(oid, tid)
+            return data
+        return self._reading(super().load_serial(oid, tid))
+
+    def _converted(self, found: Revision | None) -> Revision | None:
+        if found is None or self._reading is None:
+            return found
+        return found._replace(data=self._reading(found.data))

@@ -1,0 +1,194 @@
+"""Blobs on their way out and in, with a channel that is a list."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ZODB.POSException import POSKeyError, StorageError, Unsupported
+from ZODB.utils import p64
+
+from zeolith.client.blobs import BlobCache, SharedBlobs
+from zeolith.client.errors import ChannelLost
+from zeolith.client.uploads import SENT_BYTES, Uploads, fetch, open_blobs
+from zeolith.protocol.codec import decode
+from zeolith.protocol.frames import PREFIX_BYTES
+from zeolith.protocol.limits import DEFAULT, Limits
+
+A, B, T1 = p64(1), p64(2), p64(10)
+X = b"transaction-0001"
+SMALL = Limits(batch_bytes_max=10)
+
+
+class Channel:
+    """Remembers what was sent; is lost after so many messages."""
+
+    def __init__(self, lost_after: int | None = None):
+        self.sent: list[list[Any]] = []
+        self._lost_after = lost_after
+
+    def send(self, data: bytes) -> None:
+        if len(self.sent) == self._lost_after:
+            raise ChannelLost("cut")
+        notice: Any = decode(data[PREFIX_BYTES:])
+        assert notice.method == "blob_chunk"
+        self.sent.append(notice.args)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Any:
+    cache = BlobCache(tmp_path / "cache")
+    yield cache
+    cache.close()
+
+
+@pytest.fixture
+def uploads(cache: BlobCache) -> Uploads:
+    return Uploads(cache, X)
+
+
+def file(tmp_path: Path, data: bytes) -> str:
+    path = tmp_path / "uncommitted"
+    path.write_bytes(data)
+    return str(path)
+
+
+def not_fetched(*_args: Any) -> None:
+    raise AssertionError("fetched though it is here")
+
+
+# Out
+
+
+@pytest.mark.parametrize(
+    ("size", "chunks"), [(0, [0]), (1, [1]), (10, [10]), (25, [10, 10, 5])]
+)
+def test_a_blob_is_sent_in_chunks(uploads, tmp_path, size, chunks):
+    data = os.urandom(size)
+    number = uploads.take(A, file(tmp_path, data))
+    channel: Any = Channel()
+    uploads.send(number, channel, SMALL)
+    assert [len(each[2]) for each in channel.sent] == chunks
+    assert b"".join(each[2] for each in channel.sent) == data
+    assert {(each[0], each[1]) for each in channel.sent} == {(X, 0)}
+
+
+def test_a_chunk_is_not_larger_than_what_others_can_wait_for(uploads, tmp_path):
+    number = uploads.take(A, file(tmp_path, bytes(SENT_BYTES + 1)))
+    channel: Any = Channel()
+    uploads.send(number, channel, DEFAULT)
+    assert [len(each[2]) for each in channel.sent] == [SENT_BYTES, 1]
+
+
+def test_the_file_is_taken_at_once_and_each_has_a_number(uploads, tmp_path):
+    path = file(tmp_path, b"one")
+    assert uploads.take(A, path) == 0
+    assert not os.path.exists(path)
+    assert uploads.take(B, file(tmp_path, b"two")) == 1
+
+
+def test_a_committed_blob_is_in_the_cache(uploads, cache, tmp_path):
+    uploads.take(A, file(tmp_path, b"data"))
+    uploads.adopt(T1)
+    uploads.close()
+    assert Path(cache.path_of(A, T1, not_fetched)).read_bytes() == b"data"
+
+
+def test_of_two_files_of_an_object_the_last_one_is_kept(uploads, cache, tmp_path):
+    uploads.take(A, file(tmp_path, b"one"))
+    uploads.take(A, file(tmp_path, b"two"))
+    uploads.adopt(T1)
+    assert Path(cache.path_of(A, T1, not_fetched)).read_bytes() == b"two"
+    assert not os.listdir(cache.temporary_directory())
+
+
+def test_what_is_not_committed_is_removed(uploads, cache, tmp_path):
+    uploads.take(A, file(tmp_path, b"one"))
+    uploads.take(B, file(tmp_path, b"two"))
+    uploads.close()
+    uploads.close()
+    assert not os.listdir(cache.temporary_directory())
+
+
+def test_a_lost_channel_is_told(uploads, tmp_path):
+    number = uploads.take(A, file(tmp_path, bytes(100)))
+    channel: Any = Channel(lost_after=3)
+    with pytest.raises(ChannelLost):
+        uploads.send(number, channel, SMALL)
+    assert len(channel.sent) == 3
+
+
+def test_a_storage_without_a_directory_takes_nothing(tmp_path):
+    path = file(tmp_path, b"data")
+    uploads = Uploads(None, X)
+    assert not uploads.is_shared
+    with pytest.raises(Unsupported, match="need a blob_dir"):
+        uploads.take(A, path)
+    uploads.close()
+
+
+# Where
+
+
+def test_where_blobs_are_is_chosen_by_the_arguments(tmp_path):
+    assert open_blobs(None, False, None, 10) is None
+    cache = open_blobs(str(tmp_path / "cache"), False, 10**6, 20)
+    assert isinstance(cache, BlobCache)
+    cache.close()
+    (tmp_path / "shared").mkdir()
+    shared = open_blobs(str(tmp_path / "shared"), True, None, 10)
+    assert isinstance(shared, SharedBlobs)
+    assert Uploads(shared, X).is_shared
+
+
+# In
+
+
+class Blob:
+    """A blob at a server, by the part."""
+
+    def __init__(self, data: bytes, part: int):
+        self._data = data
+        self._part = part
+        self.asked: list[int] = []
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        assert method == "load_blob"
+        oid, _tid, offset, _size = args
+        if oid != A:
+            raise POSKeyError(oid)
+        self.asked.append(offset)
+        return len(self._data), self._data[offset : offset + self._part]
+
+
+@pytest.mark.parametrize(
+    ("size", "offsets"), [(0, [0]), (5, [0]), (10, [0]), (25, [0, 10, 20])]
+)
+def test_a_blob_is_fetched_in_parts(size, offsets):
+    data = os.urandom(size)
+    blob = Blob(data, 10)
+    target = io.BytesIO()
+    fetch(blob, A, T1, target, SMALL)
+    assert target.getvalue() == data
+    assert blob.asked == offsets
+
+
+def test_a_blob_that_is_not_there_is_a_missing_key():
+    with pytest.raises(POSKeyError):
+        fetch(Blob(b"", 10), B, T1, io.BytesIO(), SMALL)
+
+
+def test_a_blob_that_is_another_one_at_the_next_server_is_not_put_together():
+    first, second = Blob(bytes(25), 10), Blob(bytes(26), 10)
+
+    def call(method: str, *args: Any) -> Any:
+        return (second if args[2] else first)(method, *args)
+
+    with pytest.raises(StorageError, match="has changed"):
+        fetch(call, A, T1, io.BytesIO(), SMALL)
+
+
+def test_a_server_that_gives_no_more_is_not_asked_for_ever():
+    with pytest.raises(StorageError, match="has changed"):
+        fetch(lambda *_args: (5, b""), A, T1, io.BytesIO(), SMALL)
