@@ -16,20 +16,22 @@ logger = logging.getLogger(__name__)
 
 
 class IndexSaver:
-    """Has every index saved once in ``interval_s``."""
+    """Has every index saved at the start, and then once in ``interval_s``.
+
+    At the start because a crash may be followed by another, and because opening leaves
+    that to us: nobody waits for it here.
+    """
 
     def __init__(self, databases: Iterable[Served], interval_s: float):
         # May be changed at any time.
         self.interval_s = interval_s
         self._databases = tuple(databases)
-        # When each was begun last. The first interval begins with the first tick.
-        self._begun_at = math.inf
+        # When each was begun last.
+        self._begun_at = -math.inf
         self._saving: set[str] = set()
 
     def tick(self, now: float) -> None:
         """Begin what is due at ``now``; called about once a second."""
-        if self._begun_at == math.inf:
-            self._begun_at = now
         if now - self._begun_at < self.interval_s:
             return
         self._begun_at = now

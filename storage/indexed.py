@@ -34,7 +34,9 @@ LOCK_TIMEOUT_S = 5.0
 class IndexedFile(FileStorage):
     """A FileStorage with an index that is saved at any time, and read fast."""
 
-    # Where in the log the saved index ends; 0 if there is none.
+    # Which index was saved: a pack makes another one. Where in the log it ends, and
+    # the size of the file.
+    _saved_index: Any = None
     _saved_upto = 0
     _saved_bytes = 0
     # The prefixes that changed since a save in the background asked, if there is one.
@@ -47,9 +49,6 @@ class IndexedFile(FileStorage):
         self._reads_all = options.get("stop") is None
         self._saving = threading.Lock()
         super().__init__(path, **options)
-        # FileStorage saves an index that it had to make, but not one that it mended.
-        if self._has_grown():
-            self._save_index()
 
     def save_index_if_grown(self) -> bool:
         """Save the index if that is worth it; false if it is not, or not now.
@@ -81,15 +80,18 @@ class IndexedFile(FileStorage):
         if self._is_read_only or self._is_closed:
             return False
         grown_bytes = self._pos
-        # If the file is smaller, a pack could not save its index.
-        if self._pos >= self._saved_upto:
+        # If it is another one, a pack could not save it.
+        if self._index is self._saved_index:
             grown_bytes -= self._saved_upto
         return grown_bytes >= max(
             GROWTH_MIN_BYTES, self._saved_bytes * GROWTH_MIN_OF_INDEX
         )
 
     def _restore_index(self) -> tuple[Any, int, bytes] | None:
-        """Called once, at opening: the index, how far it goes, the last tid in it."""
+        """Called once, at opening: the index, how far it goes, the last tid in it.
+
+        What was read is not saved at once: a sync can take longer than the scan.
+        """
         restored = self._load_index()
         if not self._reads_all:
             return restored
@@ -111,12 +113,12 @@ class IndexedFile(FileStorage):
         if not tid:
             # _sane has said that the index is ignored.
             return None
-        self._saved_upto = saved.position
+        self._saved_index, self._saved_upto = saved
         self._saved_bytes = self._index_path.stat().st_size
         return saved.objects, saved.position, tid
 
     def _save_index(self) -> None:
-        """Called at opening, by close, and by pack under the lock.
+        """Called at opening, by close, and by FileStorage's own pack under the lock.
 
         Not being able to is no reason for any of them to fail.
         """
@@ -124,17 +126,20 @@ class IndexedFile(FileStorage):
             return
         # A commit that hangs in a dying disk has it; close must end nevertheless.
         if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
-            logger.warning("%s is not saved: a commit hangs", self._index_path)
+            self._warn("a commit hangs")
             return
         try:
             self._saved_bytes = index.save_still(
                 self._index, self._pos, self._index_path
             )
-            self._saved_upto = self._pos
+            self._saved_index, self._saved_upto = self._index, self._pos
         except OSError as error:
-            logger.warning("%s is not saved: %s", self._index_path, error)
+            self._warn(error)
         finally:
             self._lock.release()
+
+    def _warn(self, reason: object) -> None:
+        logger.warning("%s is not saved: %s", self._index_path, reason)
 
     def _finish_finish(self, tid: bytes) -> None:
         """Called by tpc_finish, under the lock."""
@@ -177,6 +182,7 @@ class _Source:
         with self._lock:
             self._check()
             replacement.replace(self._file._index_path)
+            self._file._saved_index = self._index
             self._file._saved_upto = position
 
     def _check(self) -> None:

@@ -20,6 +20,8 @@ from zeolith.storage.records import HEADER_BYTES, Header, parse_header
 
 _HEADER = Struct(">8sQcHHH")
 _LENGTH = Struct(">Q")
+# Read at once of a transaction's records, for their headers.
+_PIECE_BYTES = 64 * 1024
 # Before the first transaction there are only the four bytes of the magic number.
 _START = 4
 
@@ -117,10 +119,14 @@ class LogReader:
     def oids(self, entry: Entry) -> list[bytes]:
         """The oids that the transaction wrote, each once."""
         oids: dict[bytes, None] = {}
-        position = entry.records
+        position = base = entry.records
+        piece = b""
         while position < entry.end:
-            head = os.pread(self._fd, HEADER_BYTES, position)
-            header = Header._make(parse_header(head))
+            if position - base + HEADER_BYTES > len(piece):
+                base = position
+                size = min(max(entry.end - base, HEADER_BYTES), _PIECE_BYTES)
+                piece = os.pread(self._fd, size, base)
+            header = Header._make(parse_header(piece, position - base))
             oids[header.oid] = None
             position += HEADER_BYTES + (header.length or 8)
         return list(oids)

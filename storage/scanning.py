@@ -22,16 +22,17 @@ from ZODB._compat import FILESTORAGE_MAGIC
 logger = logging.getLogger(__name__)
 
 MAGIC: bytes = FILESTORAGE_MAGIC
-# Read at once: enough for a disk to be busy, little enough to be in the cache.
-PIECE_BYTES = 4 * 1024**2
+# Read at once: enough for a disk to be busy, little enough for the processor's cache.
+PIECE_BYTES = 1024**2
 PROGRESS_INTERVAL_S = 5.0
 # A scan of less is over before anybody asks what takes so long.
 TOLD_FROM_BYTES = 64 * 1024**2
 
 _TRANSACTION = Struct(">8sQcHHH")
-# oid (as the index splits it), tid, previous record (likewise), transaction, version,
-# length.
-_RECORD = Struct(">6s2s8xH6sQHQ")
+# oid (as the index splits it), tid, previous record (likewise), transaction with the
+# length of the version, length.
+_RECORD = Struct(">6s2s8xH6s10sQ")
+_NO_VERSION = bytes(2)
 _LENGTH = Struct(">Q")
 _NOWHERE = bytes(6)
 
@@ -194,23 +195,28 @@ class _Scanner:
         """
         window, buckets, header_bytes = self.window, self._buckets, _RECORD.size
         data, base, unpack = window.data, window.position, _RECORD.unpack_from
+        last_offset, append = len(data) - header_bytes, found.append
+        where, last_prefix = _LENGTH.pack(start) + _NO_VERSION, b""
         while position < end:
-            offset = position - base
-            if offset + header_bytes > len(data):
-                offset = window.at(position, header_bytes)
+            if position - base > last_offset:
+                window.at(position, header_bytes)
                 data, base = window.data, window.position
-            prefix, suffix, high, previous, transaction, version, length = unpack(
-                data, offset
+                last_offset = len(data) - header_bytes
+            prefix, suffix, high, previous, transaction, length = unpack(
+                data, position - base
             )
-            if transaction != start or high or version:
+            if transaction != where or high:
                 raise _Odd
-            bucket = buckets.get(prefix)
-            if bucket is None:
-                bucket = fresh.setdefault(prefix, fsBucket())
-            if bucket.get(suffix, _NOWHERE) != previous:
+            if prefix != last_prefix:
+                # The next record is mostly of the same bucket.
+                last_prefix, bucket = prefix, buckets.get(prefix)
+                if bucket is None:
+                    bucket = fresh.setdefault(prefix, fsBucket())
+                position_of = bucket.get
+            if position_of(suffix, _NOWHERE) != previous:
                 self.first_inconsistent = self.first_inconsistent or position
                 self.inconsistent += 1
-            found.append((bucket, suffix, position.to_bytes(6, "big")))
+            append((bucket, suffix, position.to_bytes(6, "big")))
             position += header_bytes + (length or 8)
         if position != end:
             raise _Odd

@@ -9,6 +9,7 @@ it is open. Both times begin with the process. The peers take turns in every rou
 file is in the page cache, and the figures are medians.
 """
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -75,6 +76,8 @@ def make(folder: Path, objects: int) -> None:
     insert(storage, range(objects - fresh + 1, objects + 1))
     storage.close()
     shutil.copy(f"{path}.index", folder / CASES[0])
+    # Or a sync of whoever is measured would wait for these.
+    os.sync()
 
 
 def insert(storage: FileStorage, oids: range) -> None:

@@ -24,8 +24,9 @@ from zeolith.storage import index, indexed, scanning
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.indexed import IndexedFile
 
-from ..support.gates import Background
+from ..support.gates import Background, Gate
 from ..support.ids import number
+from ..support.waiting import wait_until
 from .histories import histories, write
 
 WAIT_S = 30
@@ -189,26 +190,37 @@ def test_it_is_saved_only_if_the_log_has_grown_enough(open_file, monkeypatch):
     assert storage.save_index_if_grown()
 
 
-def test_a_pack_meanwhile_saves_its_own(open_file, tmp_path, monkeypatch):
+def test_what_is_being_saved_is_given_up_when_a_pack_takes_the_file(
+    open_file, tmp_path, monkeypatch
+):
     storage = open_file()
     for _ in range(5):
         store(storage, 0, 1, 2)
-    buckets = indexed._Source.bucket
+    gate, buckets = Gate(), indexed._Source.bucket
 
-    def pack_first(source: indexed._Source, prefix: bytes) -> bytes:
-        storage.pack(time.time() + 1, referencesf, gc=False)
+    def gated(source: indexed._Source, prefix: bytes) -> bytes:
+        gate.pass_through()
         return buckets(source, prefix)
 
-    monkeypatch.setattr(indexed._Source, "bucket", pack_first)
-    # The one of opening was of an empty file.
-    assert not storage.save_index_if_grown()
+    monkeypatch.setattr(indexed._Source, "bucket", gated)
+    gate.shut()
+    in_vain = Background(storage.save_index_if_grown)
+    gate.wait_until_reached()
+    before = storage._index
+    packing = Background(storage.pack, time.time() + 1, referencesf, gc=False)
+    wait_until(lambda: storage._index is not before, "the new file")
+    gate.open()
+    assert in_vain.result() is False
+    packing.result()
     path = crashed(storage, tmp_path / "crashed")
     assert index_end(path) == path.stat().st_size == storage._pos
     assert zodb_believes(path)
-    assert sorted(each.name for each in tmp_path.glob("*.new")) == []
+    assert not list(tmp_path.glob("*.new"))
 
 
-def test_after_a_pack_that_could_not_save_it_is_saved(open_file, tmp_path, monkeypatch):
+def test_after_a_pack_that_could_not_save_it_is_saved(
+    open_file, tmp_path, monkeypatch, caplog
+):
     storage = open_file()
     for _ in range(9):
         store(storage, 0)
@@ -220,6 +232,7 @@ def test_after_a_pack_that_could_not_save_it_is_saved(open_file, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(index, "save_still", full)
         storage.pack(time.time() + 1, referencesf, gc=False)
+    assert "Data.fs.index is not saved: no space" in caplog.text
     assert storage._pos < index_end(tmp_path / "Data.fs")
     assert storage.save_index_if_grown()
     assert index_end(tmp_path / "Data.fs") == storage._pos
@@ -344,11 +357,14 @@ def check_opening(path: Path) -> IndexedFile:
     return storage
 
 
-def test_a_stale_index_is_completed_and_saved(saved):
-    assert index_end(saved) < saved.stat().st_size
+def test_a_stale_index_is_completed_and_saved_later(saved):
+    end = index_end(saved)
+    assert end < saved.stat().st_size
     storage = IndexedFile(str(saved))
     try:
         assert storage._used_index
+        assert index_end(saved) == end
+        assert storage.save_index_if_grown()
         assert index_end(saved) == saved.stat().st_size
     finally:
         storage.close()

@@ -12,6 +12,7 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.utils import z64
 
+from zeolith.storage import log as log_module
 from zeolith.storage.log import LogReader
 
 from ..support.ids import number
@@ -117,6 +118,15 @@ def test_an_oid_that_was_stored_twice_is_listed_once(storage):
     with log_of(storage) as log:
         [entry] = log.backwards()
         assert log.oids(entry) == [number(7)]
+
+
+@pytest.mark.parametrize("piece_bytes", [42, 50, 100, 1000])
+def test_the_oids_are_read_in_pieces(storage, monkeypatch, piece_bytes):
+    monkeypatch.setattr(log_module, "_PIECE_BYTES", piece_bytes)
+    store(storage, *range(1, 30))
+    with log_of(storage) as log:
+        [entry] = log.backwards()
+        assert log.oids(entry) == [number(each) for each in range(1, 30)]
 
 
 def test_nothing_beyond_the_end_is_seen(storage):
