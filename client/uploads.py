@@ -23,8 +23,9 @@ from zeolith.protocol.messages import Notice
 
 Blobs = BlobCache | SharedBlobs
 
-# Sent: small enough that whoever shares the server's loop does not notice.
-SENT_BYTES = 256 * 1024
+# Of a chunk: whoever shares the server's loop does not notice it, and buffers of this
+# size are used again by malloc, where larger ones are mapped anew each time.
+SENT_BYTES = 60 * 1024
 
 
 class Uploads:

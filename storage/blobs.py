@@ -187,6 +187,20 @@ class Upload:
                 assert self._file is not None
                 self._file.write(data)
 
+    def flush(self) -> None:
+        """Bring what was written so far to the disk, while more is written.
+
+        So the sync at the end is short. Raises OSError.
+        """
+        with self._lock:
+            if self._file is None:
+                return
+            descriptor = os.dup(self._file.fileno())
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def seal(self, operations: list[list[Any]]) -> dict[int | str, Path]:
         """Everything is written: the file of each name in ``operations``, synced.
 

@@ -219,7 +219,7 @@ def test_a_transaction_may_have_many_blobs_and_each_is_sent_once(
     server, client, other, sent
 ):
     transaction = client.begin()
-    blobs = {client.storage.new_oid(): os.urandom(n * 1000) for n in range(200)}
+    blobs = {client.storage.new_oid(): os.urandom(n * 300) for n in range(200)}
     for oid, data in blobs.items():
         client.store(transaction, oid, data)
     tid = client.finish(transaction)
