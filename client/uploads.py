@@ -60,7 +60,7 @@ class Uploads:
             data = file.read(size)
             while True:
                 arguments = [self._transaction_id, number, data]
-                channel.send(encode(Notice("blob_chunk", arguments)))
+                channel.send_patiently(encode(Notice("blob_chunk", arguments)))
                 data = file.read(size)
                 if not data:
                     # An empty blob has one part, too.

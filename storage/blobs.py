@@ -121,7 +121,7 @@ class Uploads:
 
     @property
     def _has_directory(self) -> bool:
-        # That of a FileStorage without blobs has none.
+        # That of a cache has none, nor has that of a FileStorage without blobs.
         return hasattr(getattr(self._storage, "fshelper", None), "base_dir")
 
     @property

@@ -427,7 +427,7 @@ def test_a_server_that_goes_in_an_upload_leaves_nothing(
     tmp_path, number, monkeypatch, gate
 ):
     sending = count()
-    send = Channel.send
+    send = Channel.send_patiently
 
     def send_some(self: Channel, data: bytes) -> None:
         if next(sending) == 10:
@@ -435,7 +435,7 @@ def test_a_server_that_goes_in_an_upload_leaves_nothing(
             gate.pass_through()
         send(self, data)
 
-    monkeypatch.setattr(Channel, "send", send_some)
+    monkeypatch.setattr(Channel, "send_patiently", send_some)
     folder = tmp_path / "server"
     folder.mkdir()
     server = ServerProcess(folder, storages=FILESTORAGE)
