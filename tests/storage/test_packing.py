@@ -278,6 +278,29 @@ def test_an_undo_of_what_is_being_removed_gives_the_pack_up(database, gate):
     assert data_of(database, A) == plain("first")
 
 
+def test_who_had_the_lock_before_is_copied_without_it(database, monkeypatch):
+    """Commits wait for what one of them takes, not for what many took meanwhile."""
+    monkeypatch.setattr(packing, "CLOSE_BYTES", 1000)
+    fill(database)
+    replace, hold = packing.FilePack._replace, packing.FilePack._replace_held
+    left: list[int] = []
+
+    def commit_first(self: Any, *args: Any) -> Any:
+        commit(database, store(C, plain("x" * 100_000)))
+        return replace(self, *args)
+
+    def note(self: Any, process: Any, index: Any) -> Any:
+        left.append(index.get(C, 0))
+        return hold(self, process, index)
+
+    monkeypatch.setattr(packing.FilePack, "_replace", commit_first)
+    monkeypatch.setattr(packing.FilePack, "_replace_held", note)
+    assert pack(database).has_changed
+    # It was copied, and its place known, before.
+    assert left[0] > 0
+    assert data_of(database, C) == plain("x" * 100_000)
+
+
 def test_one_pack_at_a_time(database, gate):
     fill(database)
     background = Background(pack, database)
@@ -376,9 +399,9 @@ def test_a_packer_that_does_not_answer_does_not_hold_commits_for_ever(
     fill(database)
     replace = packing.FilePack._replace
 
-    def stop_first(self: Any, process: Any, index: Any) -> Any:
+    def stop_first(self: Any, process: Any, *others: Any) -> Any:
         os.kill(process._process.pid, signal.SIGSTOP)
-        return replace(self, process, index)
+        return replace(self, process, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(packing.FilePack, "_replace", stop_first)
