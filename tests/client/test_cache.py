@@ -431,9 +431,16 @@ class Switch:
         return self._other is None
 
 
+def warm_up() -> None:
+    """Nothing, in which a switch may be made."""
+
+
 def with_switch(switch: Switch, function: Callable[..., Any], *args: Any) -> Any:
     """What `function` returns when the switch is made in the middle of it."""
     tracer = sys.gettrace()
+    # Python 3.12 tells of opcodes only from the call after the first one on.
+    sys.settrace(Switch(warm_up.__code__, 0, warm_up))
+    warm_up()
     sys.settrace(switch)
     try:
         return function(*args)
