@@ -108,6 +108,13 @@ def test_what_is_old_and_garbage_goes_and_the_old_file_is_kept(database, tmp_pat
     assert set(records_of(tmp_path / "Data.fs")) == {ROOT, A}
 
 
+def test_the_new_file_is_as_secret_as_the_old_one(database, tmp_path):
+    fill(database)
+    (tmp_path / "Data.fs").chmod(0o600)
+    pack(database)
+    assert (tmp_path / "Data.fs").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_old_file_goes_too_if_it_is_not_wanted(open_store, tmp_path):
     database = open_store(pack_keep_old=False)
     fill(database)
