@@ -43,7 +43,7 @@ class Upstream:
         To be asked in that callback. It is not if changes before ``tid`` are missing:
         then it is told again, like anybody's change.
         """
-        return self._storage.cache.valid_through == tid
+        return self._storage.position.in_place == tid
 
     # Reading
 
