@@ -47,6 +47,10 @@ class Upstream:
 
     # Reading
 
+    def catch_up(self) -> None:
+        """Be told what the server has committed until now, if it is there."""
+        self._storage.catch_up()
+
     def load_cached(
         self, oid: bytes, before: bytes
     ) -> tuple[bytes, bytes, bytes | None] | None:

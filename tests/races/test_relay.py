@@ -181,6 +181,17 @@ def test_a_snapshot_at_the_relay_has_nothing_that_was_not_announced(
     assert near.loadSerial(X, after) == b"3"
 
 
+def test_a_sync_sees_what_was_committed_at_the_far_server(server, relay, writer):
+    with client_of(relay, server_sync=True) as near:
+        held = HeldStream(server, upstream_of(relay)).hold()
+        for n in range(3):
+            tid = commit(writer, x=b"%d" % n)
+            near.sync()
+            assert near.lastTransaction() == tid
+            assert seen(near, "x") == b"%d" % n
+        held.release()
+
+
 # Identity, oids, passing through
 
 
