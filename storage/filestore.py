@@ -19,15 +19,15 @@ from typing import Any
 from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
-from zeolith.storage import conflicts
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
-from zeolith.storage.database import LogEntry, Revision
+from zeolith.storage.database import Conflict, LogEntry, Revision
 from zeolith.storage.identity import Identity
 from zeolith.storage.log import LogReader
 from zeolith.storage.records import NOWAIT, Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
+from zeolith.storage.undoing import UndoConflicts
 
 # How many oids are reserved on disk at a time, so that few requests wait for a sync.
 OIDS_RESERVED = 10_000
@@ -40,6 +40,8 @@ class _DataFile(FileStorage):
     """FileStorage that says when its index changes hands, and imports no classes."""
 
     generation: Generation | None = None
+    # Of the transaction under way; see commit.
+    undo_conflicts: UndoConflicts | None = None
     # Set by FileStorage.__init__ after the first _initIndex.
     _file: Any = None
 
@@ -86,13 +88,14 @@ class _DataFile(FileStorage):
     ) -> bytes:
         """Called by undo (store finds no conflict: commit has resolved it before)."""
         try:
-            return conflicts.resolve(
-                new,
-                self.loadSerial(oid, old_tid),
-                committed or self.loadSerial(oid, committed_tid),
-            )
-        except (conflicts.Unresolvable, POSKeyError):
+            old = self.loadSerial(oid, old_tid)
+            committed = committed or self.loadSerial(oid, committed_tid)
+        except POSKeyError:
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
+        assert self.undo_conflicts is not None, "an undo without a transaction"
+        return self.undo_conflicts.merge(
+            Conflict(oid, committed_tid, old_tid, committed, old, new)
+        )
 
 
 class FileStore(AdaptedStorage):
