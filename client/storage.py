@@ -6,11 +6,8 @@ own reading and writing, on a channel of its own.
 """
 
 import logging
-import os
 import threading
 import time
-import weakref
-from base64 import decodebytes
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
@@ -24,13 +21,14 @@ from ZODB.POSException import (
 )
 from zope.interface import alsoProvides, implementer
 
-from zeolith.client import copying, iteration, log, packing, uploads
+from zeolith.client import forks, iteration, packing, uploads
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
+from zeolith.client.log_methods import LogMethods
 from zeolith.client.position import Change, Position
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
@@ -61,7 +59,7 @@ _BLOB_INTERFACES = {
 
 
 @implementer(interfaces.IMultiCommitStorage, interfaces.IPrefetchStorage)
-class ClientStorage(ConflictResolvingStorage):
+class ClientStorage(LogMethods, ConflictResolvingStorage):
     """A storage whose data are in a server.
 
     ``addr`` is ``(host, port)``, a port, ``"host:port"``, a Unix socket's path, or a
@@ -132,7 +130,7 @@ class ClientStorage(ConflictResolvingStorage):
             limits=limits,
             on_session=self._welcome,
         )
-        _storages.add(self)
+        forks.watch(self)
         self._connector.start()
         if wait:
             try:
@@ -229,7 +227,7 @@ class ClientStorage(ConflictResolvingStorage):
             commit.abort()
         if self.blobs is not None:
             self.blobs.close()
-        _storages.discard(self)
+        forks.forget(self)
 
     def _welcome(self, session: Session) -> None:
         for name in session.welcome["interfaces"]:
@@ -239,8 +237,8 @@ class ClientStorage(ConflictResolvingStorage):
             if interface is not None and not interface.providedBy(self):
                 alsoProvides(self, interface)
 
-    def _forget_parent(self) -> None:
-        """In a forked child; see _after_fork."""
+    def forget_parent(self) -> None:
+        """In a forked child; see forks."""
         self.position.forget()
         self._commits.clear()
         self._take_nothing_ahead()
@@ -393,29 +391,6 @@ class ClientStorage(ConflictResolvingStorage):
         tid: bytes = self.call("get_tid", oid)
         return tid
 
-    def history(self, oid: bytes, size: int = 1) -> list[dict[str, Any]]:
-        """The last ``size`` revisions, newest first."""
-        return [
-            {**log.describe(entry), "tid": entry[0]}
-            for entry in self.call("history", oid, size)
-        ]
-
-    def iterator(
-        self, start: bytes | None = None, stop: bytes | None = None
-    ) -> iteration.Transactions:
-        """The transactions from ``start`` to ``stop`` (tids, inclusive), oldest first.
-
-        Those that are committed meanwhile may be among them, if ``stop`` does not
-        exclude them.
-        """
-        return iteration.Transactions(self.call, start, stop)
-
-    def record_iternext(
-        self, next: bytes | None = None
-    ) -> tuple[bytes, bytes, bytes, bytes | None]:
-        """``(oid, tid, data, next)``, object after object; begin with None."""
-        return self._current_records.next(next)
-
     def new_oid(self) -> bytes:
         """An oid that was never given out."""
         if self.isReadOnly():
@@ -520,10 +495,6 @@ class ClientStorage(ConflictResolvingStorage):
         """Remove an object that nothing refers to; the vote may raise ConflictError."""
         self._begun(transaction).stores.delete(oid, serial)
 
-    def copyTransactionsFrom(self, other: Any, verbose: int = 0) -> None:
-        """Commit the transactions of ``other`` here, with their ids and metadata."""
-        copying.copy_transactions(other, self)
-
     def tpc_vote(self, transaction: Any) -> list[bytes]:
         """Everything is checked and will be kept; returns resolved oids."""
         return self._begun(transaction).vote()
@@ -576,38 +547,7 @@ class ClientStorage(ConflictResolvingStorage):
             raise StorageTransactionError("the transaction has voted")
         return commit
 
-    # Undo, and the log
-
-    def undo(self, transaction_id: bytes, transaction: Any) -> None:
-        """Undo a transaction, by its id in undoLog; the vote says what it touched."""
-        if self.isReadOnly():
-            raise ReadOnlyError("the storage is read-only")
-        if not self.supportsUndo():
-            raise Unsupported("the server's storage cannot undo")
-        self._begun(transaction).stores.undo(decodebytes(transaction_id + b"\n"))
-
-    def undoLog(
-        self,
-        first: int = 0,
-        last: int = -20,
-        filter: Callable[[dict[str, Any]], bool] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Undoable transactions from ``first`` to ``last``, newest first.
-
-        A negative ``last`` is a number of transactions. The filter runs here, so it
-        may be anything.
-        """
-        return log.between(log.undoable(self.call), first, last, filter)
-
-    def undoInfo(
-        self,
-        first: int = 0,
-        last: int = -20,
-        specification: dict[str, Any] | None = None,
-    ) -> list[dict[str, Any]]:
-        """undoLog of the transactions that have all of ``specification``."""
-        wanted = log.having(specification) if specification else None
-        return self.undoLog(first, last, wanted)
+    # Packing
 
     def pack(
         self,
@@ -644,30 +584,3 @@ def _refuse_arguments_to_come(**arguments: object) -> None:
             raise NotSupportedYet(
                 f"ClientStorage: {name} is not supported yet by this release of zeolith"
             )
-
-
-# Storages of this process, so that a forked child can let go of its parent's sockets.
-_storages: "weakref.WeakSet[ClientStorage]" = weakref.WeakSet()
-
-
-def _before_fork() -> None:
-    for storage in tuple(_storages):
-        storage.position.hold()
-
-
-def _after_fork_in_parent() -> None:
-    for storage in tuple(_storages):
-        storage.position.let_go()
-
-
-def _after_fork() -> None:
-    for storage in tuple(_storages):
-        storage._forget_parent()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork,
-    )

@@ -15,7 +15,7 @@ from ZODB.FileStorage.FileStorage import FileStorageError
 
 from zeolith.protocol.errors import ShuttingDown
 from zeolith.server.served import Served
-from zeolith.storage.packing import PackCancelled, Packed, Packing
+from zeolith.storage.pack_progress import PackCancelled, Packed, Packing
 
 if TYPE_CHECKING:
     from zeolith.server.peer import Peer

@@ -18,7 +18,7 @@ from zeolith.server.committer import Committer
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import Database, Standing
-from zeolith.storage.packing import Packing
+from zeolith.storage.pack_progress import Packing
 from zeolith.storage.tids import following
 
 

@@ -40,7 +40,7 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.feed import Feed, Listener
 from zeolith.storage.iteration import current_in_storage, iterate_storage
-from zeolith.storage.packing import Packed, Packing
+from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.tids import Z64, advanced
 from zeolith.storage.wrapping import form_of
 

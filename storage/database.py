@@ -16,7 +16,7 @@ what clients have not heard of.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from transaction.interfaces import TransientError
 from ZODB.POSException import StorageError
@@ -24,9 +24,7 @@ from ZODB.POSException import StorageError
 from zeolith.storage.blobs import Piece, Uploads
 from zeolith.storage.changes import Change
 from zeolith.storage.feed import Listener
-
-if TYPE_CHECKING:
-    from zeolith.storage.packing import Packed, Packing
+from zeolith.storage.pack_progress import Packed, Packing
 
 
 class WouldBlock(Exception):
@@ -271,8 +269,8 @@ class Database(Protocol):
         """Size in bytes and number of objects, as far as the storage knows."""
 
     def pack(
-        self, time_s: float, gc: bool | None = None, packing: "Packing | None" = None
-    ) -> "Packed":
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
         """Remove what was not current at ``time_s``, and with ``gc`` garbage.
 
         ``gc`` None: as the storage's options say. Takes long, in a thread that nobody

@@ -37,13 +37,8 @@ from zeolith.storage.identity import Identity
 from zeolith.storage.indexed import IndexedFile
 from zeolith.storage.iteration import current_in_file, iterate_file
 from zeolith.storage.log import LogReader
-from zeolith.storage.packing import (
-    FilePack,
-    Packed,
-    Packing,
-    clean_up,
-    finish_leftovers,
-)
+from zeolith.storage.pack_progress import Packed, Packing
+from zeolith.storage.packing import FilePack, clean_up, finish_leftovers
 from zeolith.storage.records import NOWAIT, Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
 from zeolith.storage.undoing import UndoConflicts

@@ -29,17 +29,17 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from ZODB.blob import remove_committed_dir
 from ZODB.FileStorage.FileStorage import FileStorageError
 from ZODB.fsIndex import fsIndex
 
 from zeolith.storage.commit import FUTURE_MAX_S
+from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.superfluous import remove_blobs
 from zeolith.storage.tids import Z64, tid_at
 
@@ -52,77 +52,6 @@ ROUNDS_MAX = 20
 # A packer that does not do its last step in this time is given up: commits wait.
 HOLD_TIMEOUT_S = 20.0
 _READ_BYTES = 65536
-
-
-class Packed(NamedTuple):
-    """What a pack has come to."""
-
-    # False: there was nothing to remove.
-    has_changed: bool
-    size_before: int
-    size_after: int
-
-
-class PackCancelled(FileStorageError):
-    """Somebody did not want the pack any more."""
-
-
-class Packing:
-    """One pack, as others may see it, and stop it; any thread may."""
-
-    def __init__(self, who: str = ""):
-        self.who = who
-        self.started = time.time()
-        self.phase = "starting"
-        self.fraction = 0.0
-        # How far the old file is read, and how long it was at the start.
-        self.bytes = 0
-        self.bytes_total = 0
-        # False once it is too late, and for storages that pack by themselves.
-        self.is_cancellable = True
-        self._lock = threading.Lock()
-        self._reason: str | None = None
-        self._process: PackerProcess | None = None
-
-    def cancel(self, reason: str) -> bool:
-        """Give the pack up; false if it cannot be given up (any more)."""
-        with self._lock:
-            if not self.is_cancellable:
-                return False
-            self._reason = self._reason or reason
-            if self._process is not None:
-                self._process.kill()
-        return True
-
-    def refuse_if_cancelled(self) -> None:
-        """Raise PackCancelled if so."""
-        if self._reason is not None:
-            raise PackCancelled(self._reason)
-
-    def begins(self, process: "PackerProcess") -> None:
-        """``process`` does it; it is killed when the pack is cancelled."""
-        with self._lock:
-            self._process = process
-            if self._reason is not None:
-                process.kill()
-
-    def is_past_cancelling(self) -> None:
-        """From here on it is done to the end; raises PackCancelled if it is not."""
-        with self._lock:
-            self.refuse_if_cancelled()
-            self.is_cancellable = False
-            self._process = None
-
-    def describe(self) -> dict[str, Any]:
-        """For the wire and for ``zeolith status``."""
-        return {
-            "phase": self.phase,
-            "fraction": round(self.fraction, 4),
-            "bytes": self.bytes,
-            "bytes_total": self.bytes_total,
-            "started": self.started,
-            "who": self.who,
-        }
 
 
 class PackerProcess:

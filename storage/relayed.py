@@ -44,7 +44,7 @@ from zeolith.storage.database import (
     WouldBlock,
 )
 from zeolith.storage.feed import Feed
-from zeolith.storage.packing import Packed, Packing
+from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.tids import Z64
 
 Args = ParamSpec("Args")

@@ -18,7 +18,7 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.iteration import current_in_storage, iterate_storage
-from zeolith.storage.packing import Packed, Packing
+from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.wrapping import reading, wrappers
 
 # More than this is not converted on the loop.

@@ -1,10 +1,7 @@
 """ClientStorage: ZODB's interfaces over a server, with and without one."""
 
 import inspect
-import subprocess
-import sys
 import threading
-from base64 import encodebytes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +25,6 @@ from ZODB.POSException import (
 )
 from ZODB.utils import p64, u64
 from zope.interface.verify import verifyObject
-from ZopeUndo.Prefix import Prefix
 
 from zeolith.client import connector as connector_module
 from zeolith.client.errors import ClientDisconnected, NotSupportedYet
@@ -596,62 +592,7 @@ def test_who_is_registered_knows_what_was_committed_before(server, storage):
     assert storage.lastTransaction() == T2
 
 
-# Undo and pack
-
-
-def log_of(server: ScriptedServer) -> None:
-    """Two transactions, of two users."""
-    server.answers["undo_log"] = [
-        [T2, b"/shop bob", b"second", b"", 20],
-        [T1, b"/shop ann", b"first", b"", 10],
-    ]
-
-
-def test_the_undo_log_has_what_undo_needs(server, storage):
-    log_of(server)
-    entries = storage.undoLog()
-    assert [entry["description"] for entry in entries] == [b"second", b"first"]
-    meta = TransactionMetaData()
-    storage.tpc_begin(meta)
-    storage.undo(entries[0]["id"], meta)
-    server.answers["vote"] = ["voted", None, [A]]
-    assert storage.tpc_vote(meta) == [A]
-    ((_number, _metadata, operations),) = server.asked("vote")
-    assert operations == [["undo", T2]]
-
-
-def test_the_undo_log_is_filtered_here(server, storage):
-    log_of(server)
-    found = storage.undoLog(0, -20, lambda entry: entry["user_name"] == b"/shop ann")
-    assert [entry["description"] for entry in found] == [b"first"]
-
-
-@pytest.mark.parametrize(
-    ("specification", "found"),
-    [
-        (None, [b"second", b"first"]),
-        ({}, [b"second", b"first"]),
-        ({"user_name": b"/shop ann"}, [b"first"]),
-        ({"user_name": "/shop ann"}, [b"first"]),
-        ({"user_name": Prefix("/shop")}, [b"second", b"first"]),
-        ({"user_name": Prefix("/other")}, []),
-        ({"user_name": Prefix("/shop"), "description": b"second"}, [b"second"]),
-        ({"no such key": 1}, []),
-    ],
-)
-def test_undo_info_is_what_fits_a_specification(server, storage, specification, found):
-    log_of(server)
-    entries = storage.undoInfo(specification=specification)
-    assert [entry["description"] for entry in entries] == found
-
-
-def test_a_storage_that_cannot_undo_says_so(server):
-    server.hello = {"supports_undo": False}
-    with storage_at(server.address) as storage:
-        meta = TransactionMetaData()
-        storage.tpc_begin(meta)
-        with pytest.raises(Unsupported, match="cannot undo"):
-            storage.undo(encodebytes(T1).rstrip(), meta)
+# Pack
 
 
 def test_a_pack_is_told_until_when(server, storage, monkeypatch):
@@ -781,81 +722,3 @@ def test_objects_can_be_read_while_the_server_is_away(served):
                 connection.root()["away"]["value"]
             transaction.abort()
         db.close()
-
-
-FORK = """
-import os, sys, transaction
-from zeolith.client import DB
-
-address, way, children = sys.argv[1], sys.argv[2], 3
-db = DB(address)
-
-def count(name):
-    for _ in range(5):
-        for attempt in transaction.manager.attempts(1000):
-            with attempt:
-                connection = db.open()
-                root = connection.root()
-                root[name] = root.get(name, 0) + 1
-                root["all"] = root.get("all", 0) + 1
-            connection.close()
-
-def begin(number):
-    if way == "fork":
-        pid = os.fork()
-        if pid:
-            return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        try:
-            count(number)
-            db.close()
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    import multiprocessing
-    process = multiprocessing.get_context("fork").Process(target=count, args=(number,))
-    process.start()
-    return lambda: process.join() or process.exitcode
-
-count("parent")
-waiting = [begin(number) for number in range(children)]
-count("parent")
-assert [wait() for wait in waiting] == [0] * children
-count("parent")
-connection = db.open()
-root = connection.root()
-print(root["all"], root["parent"], *(root[number] for number in range(children)))
-connection.close()
-db.close()
-"""
-
-
-@pytest.mark.parametrize("way", ["fork", "multiprocessing"])
-def test_parent_and_forked_children_go_on_working(served, tmp_path, way):
-    """Each has a session of its own, and none disturbs that of another."""
-    script = tmp_path / "forking.py"
-    script.write_text(FORK)
-    host, port = served.address
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), f"{host}:{port}", way],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["30", "15", "5", "5", "5"]
-    assert not done.stderr
-
-
-def test_a_forked_child_in_the_middle_of_a_transaction_has_none(server, storage):
-    """The transaction is the parent's."""
-    meta = TransactionMetaData()
-    storage.tpc_begin(meta)
-    storage.store(A, T1, b"data", "", meta)
-    storage._connector.close()
-    storage._forget_parent()
-    assert storage.tpc_transaction() is None
-    assert storage.current_session is None
-    assert storage._oids == (None, [])

@@ -16,7 +16,7 @@ from zeolith.client.storage import ClientStorage
 from zeolith.protocol.errors import HelloRefused, LocalProtocolError, TransactionTimeout
 from zeolith.protocol.limits import Limits
 from zeolith.storage.database import WouldBlock
-from zeolith.storage.packing import Packed
+from zeolith.storage.pack_progress import Packed
 
 from ..support.gates import Background
 from ..support.inprocess import HeldStream, InProcessServer, client_of, serving

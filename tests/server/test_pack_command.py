@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from zeolith.server import cli, pack_command
-from zeolith.storage.packing import Packed, Packing
+from zeolith.storage.pack_progress import Packed, Packing
 
 from ..support.gates import Gate
 from ..support.inprocess import InProcessServer, serving

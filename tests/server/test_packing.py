@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ZODB.FileStorage.FileStorage import FileStorageError
 
-from zeolith.storage.packing import Packed, Packing
+from zeolith.storage.pack_progress import Packed, Packing
 
 from ..support.ids import number
 from ..support.memory import MemoryClient, MemorySession

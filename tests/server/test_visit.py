@@ -8,7 +8,7 @@ import pytest
 
 from zeolith.server.probe import NoAnswer
 from zeolith.server.visit import Refused, Visit
-from zeolith.storage.packing import Packing
+from zeolith.storage.pack_progress import Packing
 
 from ..support.inprocess import InProcessServer, serving
 from ..support.script import IMPATIENT, Act, scripted

@@ -31,7 +31,7 @@ from zeolith.storage.database import (
     Voted,
     WouldBlock,
 )
-from zeolith.storage.packing import Packing
+from zeolith.storage.pack_progress import Packing
 from zeolith.storage.tids import MAX_TID, Z64, advanced, following, tid_at
 
 from .transactions import (

@@ -295,7 +295,7 @@ def test_a_blob_of_another_transaction_is_not_restored(served):
     upload.write([(0, b"copied")])
     asked = transaction(["restore_blob", A, other, BLOB, None, 0], tid=tid)
     asked.blobs = upload.seal(asked.operations)
-    with pytest.raises(StorageTransactionError, match="in another one"):
+    with pytest.raises(StorageTransactionError, match="in another transaction"):
         served.database.vote(asked)
     upload.discard()
     assert not temporary_files(served)

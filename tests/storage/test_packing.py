@@ -17,7 +17,8 @@ from ZODB.POSException import POSKeyError
 
 from zeolith.storage import packing
 from zeolith.storage.filestore import FileStore
-from zeolith.storage.packing import PackCancelled, PackerProcess, Packing
+from zeolith.storage.pack_progress import PackCancelled, Packing
+from zeolith.storage.packing import PackerProcess
 from zeolith.storage.tids import MAX_TID
 
 from ..support.gates import Background, Gate

@@ -35,7 +35,7 @@ from zeolith.storage.database import (
     WouldBlock,
 )
 from zeolith.storage.feed import Listener
-from zeolith.storage.packing import Packed, Packing
+from zeolith.storage.pack_progress import Packed, Packing
 
 from .ids import number
 

@@ -20,6 +20,7 @@ from typing import Any
 from ZODB.utils import p64
 
 from zeolith.protocol.connection import Connection, Role, SocketKind
+from zeolith.protocol.errors import HelloRefused
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request
 from zeolith.protocol.methods import VERSION
@@ -168,6 +169,8 @@ class ScriptedPeer:
             self.hello = message.fields
             is_channel = self.connection.kind is SocketKind.CHANNEL
             answer = server.channel_hello if is_channel else server.hello
+            if is_channel and answer is None and server.has_forgotten(message.fields):
+                answer = HelloRefused("session", "the session has ended")
             server.hellos.append(message.fields)
             self._answer(answer, message, 0)
         elif isinstance(message, Request):
@@ -239,6 +242,7 @@ class ScriptedServer:
         self.errors: list[BaseException] = []
         self.address: Any = ("127.0.0.1", 0) if path is None else str(path)
         self._tokens = itertools.count(1)
+        self._first_token = 0
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
 
@@ -274,12 +278,17 @@ class ScriptedServer:
 
     def die(self) -> None:
         """Take no more connections, and end those that are there."""
+        self._first_token = next(self._tokens)
         self.refuse()
         for peer in tuple(self.peers):
             peer.hang_up()
 
     def next_token(self) -> bytes:
         return next(self._tokens).to_bytes(16, "big")
+
+    def has_forgotten(self, hello: dict[str, Any]) -> bool:
+        """Whether the channel is of a session from before its death."""
+        return int.from_bytes(hello["session"] or b"\xff", "big") < self._first_token
 
     def streams(self) -> list[ScriptedPeer]:
         return self._of_kind(SocketKind.STREAM)

@@ -1,0 +1,49 @@
+"""Storages and ``fork``: a child must not use what its parent goes on using.
+
+A fork waits until no change is being told anywhere, for the child would inherit locks
+that a thread holds which it has not got. Then the child lets go of its parent's sockets
+and connects anew when it is asked for something. For pre-forking servers; called by
+whoever makes, closes or forks.
+"""
+
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zeolith.client.storage import ClientStorage
+
+_storages: "weakref.WeakSet[ClientStorage]" = weakref.WeakSet()
+
+
+def watch(storage: "ClientStorage") -> None:
+    """From now on, and as long as somebody has it."""
+    _storages.add(storage)
+
+
+def forget(storage: "ClientStorage") -> None:
+    """It is closed."""
+    _storages.discard(storage)
+
+
+def _before_fork() -> None:
+    for storage in tuple(_storages):
+        storage.position.hold()
+
+
+def _after_fork_in_parent() -> None:
+    for storage in tuple(_storages):
+        storage.position.let_go()
+
+
+def _after_fork() -> None:
+    for storage in tuple(_storages):
+        storage.forget_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork,
+    )

@@ -1,0 +1,115 @@
+"""A process that forks, and its children."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from ZODB.Connection import TransactionMetaData
+from ZODB.utils import p64
+
+from zeolith.client import forks
+from zeolith.client.storage import ClientStorage
+
+from ..support.script import ScriptedServer, tid
+from ..support.serving import ServerProcess
+
+A, T1 = p64(1), tid(1)
+
+
+@pytest.fixture
+def storage(server: ScriptedServer) -> Iterator[ClientStorage]:
+    storage = ClientStorage(server.address)
+    yield storage
+    storage.close()
+
+
+@pytest.fixture
+def served(tmp_path) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path) as server:
+        yield server
+
+
+FORK = """
+import os, sys, transaction
+from zeolith.client import DB
+
+address, way, children = sys.argv[1], sys.argv[2], 3
+db = DB(address)
+
+def count(name):
+    for _ in range(5):
+        for attempt in transaction.manager.attempts(1000):
+            with attempt:
+                connection = db.open()
+                root = connection.root()
+                root[name] = root.get(name, 0) + 1
+                root["all"] = root.get("all", 0) + 1
+            connection.close()
+
+def begin(number):
+    if way == "fork":
+        pid = os.fork()
+        if pid:
+            return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            count(number)
+            db.close()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    import multiprocessing
+    process = multiprocessing.get_context("fork").Process(target=count, args=(number,))
+    process.start()
+    return lambda: process.join() or process.exitcode
+
+count("parent")
+waiting = [begin(number) for number in range(children)]
+count("parent")
+assert [wait() for wait in waiting] == [0] * children
+count("parent")
+connection = db.open()
+root = connection.root()
+print(root["all"], root["parent"], *(root[number] for number in range(children)))
+connection.close()
+db.close()
+"""
+
+
+@pytest.mark.parametrize("way", ["fork", "multiprocessing"])
+def test_parent_and_forked_children_go_on_working(served, tmp_path, way):
+    """Each has a session of its own, and none disturbs that of another."""
+    script = tmp_path / "forking.py"
+    script.write_text(FORK)
+    host, port = served.address
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), f"{host}:{port}", way],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["30", "15", "5", "5", "5"]
+    assert not done.stderr
+
+
+def test_a_forked_child_in_the_middle_of_a_transaction_has_none(server, storage):
+    """The transaction is the parent's."""
+    meta = TransactionMetaData()
+    storage.tpc_begin(meta)
+    storage.store(A, T1, b"data", "", meta)
+    storage._connector.close()
+    storage.forget_parent()
+    assert storage.tpc_transaction() is None
+    assert storage.current_session is None
+    assert storage._oids == (None, [])
+
+
+def test_a_storage_is_watched_until_it_is_closed(server):
+    storage = ClientStorage(server.address)
+    assert storage in forks._storages
+    storage.close()
+    assert storage not in forks._storages
