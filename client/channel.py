@@ -48,6 +48,8 @@ class Channel:
         self._socket = sock
         self._connection = connection
         self.is_lost = False
+        # How often ``send_patiently`` found that nothing was taken for the time limit.
+        self.stalls = 0
 
     @property
     def is_busy(self) -> bool:
@@ -100,6 +102,25 @@ class Channel:
             raise self._lost(error) from error
         except BaseException:
             # Interrupted: the server may have half of it, and waits for the rest.
+            self.close()
+            raise
+
+    def send_patiently(self, data: bytes) -> None:
+        """Send to a server that may be busy with its disk; raises ChannelLost.
+
+        It takes nothing then, and says nothing here, while the stream of the session
+        tells whether it lives; whoever ends the session shuts the channel.
+        """
+        rest = memoryview(data)
+        try:
+            while rest:
+                try:
+                    rest = rest[self._socket.send(rest) :]
+                except BlockingIOError:
+                    self.stalls += 1
+        except OSError as error:
+            raise self._lost(error) from error
+        except BaseException:
             self.close()
             raise
 

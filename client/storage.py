@@ -376,7 +376,9 @@ class ClientStorage(ConflictResolvingStorage):
     @property
     def fshelper(self) -> Any:
         """What ZODB and its tools look for at a storage with blobs."""
-        return uploads.fshelper_of(self._blobs())
+        if self.blobs is None:
+            raise AttributeError("a storage without blob_dir has no fshelper")
+        return uploads.fshelper_of(self.blobs)
 
     def _blobs(self) -> uploads.Blobs:
         if self.blobs is None:

@@ -23,8 +23,9 @@ from zeolith.protocol.messages import Notice
 
 Blobs = BlobCache | SharedBlobs
 
-# Sent: small enough that whoever shares the server's loop does not notice.
-SENT_BYTES = 256 * 1024
+# Of a chunk: whoever shares the server's loop does not notice it, and buffers of this
+# size are used again by malloc, where larger ones are mapped anew each time.
+SENT_BYTES = 60 * 1024
 
 
 class Uploads:
@@ -59,7 +60,7 @@ class Uploads:
             data = file.read(size)
             while True:
                 arguments = [self._transaction_id, number, data]
-                channel.send(encode(Notice("blob_chunk", arguments)))
+                channel.send_patiently(encode(Notice("blob_chunk", arguments)))
                 data = file.read(size)
                 if not data:
                     # An empty blob has one part, too.

@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 Paths = dict[int | str, Path]
 
+# What is handed to a thread at a time: to hand over takes as long as to write 100 KB.
+BATCH_BYTES = 512 * 1024
+# After so much the disk is told to begin, so that the vote need not wait for all of it.
+FLUSH_BYTES = 16 * 1024 * 1024
+
 
 class Blobs:
     """The methods of the wire that have to do with blobs."""
@@ -105,9 +110,13 @@ class Uploading:
         self._numbers: set[int] = set()
         # What no thread has been given yet.
         self._queue: list[tuple[int, bytes]] = []
+        self._queued_bytes = 0
+        self._batch_bytes = min(BATCH_BYTES, limits.blob_backlog_bytes_max // 2)
         # What is not written yet, queued or with a thread.
         self._waiting_bytes = 0
         self._is_writing = False
+        self._unflushed_bytes = 0
+        self._is_flushing = False
         # Of the disk; told at the vote.
         self._error: BaseException | None = None
         # Whoever waits for everything to be written.
@@ -125,10 +134,12 @@ class Uploading:
         if self._error is not None:
             return
         self._queue.append((number, data))
+        self._queued_bytes += len(data)
         self._waiting_bytes += len(data)
         if self._waiting_bytes > self._limits.blob_backlog_bytes_max:
             self._peer.pause()
-        self._write()
+        if self._queued_bytes >= self._batch_bytes:
+            self._write()
 
     def seal(
         self,
@@ -148,10 +159,8 @@ class Uploading:
             error = sealing.exception()
             sealed({} if error else sealing.result(), error)
 
-        if self._is_writing:
-            self._when_written = written
-        else:
-            written()
+        self._when_written = written
+        self._go_on()
 
     def discard(self) -> None:
         """The transaction has ended: remove what the storage has not taken."""
@@ -159,14 +168,18 @@ class Uploading:
             return
         self._is_discarded = True
         self._when_written = None
-        self._queue.clear()
+        self._forget_queue()
         discarding = self._workers.write_blobs(self._files.discard)
         discarding.add_done_callback(_log_failure)
+
+    def _forget_queue(self) -> None:
+        self._queue.clear()
+        self._queued_bytes = 0
 
     def _write(self) -> None:
         if self._is_writing or not self._queue:
             return
-        batch, self._queue = self._queue, []
+        batch, self._queue, self._queued_bytes = self._queue, [], 0
         self._is_writing = True
         writing = self._workers.write_blobs(self._files.write, batch)
         writing.add_done_callback(partial(self._written, sum(map(_size, batch))))
@@ -174,21 +187,49 @@ class Uploading:
     def _written(self, size: int, writing: "asyncio.Future[None]") -> None:
         self._is_writing = False
         self._waiting_bytes -= size
-        error = writing.exception()
-        if error is not None and not self._is_discarded:
-            self._error = error
-            self._queue.clear()
-            # Not at the end of the transaction: the disk may be full.
-            self._workers.write_blobs(self._files.discard).add_done_callback(
-                _log_failure
-            )
+        self._unflushed_bytes += size
+        self._heed(writing)
+        self._flush()
         if not self._queue:
             self._waiting_bytes = 0
         if self._waiting_bytes <= self._limits.blob_backlog_bytes_max // 2:
             self._peer.resume()
-        self._write()
-        if not self._is_writing and self._when_written is not None:
-            written, self._when_written = self._when_written, None
+        self._go_on()
+
+    def _flush(self) -> None:
+        if self._unflushed_bytes < FLUSH_BYTES or self._is_flushing:
+            return
+        if self._is_discarded or self._when_written is not None:
+            return
+        self._unflushed_bytes = 0
+        self._is_flushing = True
+
+        def flushed(flushing: "asyncio.Future[None]") -> None:
+            self._is_flushing = False
+            self._heed(flushing)
+            self._go_on()
+
+        self._workers.write_blobs(self._files.flush).add_done_callback(flushed)
+
+    def _heed(self, step: "asyncio.Future[None]") -> None:
+        """Remember an error of the disk, and free what the transaction takes."""
+        error = step.exception()
+        if error is None or self._is_discarded:
+            return
+        self._error = error
+        self._forget_queue()
+        # Not at the end of the transaction: the disk may be full.
+        discarding = self._workers.write_blobs(self._files.discard)
+        discarding.add_done_callback(_log_failure)
+
+    def _go_on(self) -> None:
+        """Write what is worth it; to the last byte if somebody waits for that."""
+        written = self._when_written
+        if written is not None or self._queued_bytes >= self._batch_bytes:
+            self._write()
+        # An error of the disk is told once: to the flush, if one is going on.
+        if written is not None and not self._is_writing and not self._is_flushing:
+            self._when_written = None
             written()
 
 

@@ -21,6 +21,7 @@ from zeolith.protocol.limits import DEFAULT
 from zeolith.server.config import Options
 from zeolith.server.indexing import IndexSaver
 from zeolith.server.listener import Listener, ListenError
+from zeolith.server.memory import keep_freed_memory
 from zeolith.server.peer import Peer
 from zeolith.server.readiness import notify
 from zeolith.server.relay import Relay
@@ -60,6 +61,7 @@ def run(
     """
     databases = {}
     forbid_unpickling()
+    keep_freed_memory()
     # Opening may take long; the loop has handlers of its own later.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in _STOPPING:

@@ -98,12 +98,16 @@ class AdaptedStorage:
             for interface in providedBy(storage)
             if interface.__module__ == ZODB.interfaces.__name__
         )
-        self.takes_blobs = has_blobs(storage)
         self.uploads = Uploads(storage)
         if not self.is_read_only:
             self.uploads.sweep()
 
     # loop
+
+    @property
+    def takes_blobs(self) -> bool:
+        """See Database.takes_blobs; a storage that connects may come to it later."""
+        return has_blobs(self._storage)
 
     @property
     def is_read_only(self) -> bool:

@@ -121,7 +121,7 @@ class Uploads:
 
     @property
     def _has_directory(self) -> bool:
-        # That of a FileStorage without blobs has none.
+        # That of a cache has none, nor has that of a FileStorage without blobs.
         return hasattr(getattr(self._storage, "fshelper", None), "base_dir")
 
     @property
@@ -186,6 +186,20 @@ class Upload:
                     self._open(number)
                 assert self._file is not None
                 self._file.write(data)
+
+    def flush(self) -> None:
+        """Bring what was written so far to the disk, while more is written.
+
+        So the sync at the end is short. Raises OSError.
+        """
+        with self._lock:
+            if self._file is None:
+                return
+            descriptor = os.dup(self._file.fileno())
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def seal(self, operations: list[list[Any]]) -> dict[int | str, Path]:
         """Everything is written: the file of each name in ``operations``, synced.

@@ -187,11 +187,14 @@ class Database(Protocol):
     supports_undo: bool
     # Names of the ZODB.interfaces that the storage provides.
     interfaces: tuple[str, ...]
-    takes_blobs: bool
     # Where blobs wait for their vote; see there for the threads.
     uploads: Uploads
 
     # loop
+    @property
+    def takes_blobs(self) -> bool:
+        """Whether the storage has blobs."""
+
     @property
     def is_read_only(self) -> bool:
         """Whether nothing can be written now."""

@@ -172,6 +172,8 @@ class Packer(FileStoragePacker):
         self.gc.findReachable()
         self._reopen()
         self._tfile = open(self._path + ".pack", "w+b")  # noqa: SIM115
+        # Whoever may not read the old file may not read the new one.
+        os.fchmod(self._tfile.fileno(), os.stat(self._path).st_mode & 0o7777)
         if self._wants_blobs:
             # After the .pack: a list without it is that of a pack which is over.
             self.pack_blobs = True

@@ -50,7 +50,7 @@ CLOSE_BYTES = 256 * 1024
 # Who commits faster than the packer copies is held for what is left after these.
 ROUNDS_MAX = 20
 # A packer that does not do its last step in this time is given up: commits wait.
-HOLD_TIMEOUT_S = 10.0
+HOLD_TIMEOUT_S = 20.0
 _READ_BYTES = 65536
 
 
@@ -280,8 +280,8 @@ class FilePack:
             if "nothing" in report:
                 logger.info("%s: %s", self._path, report["nothing"])
                 return False
-            index = self._catch_up(process, report)
-            old = self._replace(process, index)
+            index, report = self._catch_up(process, report)
+            old = self._replace(process, index, report)
         finally:
             process.close()
         self._packing.phase = "removing what is old"
@@ -293,8 +293,10 @@ class FilePack:
         del old
         return True
 
-    def _catch_up(self, process: PackerProcess, report: dict[str, Any]) -> fsIndex:
-        """Have everything copied but a little; returns the index of it."""
+    def _catch_up(
+        self, process: PackerProcess, report: dict[str, Any]
+    ) -> tuple[fsIndex, dict[str, Any]]:
+        """Have all but a little copied; returns the index, and what is copied."""
         rounds = 0
         while self._left(report) and rounds < ROUNDS_MAX:
             process.order(end=self._file.getSize(), save_index=False, urgent=False)
@@ -306,30 +308,45 @@ class FilePack:
         index = fsIndex.load(self._path + ".pack.index")["index"]
         rounds = 0
         while self._left(report) and rounds < ROUNDS_MAX:
-            process.order(end=self._file.getSize(), save_index=False, urgent=True)
-            report = process.report()
-            _take_over(index, report)
+            report = self._round(process, index)
             rounds += 1
-        return index
+        return index, report
+
+    def _round(self, process: PackerProcess, index: fsIndex) -> dict[str, Any]:
+        """Have what was committed meanwhile copied, now with the server's priority."""
+        process.order(end=self._file.getSize(), save_index=False, urgent=True)
+        report = process.report()
+        _take_over(index, report)
+        return report
 
     def _left(self, report: dict[str, Any]) -> bool:
         return bool(self._file.getSize() - report["copied"] > CLOSE_BYTES)
 
-    def _replace(self, process: PackerProcess, index: fsIndex) -> list[Any]:
+    def _replace(
+        self, process: PackerProcess, index: fsIndex, report: dict[str, Any]
+    ) -> list[Any]:
         """Hold commits, have the rest copied, and swap; returns what is replaced."""
-        file = self._file
-        with file._commit_lock:
-            since = time.monotonic()
-            end = file.getSize()
-            process.order(end=end, save_index=False, urgent=True)
-            report = process.report(HOLD_TIMEOUT_S)
-            _take_over(index, report)
-            self._packing.is_past_cancelling()
-            with file._files.write_lock(), file._lock:
-                old = self._swap(index, report["size"])
-            held_ms = (time.monotonic() - since) * 1000
-        logger.info("%s: packed; commits were held for %.0f ms", self._path, held_ms)
+        for rounds_left in reversed(range(ROUNDS_MAX)):
+            with self._file._commit_lock:
+                # Others may have had the lock before, and for long.
+                if not (rounds_left and self._left(report)):
+                    old = self._replace_held(process, index)
+                    break
+            report = self._round(process, index)
         clear(self._path)
+        return old
+
+    def _replace_held(self, process: PackerProcess, index: fsIndex) -> list[Any]:
+        since = time.monotonic()
+        file = self._file
+        process.order(end=file.getSize(), save_index=False, urgent=True)
+        report = process.report(HOLD_TIMEOUT_S)
+        _take_over(index, report)
+        self._packing.is_past_cancelling()
+        with file._files.write_lock(), file._lock:
+            old = self._swap(index, report["size"])
+        held_ms = (time.monotonic() - since) * 1000
+        logger.info("%s: packed; commits were held for %.0f ms", self._path, held_ms)
         return old
 
     def _swap(self, index: fsIndex, size: int) -> list[Any]:

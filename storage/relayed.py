@@ -25,9 +25,12 @@ from ZODB.POSException import (
 )
 
 from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.blobs import Piece
 from zeolith.storage.commit import Committing
 from zeolith.storage.database import (
+    Batch,
     Conflict,
+    CurrentRecord,
     Finished,
     LogEntry,
     OutcomeUnknown,
@@ -37,9 +40,11 @@ from zeolith.storage.database import (
     Unavailable,
     Unresolved,
     Voted,
+    Wish,
     WouldBlock,
 )
 from zeolith.storage.feed import Feed
+from zeolith.storage.packing import Packed, Packing
 from zeolith.storage.tids import Z64
 
 Args = ParamSpec("Args")
@@ -212,9 +217,25 @@ class RelayedStorage(AdaptedStorage):
             self._info = self.reach(super().info)
         return self._info
 
-    def pack(self, time_s: float) -> None:
+    def load_blob(self, oid: bytes, tid: bytes, offset: int, size: int) -> Piece:
+        """See Database.load_blob."""
+        return self.reach(super().load_blob, oid, tid, offset, size)
+
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """See Database.transactions."""
+        return self.reach(super().transactions, wish, cursor)
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """See Database.current_records."""
+        return self.reach(super().current_records, first, before, bytes_max)
+
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
         """See Database.pack."""
-        self.reach(super().pack, time_s)
+        return self.reach(super().pack, time_s, gc, packing)
 
     def stop_waiting(self) -> None:
         """See Database.stop_waiting; what is not committed will not be."""

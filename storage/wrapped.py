@@ -8,8 +8,17 @@ does and convert what they find. Identity, oids and tids are the FileStore's. Se
 from collections.abc import Callable
 from typing import Any
 
-from zeolith.storage.database import Revision, WouldBlock
+from zeolith.storage.adapted import AdaptedStorage
+from zeolith.storage.database import (
+    Batch,
+    CurrentRecord,
+    Revision,
+    Wish,
+    WouldBlock,
+)
 from zeolith.storage.filestore import FileStore
+from zeolith.storage.iteration import current_in_storage, iterate_storage
+from zeolith.storage.packing import Packed, Packing
 from zeolith.storage.wrapping import reading, wrappers
 
 # More than this is not converted on the loop.
@@ -64,6 +73,39 @@ class WrappedFileStore(FileStore):
             data: bytes = self._storage.loadSerial(oid, tid)
             return data
         return self._reading(super().load_serial(oid, tid))
+
+    def transactions(self, wish: Wish, cursor: bytes | None) -> Batch:
+        """See Database.transactions."""
+        if self._reading is None:
+            return iterate_storage(self._storage, wish, cursor)
+        batch = super().transactions(wish, cursor)
+        for piece in batch.pieces:
+            piece.records[:] = [
+                record._replace(data=record.data and self._reading(record.data))
+                for record in piece.records
+            ]
+        return batch
+
+    def current_records(
+        self, first: bytes | None, before: bytes, bytes_max: int
+    ) -> tuple[list[CurrentRecord], bytes | None]:
+        """See Database.current_records."""
+        if self._reading is None:
+            return current_in_storage(self._storage, first, bytes_max)
+        records, after = super().current_records(first, before, bytes_max)
+        return [
+            record._replace(data=self._reading(record.data)) for record in records
+        ], after
+
+    def pack(
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
+        """See Database.pack; in this process.
+
+        The packer would look for references in records that it cannot read, and take
+        everything for garbage.
+        """
+        return AdaptedStorage.pack(self, time_s, gc, packing)
 
     def _converted(self, found: Revision | None) -> Revision | None:
         if found is None or self._reading is None:

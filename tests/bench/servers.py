@@ -31,9 +31,9 @@ class Endpoint:
     peer: str
     place: Any
 
-    def open(self) -> Any:
+    def open(self, **options: Any) -> Any:
         """A fresh storage with its peer's defaults, and so with an empty cache."""
-        return _client(self.peer)(self.place)
+        return _client(self.peer)(self.place, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,11 @@ _CLIENTS = {
 
 
 @contextmanager
-def _zeolith(folder: Path) -> Iterator[Running]:
+def _zeolith(folder: Path, blob_dir: Path | None = None) -> Iterator[Running]:
     command = [sys.executable, "-m", "zeolith.server", "serve"]
     command += ["--address", "127.0.0.1:0", "--path", str(folder / "Data.fs")]
+    if blob_dir is not None:
+        command += ["--blob-dir", str(blob_dir)]
     with _process(command, folder, stdout=subprocess.PIPE) as process:
         address = None
         assert process.stdout is not None
@@ -86,13 +88,16 @@ def _zeolith(folder: Path) -> Iterator[Running]:
 
 
 @contextmanager
-def _zeo(folder: Path, msgpack: bool = False) -> Iterator[Running]:
+def _zeo(
+    folder: Path, msgpack: bool = False, blob_dir: Path | None = None
+) -> Iterator[Running]:
+    blobs = "" if blob_dir is None else f" blob-dir {blob_dir}\n"
     address = "127.0.0.1", _free_port()
     conf = folder / "zeo.conf"
     conf.write_text(
         f"<zeo>\n address {address[0]}:{address[1]}\n"
         f" msgpack {'true' if msgpack else 'false'}\n</zeo>\n"
-        f"<filestorage 1>\n path {folder / 'Data.fs'}\n</filestorage>\n"
+        f"<filestorage 1>\n path {folder / 'Data.fs'}\n{blobs}</filestorage>\n"
     )
     command = [sys.executable, "-m", "ZEO.runzeo", "-C", str(conf)]
     with _process(command, folder, stdout=subprocess.DEVNULL) as process:
@@ -130,6 +135,7 @@ _STARTERS: dict[str, Callable[[Path], Any]] = {
     "socket": _socket,
 }
 PEERS = tuple(_STARTERS)
+_WITH_BLOBS: dict[str, Callable[..., Any]] = {"zeolith": _zeolith, "zeo": _zeo}
 
 
 def title(peer: str) -> str:
@@ -162,6 +168,13 @@ def running(peer: str, folder: Path, data: Path) -> Iterator[Running]:
         if each.name.startswith(data.name) and not each.name.endswith(".lock"):
             shutil.copy(each, folder / each.name.replace(data.name, "Data.fs"))
     with _STARTERS[peer](folder) as found:
+        yield found
+
+
+@contextmanager
+def running_with_blobs(peer: str, folder: Path) -> Iterator[Running]:
+    """``peer`` with an empty Data.fs and a blob directory in ``folder``."""
+    with _WITH_BLOBS[peer](folder, blob_dir=folder / "blobs") as found:
         yield found
 
 

@@ -353,3 +353,13 @@ def test_a_socket_that_is_not_connected_or_closed_can_be_shut_down():
     shut_down(sock)
     sock.close()
     shut_down(sock)
+
+
+def test_a_question_and_its_answer_may_lie_apart(ends):
+    ends.channel.ask("ping")
+    (request,) = ends.requests()
+    assert request.method == "ping"
+    assert ends.channel.is_busy
+    ends.answer("later")
+    assert ends.channel.answer() == "later"
+    assert not ends.channel.is_busy

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ from ZODB.POSException import POSKeyError, StorageError, Unsupported
 from ZODB.utils import p64
 
 from zeolith.client.blobs import BlobCache, SharedBlobs
+from zeolith.client.channel import Channel as Channel_
+from zeolith.client.channel import limit_silence
 from zeolith.client.errors import ChannelLost
 from zeolith.client.uploads import SENT_BYTES, Uploads, fetch, open_blobs
 from zeolith.protocol.codec import decode
+from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.frames import PREFIX_BYTES
 from zeolith.protocol.limits import DEFAULT, Limits
+
+from ..support.gates import Background
+from ..support.waiting import wait_until
 
 A, B, T1 = p64(1), p64(2), p64(10)
 X = b"transaction-0001"
@@ -28,7 +35,7 @@ class Channel:
         self.sent: list[list[Any]] = []
         self._lost_after = lost_after
 
-    def send(self, data: bytes) -> None:
+    def send_patiently(self, data: bytes) -> None:
         if len(self.sent) == self._lost_after:
             raise ChannelLost("cut")
         notice: Any = decode(data[PREFIX_BYTES:])
@@ -126,6 +133,33 @@ def test_a_storage_without_a_directory_takes_nothing(tmp_path):
     with pytest.raises(Unsupported, match="need a blob_dir"):
         uploads.take(A, path)
     uploads.close()
+
+
+def test_a_slow_server_is_waited_for_while_its_session_lives():
+    """The socket's own time limit passes again and again."""
+    near, far = socket.socketpair()
+    with far:
+        limit_silence(near, 0.01)
+        channel = Channel_(near, Connection(Role.CLIENT, 0.0))
+        sending = Background(channel.send_patiently, bytes(10 * 2**20))
+        wait_until(lambda: channel.stalls > 3, "some time limits to pass")
+        received = 0
+        while received < 10 * 2**20:
+            received += len(far.recv(2**20))
+        sending.result()
+        channel.close()
+
+
+def test_the_end_of_the_session_ends_the_wait():
+    near, far = socket.socketpair()
+    with far:
+        limit_silence(near, 0.01)
+        channel = Channel_(near, Connection(Role.CLIENT, 0.0))
+        sending = Background(channel.send_patiently, bytes(10 * 2**20))
+        wait_until(lambda: channel.stalls > 3, "some time limits to pass")
+        channel.shut()
+        with pytest.raises(ChannelLost):
+            sending.result()
 
 
 # Where

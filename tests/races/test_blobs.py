@@ -219,7 +219,7 @@ def test_a_transaction_may_have_many_blobs_and_each_is_sent_once(
     server, client, other, sent
 ):
     transaction = client.begin()
-    blobs = {client.storage.new_oid(): os.urandom(n * 1000) for n in range(200)}
+    blobs = {client.storage.new_oid(): os.urandom(n * 300) for n in range(200)}
     for oid, data in blobs.items():
         client.store(transaction, oid, data)
     tid = client.finish(transaction)
@@ -427,7 +427,7 @@ def test_a_server_that_goes_in_an_upload_leaves_nothing(
     tmp_path, number, monkeypatch, gate
 ):
     sending = count()
-    send = Channel.send
+    send = Channel.send_patiently
 
     def send_some(self: Channel, data: bytes) -> None:
         if next(sending) == 10:
@@ -435,7 +435,7 @@ def test_a_server_that_goes_in_an_upload_leaves_nothing(
             gate.pass_through()
         send(self, data)
 
-    monkeypatch.setattr(Channel, "send", send_some)
+    monkeypatch.setattr(Channel, "send_patiently", send_some)
     folder = tmp_path / "server"
     folder.mkdir()
     server = ServerProcess(folder, storages=FILESTORAGE)

@@ -9,6 +9,7 @@ from ZODB.POSException import StorageError
 
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Goodbye
+from zeolith.server import blobs
 from zeolith.server.committer import Phase
 
 from ..support.ids import number, transaction_id
@@ -92,13 +93,30 @@ async def commit(server: Server, channel: MemoryClient, *operations: Any) -> Non
 
 
 async def test_chunks_are_written_in_their_order_one_batch_at_a_time(server, channel):
-    for data in (b"a", b"b", b"c"):
+    for data in (b"a" * 50, b"b" * 25, b"c" * 25):
         send(channel, data)
     # The first is with a thread; the others wait for it, together.
     await server.workers.blob_step()
-    assert server.upload.files == {0: b"a"}
+    assert server.upload.files == {0: b"a" * 50}
     await server.workers.blob_step()
-    assert server.upload.files == {0: b"abc"}
+    assert server.upload.files == {0: b"a" * 50 + b"b" * 25 + b"c" * 25}
+
+
+async def test_small_chunks_are_handed_over_together(server, channel):
+    for _ in range(49):
+        send(channel, b"a")
+    await server.workers.work()
+    assert not server.upload.files
+    send(channel, b"a")
+    await server.workers.work()
+    assert server.upload.files == {0: b"a" * 50}
+
+
+async def test_a_vote_writes_what_is_still_there(server, channel):
+    send(channel, bytes(50))
+    send(channel, b"rest")
+    await commit(server, channel, store_blob())
+    assert server.upload.files == {0: bytes(50) + b"rest"}
 
 
 async def test_a_vote_waits_for_its_chunks(server, channel):
@@ -147,13 +165,13 @@ async def test_staged_blobs_are_blobs_too(server, channel):
 async def test_too_much_that_waits_pauses_the_socket_until_half_is_written(
     server, channel, reading
 ):
-    send(channel, bytes(40))
-    send(channel, bytes(40))
+    send(channel, bytes(50))
+    send(channel, bytes(50))
     assert reading.is_on
-    send(channel, bytes(30))
+    send(channel, bytes(10))
     assert not reading.is_on
     await server.workers.blob_step()
-    # 70 bytes are left.
+    # 60 bytes are left.
     assert not reading.is_on
     await server.workers.blob_step()
     assert reading.is_on
@@ -180,11 +198,37 @@ async def test_a_socket_that_closes_is_not_resumed(server, channel, reading):
     assert not reading.is_on
 
 
+async def test_a_large_upload_is_brought_to_the_disk_while_it_goes_on(
+    server, channel, monkeypatch
+):
+    monkeypatch.setattr(blobs, "FLUSH_BYTES", 100)
+    send(channel, bytes(60))
+    await server.workers.blob_step()
+    assert not server.upload.flushes
+    send(channel, bytes(60))
+    await server.workers.work()
+    assert server.upload.flushes == 1
+
+
+async def test_a_vote_waits_for_what_the_disk_says_of_a_flush(
+    server, channel, monkeypatch
+):
+    monkeypatch.setattr(blobs, "FLUSH_BYTES", 50)
+    send(channel, bytes(60))
+    await server.workers.blob_step()
+    server.upload.flush_error = OSError(errno.EIO, "Input/output error")
+    voting = vote(channel, store_blob())
+    await server.workers.work()
+    assert "Input/output error" in channel.failure(voting).text
+    assert server.upload.is_discarded
+    assert server.database.steps == []
+
+
 # Errors
 
 
 async def test_a_full_disk_is_told_at_the_vote_and_frees_itself(server, channel):
-    send(channel, b"data")
+    send(channel, bytes(50))
     server.upload.write_error = OSError(errno.ENOSPC, "no space left")
     await server.workers.blob_step()
     send(channel, b"more")
@@ -252,7 +296,7 @@ async def vote_for_another(server: Server, channel: MemoryClient) -> None:
 @pytest.mark.parametrize("end", [lose, abort, begin_another, vote_for_another])
 @pytest.mark.parametrize("steps", [0, 1])
 async def test_an_end_before_the_vote_leaves_nothing(server, channel, end, steps):
-    send(channel, b"data")
+    send(channel, bytes(50))
     send(channel, b"more")
     for _ in range(steps):
         await server.workers.blob_step()

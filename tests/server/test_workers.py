@@ -63,6 +63,19 @@ async def test_readers_work_at_the_same_time(workers):
     assert sorted(await asyncio.gather(*reading)) == list(range(READERS))
 
 
+async def test_what_takes_long_is_in_nobodys_way(workers):
+    may_end = threading.Event()
+    aside = workers.aside(may_end.wait, WAIT_S)
+    names = [
+        await workers.read(lambda: threading.current_thread().name),
+        await workers.write(lambda: threading.current_thread().name),
+    ]
+    assert [name.split("_")[0] for name in names] == ["main-reader", "main-writer"]
+    assert not aside.done()
+    may_end.set()
+    assert await aside
+
+
 async def test_closing_waits_for_what_is_under_way():
     workers = Workers(asyncio.get_running_loop(), "main")
     started, may_end = threading.Event(), threading.Event()

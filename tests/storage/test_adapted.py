@@ -30,6 +30,7 @@ from zeolith.storage.database import (
     Voted,
     WouldBlock,
 )
+from zeolith.storage.packing import Packing
 from zeolith.storage.tids import MAX_TID, Z64, advanced, following, tid_at
 
 from .transactions import (
@@ -502,6 +503,31 @@ def test_a_pack_removes_what_is_old_and_reads_references_without_importing(make,
     with pytest.raises(POSKeyError):
         database.get_tid(A)
     assert database.load(ROOT, MAX_TID)
+
+
+def test_a_pack_is_told_whether_garbage_goes_if_the_storage_can_be_told(
+    make, monkeypatch
+):
+    database = make("mapping")
+    commit(database, store(ROOT, plain(1)), store(A, plain("garbage")))
+    database.pack(time.time() + 1, False)
+    assert database.get_tid(A)
+    database.pack(time.time() + 1, True)
+    with pytest.raises(POSKeyError):
+        database.get_tid(A)
+    monkeypatch.setattr(database._storage, "pack", lambda _time, _references: None)
+    assert database.pack(time.time()).has_changed
+    with pytest.raises(Unsupported, match="cannot be told"):
+        database.pack(time.time(), False)
+
+
+def test_a_storage_that_packs_by_itself_cannot_be_stopped(make):
+    database = make("mapping")
+    commit(database, store(ROOT, plain(1)))
+    packing = Packing()
+    assert database.pack(time.time() + 1, None, packing).has_changed
+    assert packing.describe()["phase"] == "packing"
+    assert not packing.cancel("too late")
 
 
 def test_a_blob_storage_around_another_is_served_too(tmp_path):

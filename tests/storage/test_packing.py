@@ -108,6 +108,13 @@ def test_what_is_old_and_garbage_goes_and_the_old_file_is_kept(database, tmp_pat
     assert set(records_of(tmp_path / "Data.fs")) == {ROOT, A}
 
 
+def test_the_new_file_is_as_secret_as_the_old_one(database, tmp_path):
+    fill(database)
+    (tmp_path / "Data.fs").chmod(0o600)
+    pack(database)
+    assert (tmp_path / "Data.fs").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_old_file_goes_too_if_it_is_not_wanted(open_store, tmp_path):
     database = open_store(pack_keep_old=False)
     fill(database)
@@ -278,6 +285,29 @@ def test_an_undo_of_what_is_being_removed_gives_the_pack_up(database, gate):
     assert data_of(database, A) == plain("first")
 
 
+def test_who_had_the_lock_before_is_copied_without_it(database, monkeypatch):
+    """Commits wait for what one of them takes, not for what many took meanwhile."""
+    monkeypatch.setattr(packing, "CLOSE_BYTES", 1000)
+    fill(database)
+    replace, hold = packing.FilePack._replace, packing.FilePack._replace_held
+    left: list[int] = []
+
+    def commit_first(self: Any, *args: Any) -> Any:
+        commit(database, store(C, plain("x" * 100_000)))
+        return replace(self, *args)
+
+    def note(self: Any, process: Any, index: Any) -> Any:
+        left.append(index.get(C, 0))
+        return hold(self, process, index)
+
+    monkeypatch.setattr(packing.FilePack, "_replace", commit_first)
+    monkeypatch.setattr(packing.FilePack, "_replace_held", note)
+    assert pack(database).has_changed
+    # It was copied, and its place known, before.
+    assert left[0] > 0
+    assert data_of(database, C) == plain("x" * 100_000)
+
+
 def test_one_pack_at_a_time(database, gate):
     fill(database)
     background = Background(pack, database)
@@ -376,9 +406,9 @@ def test_a_packer_that_does_not_answer_does_not_hold_commits_for_ever(
     fill(database)
     replace = packing.FilePack._replace
 
-    def stop_first(self: Any, process: Any, index: Any) -> Any:
+    def stop_first(self: Any, process: Any, *others: Any) -> Any:
         os.kill(process._process.pid, signal.SIGSTOP)
-        return replace(self, process, index)
+        return replace(self, process, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(packing.FilePack, "_replace", stop_first)

@@ -46,6 +46,8 @@ class ModelUpload:
     def __init__(self) -> None:
         self.files: dict[int | str, bytes] = {}
         self.write_error: Exception | None = None
+        self.flush_error: Exception | None = None
+        self.flushes = 0
         self.is_discarded = False
 
     def write(self, chunks: list[tuple[int, bytes]]) -> None:
@@ -53,6 +55,11 @@ class ModelUpload:
             raise self.write_error
         for number_, data in chunks:
             self.files[number_] = self.files.get(number_, b"") + data
+
+    def flush(self) -> None:
+        self.flushes += 1
+        if self.flush_error is not None:
+            raise self.flush_error
 
     def seal(self, _operations: list[list[Any]]) -> dict[int | str, Path]:
         return {name: Path(str(name)) for name in self.files}
