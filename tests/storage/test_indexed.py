@@ -218,6 +218,34 @@ def test_what_is_being_saved_is_given_up_when_a_pack_takes_the_file(
     assert not list(tmp_path.glob("*.new"))
 
 
+def test_a_file_store_packs_while_its_index_is_saved(tmp_path, monkeypatch):
+    database = FileStore("main", str(tmp_path / "Data.fs"))
+    try:
+        for _ in range(5):
+            store(database._file, 0, 1, 2)
+        gate = Gate()
+        monkeypatch.setattr(
+            indexed._Source, "bucket", gate.before(indexed._Source.bucket)
+        )
+        gate.shut()
+        in_vain = Background(database.save_index)
+        gate.wait_until_reached()
+        database.pack(time.time() + 1, gc=False)
+        gate.open()
+        assert in_vain.result() is False
+        path = crashed(database._file, tmp_path / "crashed")
+        assert index_end(path) == path.stat().st_size == database._file._pos
+        assert zodb_believes(path)
+        # And then the new one's turn comes.
+        store(database._file, 0, 70_000)
+        assert database.save_index() is True
+        path = crashed(database._file, tmp_path / "again")
+        assert index_end(path) == path.stat().st_size
+        assert zodb_believes(path)
+    finally:
+        database.close()
+
+
 def test_after_a_pack_that_could_not_save_it_is_saved(
     open_file, tmp_path, monkeypatch, caplog
 ):
