@@ -15,7 +15,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ZODB.ConflictResolution import tryToResolveConflict
-from ZODB.POSException import ConflictError, StorageSystemError, StorageTransactionError
+from ZODB.POSException import (
+    ConflictError,
+    StorageSystemError,
+    StorageTransactionError,
+    UndoError,
+)
 
 from zeolith.client.channel import Channel
 from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcomeUnknown
@@ -181,16 +186,24 @@ class Commit:
         return []
 
     def _resolutions(self, conflicts: list[list[bytes]]) -> list[list[bytes]]:
-        """Resolve with the application's classes; raises ConflictError."""
+        """Resolve with the application's classes; raises ConflictError, UndoError."""
         resolutions = []
         for oid, committed_tid, old_tid, committed, old, new in conflicts:
             if self._storage.is_relayed:
                 # A server has no classes, and imports none that a record names.
                 raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
             states = _States(self._storage, {committed_tid: committed, old_tid: old})
-            resolved = tryToResolveConflict(
-                states, oid, committed_tid, old_tid, new, committed
-            )
+            try:
+                resolved = tryToResolveConflict(
+                    states, oid, committed_tid, old_tid, new, committed
+                )
+            except ConflictError:
+                if oid in self.stores.oids:
+                    raise
+                # It is an undo's. Another attempt would meet the same states.
+                raise UndoError(
+                    "Some data were modified by a later transaction", oid
+                ) from None
             resolutions.append([oid, resolved])
         return resolutions
 

@@ -68,6 +68,8 @@ class Position:
         self._last_source: Source | None = None
         # What came and cannot be applied yet, in tid order.
         self._pending: list[Change] = []
+        # The own transaction whose callback runs now, if in its place.
+        self.in_place: bytes | None = None
         # The own transactions that a thread is finishing now.
         self._finishing: set[bytes] = set()
 
@@ -194,9 +196,11 @@ class Position:
                 self._cache.apply(change.tid, change.oids)
             elif self._at() < change.tid and self._listener is not None:
                 self._listener.invalidateCache()
+            self.in_place = change.tid if is_in_place else None
             try:
                 apply(change.tid)
             finally:
+                self.in_place = None
                 if is_in_place:
                     self._tid = change.tid
                 self._finishing.discard(change.transaction or b"")

@@ -43,9 +43,13 @@ class Upstream:
         To be asked in that callback. It is not if changes before ``tid`` are missing:
         then it is told again, like anybody's change.
         """
-        return self._storage.cache.valid_through == tid
+        return self._storage.position.in_place == tid
 
     # Reading
+
+    def catch_up(self) -> None:
+        """Be told what the server has committed until now, if it is there."""
+        self._storage.catch_up()
 
     def load_cached(
         self, oid: bytes, before: bytes

@@ -191,9 +191,9 @@ class ClientStorage(ConflictResolvingStorage):
         Without a connection the snapshot stays what it is.
         """
         if self._server_sync:
-            self._catch_up()
+            self.catch_up()
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Apply what the server has committed until now, if it is there."""
         session = self._connector.current
         position = self.position.tid
@@ -291,7 +291,7 @@ class ClientStorage(ConflictResolvingStorage):
         is_between = is_wrapper(wrapper)
         self.position.register(WrapperListener(wrapper) if is_between else wrapper)
         # ZODB.DB looks for the root next, which somebody else may just have made.
-        self._catch_up()
+        self.catch_up()
 
     def lastTransaction(self) -> bytes:
         """The last transaction that this process has been told of completely."""

@@ -349,9 +349,16 @@ class Service:
     def _info(self, peer: Peer, number: int) -> object:
         return self._read(peer, number, _session(peer).served.database.info)
 
-    def _changes_since(self, peer: Peer, _number: int, position: bytes) -> Any:
-        changes = _session(peer).served.changes
-        return (changes.last_tid, changes.since(position))
+    def _changes_since(self, peer: Peer, number: int, position: bytes) -> Any:
+        served = _session(peer).served
+
+        def told(_caught_up: None = None) -> Any:
+            return (served.changes.last_tid, served.changes.since(position))
+
+        if served.database.tells_own:
+            # What was committed elsewhere may not be here yet.
+            return self._read(peer, number, served.database.catch_up, then=told)
+        return told()
 
     def _outcome(
         self,

@@ -191,6 +191,9 @@ class AdaptedStorage:
         """A storage without a log of its own does not remember."""
         return None
 
+    def catch_up(self) -> None:
+        """See Database.catch_up: nobody commits but through us."""
+
     def standing(self) -> Standing:
         """See Database.standing."""
         last_tid = self._storage.lastTransaction() or Z64

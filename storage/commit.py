@@ -22,6 +22,7 @@ from ZODB.POSException import (
     POSKeyError,
     ReadConflictError,
     StorageTransactionError,
+    UndoError,
     Unsupported,
 )
 
@@ -35,6 +36,7 @@ from zeolith.storage.database import (
     Voted,
 )
 from zeolith.storage.tids import Z64, next_tid, tid_at
+from zeolith.storage.undoing import UndoConflicts
 from zeolith.storage.wrapping import PLAIN, Form
 
 # Committed, and packed. FileStorage writes the status as it is where it marks a
@@ -66,6 +68,10 @@ class Metadata(TransactionMetaData):
         self.transaction_id = transaction.id
 
 
+class _Asks(Exception):
+    """An undo that needs the client to merge what it changes."""
+
+
 class Committing:
     """One transaction on ``storage``, from vote to finish or abort."""
 
@@ -88,6 +94,10 @@ class Committing:
         self._undone: set[bytes] = set()
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
+        self._undo_conflicts = UndoConflicts()
+        # Of what the client has to resolve now.
+        self._asked: set[bytes] = set()
+        self._begin_arguments: list[Any] = []
         self._begun = False
         # Known from begin on for a FileStorage; see Voted.tid.
         self.tid: bytes | None = None
@@ -107,10 +117,16 @@ class Committing:
             )
         if transaction.status != " " and IStorageRestoreable.providedBy(self._storage):
             arguments = [tid, transaction.status]
+        self._begin_arguments = arguments
+        self._begin_storage()
+        self.tid = tid
+
+    def _begin_storage(self) -> None:
         # A storage may take its lock and then find fault with the metadata.
         self._begun = True
-        self._storage.tpc_begin(self._metadata, *arguments)
-        self.tid = tid
+        self._storage.tpc_begin(self._metadata, *self._begin_arguments)
+        if hasattr(self._storage, "undo_conflicts"):
+            self._storage.undo_conflicts = self._undo_conflicts
 
     def _refuse_extremes(self, last_tid: bytes) -> None:
         """Ids that would leave too few for those who come after."""
@@ -134,17 +150,42 @@ class Committing:
 
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """Validate all, then store all and vote; or say what is unresolved."""
-        self._resolutions.update(resolutions)
+        self._take(resolutions)
         operations = list(self._last_stores())
         unresolved = list(self._validate(operations))
         if unresolved:
-            return Unresolved(unresolved)
-        self._store(operations)
+            return self._ask(unresolved)
+        try:
+            self._store(operations)
+        except _Asks:
+            # What is stored is half of it. Nobody else can commit in between: this is
+            # the writer thread.
+            self.abort()
+            self._undone.clear()
+            self._begin_storage()
+            return self._ask(list(self._undo_conflicts.unresolved.values()))
         answer = self._storage.tpc_vote(self._metadata)
         blobs.sync_stored(self._storage)
         # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
         self._undone.update(oid for oid in answer or () if isinstance(oid, bytes))
         return Voted(self.tid, [*self._resolutions, *self._undone])
+
+    def _ask(self, unresolved: list[Conflict]) -> Unresolved:
+        self._asked = {conflict.oid for conflict in unresolved}
+        return Unresolved(unresolved)
+
+    def _take(self, resolutions: dict[bytes, bytes]) -> None:
+        """What the client has resolved of what it was asked; raises if it is nothing.
+
+        Or it could go on asking, and hold the turn, for ever.
+        """
+        if self._asked and self._asked.isdisjoint(resolutions):
+            raise StorageTransactionError("none of the conflicts was resolved")
+        undos = self._undo_conflicts.unresolved
+        self._resolutions.update(
+            (oid, data) for oid, data in resolutions.items() if oid not in undos
+        )
+        self._undo_conflicts.answer(resolutions)
 
     def finish(self) -> Finished:
         """Commit. After this call the transaction is durable or all is lost."""
@@ -344,6 +385,13 @@ class Committing:
     def _undo(self, tid: bytes) -> None:
         if not IStorageUndoable.providedBy(self._storage):
             raise Unsupported("this storage cannot undo")
-        result = self._storage.undo(encodebytes(tid).rstrip(), self._metadata)
+        try:
+            result = self._storage.undo(encodebytes(tid).rstrip(), self._metadata)
+        except UndoError:
+            if not self._undo_conflicts.unresolved:
+                raise
+            raise _Asks from None
+        # A record that was in the way of one may have been overtaken by another.
+        self._undo_conflicts.unresolved.clear()
         if result:
             self._undone.update(result[1])

@@ -250,6 +250,12 @@ class Database(Protocol):
     def committed(self, tid: bytes) -> bool | None:
         """Whether transaction ``tid`` is in the log; None if nobody can tell."""
 
+    def catch_up(self) -> None:
+        """Where ``tells_own``: have all told that was committed before this call.
+
+        If that can be found out now.
+        """
+
     def standing(self) -> Standing:
         """After ``follow`` told that nothing known is of use: what is true now."""
 

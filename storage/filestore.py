@@ -25,7 +25,14 @@ from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
 from zeolith.storage.blobs import is_blob_record
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
-from zeolith.storage.database import Batch, CurrentRecord, LogEntry, Revision, Wish
+from zeolith.storage.database import (
+    Batch,
+    Conflict,
+    CurrentRecord,
+    LogEntry,
+    Revision,
+    Wish,
+)
 from zeolith.storage.identity import Identity
 from zeolith.storage.indexed import IndexedFile
 from zeolith.storage.iteration import current_in_file, iterate_file
@@ -39,6 +46,7 @@ from zeolith.storage.packing import (
 )
 from zeolith.storage.records import NOWAIT, Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
+from zeolith.storage.undoing import UndoConflicts
 
 # How many oids are reserved on disk at a time, so that few requests wait for a sync.
 OIDS_RESERVED = 10_000
@@ -51,6 +59,8 @@ class _DataFile(IndexedFile):
     """FileStorage that says when its index changes hands, and imports no classes."""
 
     generation: Generation | None = None
+    # Of the transaction under way; see commit.
+    undo_conflicts: UndoConflicts | None = None
     # Set by FileStorage.__init__ after the first _initIndex.
     _file: Any = None
 
@@ -106,16 +116,25 @@ class _DataFile(IndexedFile):
         committed: bytes = b"",
     ) -> bytes:
         """Called by undo (store finds no conflict: commit has resolved it before)."""
-        # Set by registerDB to the wrappers' conversions, if there are any.
-        decode = self._crs_untransform_record_data
         try:
-            resolved = conflicts.resolve(
-                decode(new),
-                decode(self.loadSerial(oid, old_tid)),
-                decode(committed or self.loadSerial(oid, committed_tid)),
-            )
-        except (conflicts.Unresolvable, POSKeyError):
+            old = self.loadSerial(oid, old_tid)
+            committed = committed or self.loadSerial(oid, committed_tid)
+        except POSKeyError:
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
+        conflict = Conflict(oid, committed_tid, old_tid, committed, old, new)
+        if self.undo_conflicts is None:
+            return self._merged_below_wrappers(conflict)
+        return self.undo_conflicts.merge(conflict)
+
+    def _merged_below_wrappers(self, conflict: Conflict) -> bytes:
+        # Set by registerDB to the wrappers' conversions.
+        decode = self._crs_untransform_record_data
+        states = (conflict.new, conflict.old, conflict.committed)
+        try:
+            resolved = conflicts.resolve(*map(decode, states))
+        except conflicts.Unresolvable:
+            serials = (conflict.committed_tid, conflict.old_tid)
+            raise ConflictError(oid=conflict.oid, serials=serials) from None
         encoded: bytes = self._crs_transform_record_data(resolved)
         return encoded
 

@@ -65,6 +65,9 @@ class Upstream(Protocol):
     ) -> tuple[bytes, bytes, bytes | None] | None:
         """Without waiting, or None."""
 
+    def catch_up(self) -> None:
+        """Be told all changes until now."""
+
     def prefetch(self, oids: list[bytes], before: bytes) -> None:
         """Into the cache."""
 
@@ -154,6 +157,11 @@ class RelayedStorage(AdaptedStorage):
         """See Database.standing; a fresh start may be one with another database."""
         database_id, epoch = self._identity(uuid.uuid4().bytes)
         return Standing(self._storage.lastTransaction() or Z64, database_id, epoch)
+
+    def catch_up(self) -> None:
+        """See Database.catch_up; a stranger tells what it tells."""
+        if self._upstream is not None:
+            self._upstream.catch_up()
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:
         """See Database.load."""

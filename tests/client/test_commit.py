@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from base64 import encodebytes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from ZODB.POSException import (
     StorageError,
     StorageSystemError,
     StorageTransactionError,
+    UndoError,
 )
 from ZODB.tests.ConflictResolution import PCounter, PCounter2
 from ZODB.utils import p64
@@ -543,6 +545,27 @@ def test_what_cannot_be_resolved_is_a_conflict(server, storage):
     assert server.asked("resolve") == []
     assert len(server.asked("abort")) == 1
     assert storage.tpc_transaction() is None
+
+
+def test_what_cannot_be_resolved_of_an_undo_is_not_tried_again(server, storage):
+    """A ConflictError would make the application repeat it, in vain."""
+    server.answers["vote"] = ["conflicts", [conflict(A, PCounter2)]]
+    transaction = begun(storage, b=counter(3))
+    storage.undo(encodebytes(T1).rstrip(), transaction)
+    with pytest.raises(UndoError) as caught:
+        storage.tpc_vote(transaction)
+    assert not isinstance(caught.value, TransientError)
+    assert len(server.asked("abort")) == 1
+
+
+def test_an_undo_is_merged_with_the_applications_classes(server, storage):
+    server.answers["vote"] = ["conflicts", [conflict(A)]]
+    server.answers["resolve"] = ["voted", None, [A]]
+    transaction = begun(storage)
+    storage.undo(encodebytes(T1).rstrip(), transaction)
+    assert storage.tpc_vote(transaction) == [A]
+    ((_number, ((oid, record),)),) = server.asked("resolve")
+    assert (oid, value_of(record)) == (A, 7)
 
 
 def test_records_are_transformed_for_the_resolution(server, storage):

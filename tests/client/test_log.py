@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+from ZODB import _compat
 from ZopeUndo.Prefix import Prefix
 
 from zeolith.client import log
@@ -68,3 +69,10 @@ def test_a_prefix_is_compared_from_the_left():
     assert log.having({"user_name": Prefix("/folder")})(described)
     assert not log.having({"user_name": Prefix("/other")})(described)
     assert not log.having({"no such key": 1})(described)
+
+
+def test_where_unpickling_is_forbidden_nothing_is_unpickled(monkeypatch):
+    """A server that has a client in it forbids it for its process."""
+    monkeypatch.setattr(_compat, "loads", lambda extension: {"bytes": extension})
+    told = [tid(1), b"user", b"description", b"whatever", 7]
+    assert log.describe(told)["bytes"] == b"whatever"

@@ -398,6 +398,24 @@ def test_the_changes_that_came_with_the_answer_are_applied_before_it():
     assert position.tid == T4
 
 
+def test_a_callback_can_tell_whether_it_is_in_its_place():
+    position, _told, feed = at(T1)
+    places: list[bytes | None] = []
+
+    def look(_tid: bytes) -> None:
+        places.append(position.in_place)
+
+    position.begin_finish(b"own")
+    position.finished(feed, own(T1, T2, A), [], look)
+    assert position.in_place is None
+    # Applied already, like anybody's.
+    position.finished(feed, own(T1, T2, A), None, look)
+    # Something before it is missing, and nobody will bring it.
+    position.leave(feed)
+    position.finished(feed, own(T3, T4, A), None, look)
+    assert places == [T2, None, None]
+
+
 def test_a_callback_that_raises_does_not_hold_up_the_position():
     """The transaction is committed; only the application is in trouble."""
     position, told, feed = at(T1)

@@ -113,5 +113,7 @@ def test_a_transaction_of_a_relays_client_keeps_its_id(server, storage, upstream
 
 
 def test_a_callback_in_its_place_is_told_from_one_that_is_not(storage, upstream):
-    assert upstream.is_in_place(storage.cache.valid_through)
     assert not upstream.is_in_place(T3)
+    storage.position.in_place = T3
+    assert upstream.is_in_place(T3)
+    assert not upstream.is_in_place(T2)

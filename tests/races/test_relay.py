@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, ReadOnlyError
+from ZODB.tests.hexstorage import HexStorage
 
 from zeolith.client.errors import (
     ClientDisconnected,
     CommitOutcomeUnknown,
 )
 from zeolith.client.storage import ClientStorage
+from zeolith.client.tids import following
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.relayed import RelayedStorage
 
@@ -51,7 +53,9 @@ def relaying(address: Any, **options: Any) -> Iterator[InProcessServer]:
 @pytest.fixture
 def relay(server: InProcessServer, proxy: Proxy) -> Iterator[InProcessServer]:
     """A relay behind the proxy, that does not wait long for its upstream."""
-    with relaying(proxy.address, wait_timeout=WAIT_S) as relay:
+    with relaying(proxy.address) as relay:
+        # From now on: to connect may take a busy machine longer.
+        upstream_of(relay)._wait_timeout_s = WAIT_S
         yield relay
 
 
@@ -175,6 +179,17 @@ def test_a_snapshot_at_the_relay_has_nothing_that_was_not_announced(
     assert near.lastTransaction() == before
     assert (seen(near, "x"), seen(near, "y")) == (b"2", b"1")
     assert near.loadSerial(X, after) == b"3"
+
+
+def test_a_sync_sees_what_was_committed_at_the_far_server(server, relay, writer):
+    with client_of(relay, server_sync=True) as near:
+        held = HeldStream(server, upstream_of(relay)).hold()
+        for n in range(3):
+            tid = commit(writer, x=b"%d" % n)
+            near.sync()
+            assert near.lastTransaction() == tid
+            assert seen(near, "x") == b"%d" % n
+        held.release()
 
 
 # Identity, oids, passing through
@@ -547,8 +562,9 @@ def test_a_relay_stops_while_its_upstream_is_away(proxy, relay, near):
 def test_a_relay_that_stops_waits_for_nobody(server, proxy, gate):
     with (
         relaying(proxy.address, wait_timeout=600) as relay,
-        client_of(relay, wait_timeout=WAIT_S) as near,
+        client_of(relay) as near,
     ):
+        near._wait_timeout_s = WAIT_S
         commit(near, x=b"1")
         proxy.refuse()
         proxy.cut()
@@ -562,3 +578,80 @@ def test_a_relay_that_stops_waits_for_nobody(server, proxy, gate):
         # Within the time that a server has for its threads, or it complains.
         relay.stop()
         assert isinstance(asking.error(), ClientDisconnected)
+
+
+# Other things between the relay and its upstream
+
+
+def hexed(data: bytes) -> bytes:
+    return b".h" + data.hex().encode()
+
+
+def test_a_relay_may_change_records_on_their_way(server, writer, monkeypatch):
+    def open_wrapped() -> RelayedStorage:
+        return RelayedStorage("1", HexStorage(ClientStorage(server.address)))
+
+    # What a record names is not imported in a server, so nothing is resolved there.
+    monkeypatch.setattr("zeolith.client.commit.tryToResolveConflict", None)
+    with InProcessServer({"1": open_wrapped}) as relay, client_of(relay) as near:
+        first = commit(near, x=b"1")
+        wait_for_position(writer, first)
+        assert seen(writer, "x") == hexed(b"1")
+        second = commit(writer, x=hexed(b"2"))
+        wait_for_position(near, second)
+        assert seen(near, "x") == b"2"
+        assert near.sortKey() == writer.sortKey()
+        transaction = TransactionMetaData()
+        near.tpc_begin(transaction)
+        near.store(X, first, b"3", "", transaction)
+        with pytest.raises(ConflictError):
+            near.tpc_vote(transaction)
+        near.tpc_abort(transaction)
+        assert near.history(X, 5)[0]["tid"] == second
+        commit(near, y=b"1")
+
+
+def test_relays_may_stand_in_a_row(relay, writer, near):
+    with relaying(relay.address) as second, client_of(second) as far:
+        listening = Listening()
+        far.registerDB(listening)
+        tid = commit(writer, x=b"1")
+        wait_for_position(far, tid)
+        last = commit(far, x=b"2")
+        wait_for_position(writer, last)
+        wait_for_position(near, last)
+        assert seen(writer, "x") == seen(near, "x") == b"2"
+        assert listening.tids == [tid]
+        assert far.sortKey() == writer.sortKey()
+        assert far.call("outcome", b"?" * 16, None, last) == ["not committed", None]
+
+
+def test_a_client_may_go_from_the_relay_to_its_server_and_keep_what_it_has(
+    server, relay, near, writer
+):
+    listening = Listening()
+    near.registerDB(listening)
+    commit(near, x=b"1")
+    near.new_addr(server.address)
+    last = commit(writer, y=b"1")
+    wait_for_position(near, last)
+    assert (listening.tids, listening.afresh) == ([last], 0)
+    assert near.cache.load(X, last) is not None
+
+
+def test_many_objects_come_through_in_one_request(server, relay, writer, near):
+    names = [f"n{number}" for number in range(100)]
+    tid = commit(writer, **{name: name.encode() for name in names})
+    wait_for_position(near, tid)
+    asked: list[str] = []
+    upstream: Any = upstream_of(relay)
+    ask = upstream.call
+
+    def call(method: str, *args: Any) -> Any:
+        asked.append(method)
+        return ask(method, *args)
+
+    upstream.call = call
+    loaded = near.load_many(map(oid_of, names), following(tid))
+    assert len(loaded) == 100
+    assert asked == ["load_many"]

@@ -858,3 +858,16 @@ async def test_many_loads_that_wait_are_prepared_at_once(server, channel):
     await server.workers.work()
     assert len(channel.value(asked)[1]) == 2
     assert server.database.prefetched == [[OID, OID]]
+
+
+async def test_whoever_asks_for_changes_gets_those_that_are_still_on_their_way(
+    relayed, channel
+):
+    asked = channel.ask("changes_since", number(1))
+    assert channel.answer(asked) is None
+    publish(relayed.served, number(2), [OID])
+    await relayed.workers.work()
+    assert relayed.database.steps == ["catch up"]
+    last_tid, changes = channel.value(asked)
+    assert last_tid == number(2)
+    assert [change[1] for change in changes] == [number(2)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from ZODB import _compat
 from ZODB.blob import BlobStorage
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
@@ -119,6 +120,7 @@ def nothing_is_unpickled(monkeypatch) -> Iterator[None]:
     """As in a server's process, but for one test."""
     module = sys.modules[FileStorage.__module__]
     monkeypatch.setattr(module, "loads", module.loads)
+    monkeypatch.setattr(_compat, "loads", _compat.loads)
     forbid_unpickling()
     executed.clear()
     yield

@@ -23,13 +23,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from ZODB._compat import PersistentPickler
 from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.FileStorage import FileStorageQuotaError
-from ZODB.POSException import POSKeyError, ReadOnlyError, UndoError
+from ZODB.POSException import POSKeyError, ReadOnlyError, StorageTransactionError
 
 from zeolith.storage import filestore, indexed
 from zeolith.storage.adapted import TIDS_SKIPPED
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import (
     BrokenDatabase,
+    Conflict,
     Finished,
     Revision,
     Unresolved,
@@ -341,9 +342,74 @@ def test_an_undo_never_imports_a_class(database, monkeypatch):
         raise AssertionError("a class is imported")
 
     monkeypatch.setattr("ZODB.ConflictResolution.find_global", find_global)
-    with pytest.raises(UndoError):
-        database.vote(transaction(undo(second)))
+    asked = database.vote(transaction(undo(second)))
+    assert isinstance(asked, Unresolved)
+    database.abort()
     assert database.load(A, MAX_TID).data == plain(3)
+
+
+def chain(database: FileStore, *values: Any) -> list[bytes]:
+    """The tids of transactions that gave an object these values, one each."""
+    tids = [Z64]
+    for value in values:
+        tids.append(commit(database, store(A, plain(value), tids[-1])).tid)
+    return tids[1:]
+
+
+def test_what_an_undo_cannot_merge_is_shown_to_the_client(database):
+    _first, second, third = chain(database, 1, 2, 3)
+    voting = transaction(store(B, plain("b")), undo(second))
+    states = (plain(3), plain(2), plain(1))
+    assert database.vote(voting) == Unresolved([Conflict(A, third, second, *states)])
+    voted = database.resolve({A: plain("merged")})
+    assert voted.resolved == [A]
+    finished = database.finish()
+    assert finished.tid == voted.tid
+    assert finished.oids == [B, A]
+    assert database.load(A, MAX_TID).data == plain("merged")
+    assert database.load(B, MAX_TID).data == plain("b")
+
+
+def test_each_of_several_undos_may_need_the_client(database):
+    _first, second, third, _fourth = chain(database, 1, 2, 3, 4)
+    assert isinstance(database.vote(transaction(undo(second), undo(third))), Unresolved)
+    again = database.resolve({A: plain("without two")})
+    (conflict,) = again.conflicts
+    # What the first undo has made is what the second one starts from.
+    assert conflict[3:] == (plain("without two"), plain(3), plain(2))
+    assert isinstance(database.resolve({A: plain("without both")}), Voted)
+    database.finish()
+    assert database.load(A, MAX_TID).data == plain("without both")
+    # And it is a Data.fs that can be undone once more.
+    commit(database, undo(database.last_changes()[0]))
+    assert database.load(A, MAX_TID).data == plain(4)
+
+
+@pytest.mark.parametrize("resolutions", [{}, {B: plain("another object")}])
+def test_a_client_that_resolves_nothing_is_not_asked_again(database, resolutions):
+    _first, second, _third = chain(database, 1, 2, 3)
+    database.vote(transaction(undo(second)))
+    with pytest.raises(StorageTransactionError, match="none of the conflicts"):
+        database.resolve(resolutions)
+    commit(database, store(B, plain("next")))
+    assert database.load(A, MAX_TID).data == plain(3)
+
+
+def test_nothing_is_left_of_an_undo_that_the_client_gave_up(database, tmp_path):
+    _first, second, _third = chain(database, 1, 2, 3)
+    database.vote(transaction(store(B, plain("b")), undo(second)))
+    database.abort()
+    folder = as_after_a_crash(database, tmp_path / "copy")
+    assert read_by_zodb(folder) == {A: plain(3)}
+
+
+def test_an_undo_of_an_undo_is_a_redo(database):
+    _first, second = chain(database, 1, 2)
+    undone = commit(database, undo(second)).tid
+    assert database.load(A, MAX_TID).data == plain(1)
+    finished = commit(database, undo(undone))
+    assert finished.oids == [A]
+    assert database.load(A, MAX_TID).data == plain(2)
 
 
 def test_a_quota_is_an_error_that_leaves_nothing(open_store, tmp_path):

@@ -394,3 +394,11 @@ def test_size_and_length_are_those_of_before_while_it_is_away(database, known):
     known.connected = False
     known.mapping.close()
     assert database.info() == info
+
+
+def test_catching_up_is_the_upstreams_affair(database, known, stranger):
+    asked: list[str] = []
+    known.catch_up = lambda: asked.append("catch up")
+    database.catch_up()
+    RelayedStorage("main", stranger).catch_up()
+    assert asked == ["catch up"]

@@ -206,6 +206,9 @@ class ModelDatabase:
     def stop_waiting(self) -> None:
         self.steps.append("stop waiting")
 
+    def catch_up(self) -> None:
+        self.steps.append("catch up")
+
     def standing(self) -> Standing:
         return Standing(self.last_tid, self.database_id, self.epoch)
 

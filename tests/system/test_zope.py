@@ -9,7 +9,7 @@ import pytest
 from ..support.gates import Background
 from ..support.serving import ServerProcess
 from ..support.waiting import wait_until
-from ..support.zope import NoZope, Zope, environment
+from ..support.zope_instance import NoZope, Zope, environment
 
 # To install Zope takes a minute or two, once.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
