@@ -13,6 +13,7 @@ under which a commit becomes durable and a pack swaps the files.
 
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ class IndexedFile(FileStorage):
         return None if last_tid is None else (found, scanned.position, last_tid)
 
     def _load_index(self) -> tuple[Any, int, bytes] | None:
+        restored = self._load_what_fits()
+        if restored is None and not self._is_read_only:
+            # FileStorage would save another one now. If this one is of a history that
+            # was replaced, from a backup, say, the new history may come to fit it at
+            # the end, where alone it is checked.
+            with suppress(OSError):
+                self._index_path.unlink(missing_ok=True)
+        return restored
+
+    def _load_what_fits(self) -> tuple[Any, int, bytes] | None:
         try:
             saved = index.load(self._index_path)
             if saved is None:

@@ -5,8 +5,8 @@
 A Data.fs of so many objects is opened with its whole index, with one that is a little
 older than the file (as after a crash), and without one: by ``zeolith serve``, until it
 is ready, and by a process that does nothing but open a FileStorage of plain ZODB, until
-it is open. Both times begin with the process. The peers take turns in every round, the
-file is in the page cache, and the figures are medians.
+it is open. Both times begin with the process. Peers and indexes take turns in every
+round, the file is in the page cache, and the figures are medians.
 """
 
 import os
@@ -54,9 +54,9 @@ def main(objects: int, rounds: int, directory: Path | None) -> None:
         print(f"{objects:,} objects, {size_mb:,.0f} MB, {rounds} rounds")
         print("| | FileStorage, s | zeolith, s | FileStorage, MB | zeolith, MB |")
         print("| --- | ---: | ---: | ---: | ---: |")
-        for case in CASES:
-            found = [started(folder, case) for _ in range(rounds)]
-            figures = [statistics.median(each) for each in zip(*found, strict=True)]
+        found = [[started(folder, case) for case in CASES] for _ in range(rounds)]
+        for case, *of_rounds in zip(CASES, *found, strict=True):
+            figures = [statistics.median(each) for each in zip(*of_rounds, strict=True)]
             seconds, megabytes = figures[0::2], figures[1::2]
             cells = [f"{each:.2f}" for each in seconds]
             cells += [f"{each:.0f}" for each in megabytes]

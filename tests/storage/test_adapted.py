@@ -538,3 +538,7 @@ def test_a_blob_storage_around_another_is_served_too(tmp_path):
     commit(database, store(A, plain(1)))
     assert database.load(A, MAX_TID)
     database.close()
+
+
+def test_there_is_no_index_to_save(database):
+    assert database.save_index() is False

@@ -25,7 +25,7 @@ from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.FileStorage import FileStorageQuotaError
 from ZODB.POSException import POSKeyError, ReadOnlyError, StorageTransactionError
 
-from zeolith.storage import filestore
+from zeolith.storage import filestore, indexed
 from zeolith.storage.adapted import TIDS_SKIPPED
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import (
@@ -272,6 +272,22 @@ def references(*oids: bytes) -> bytes:
     pickler.dump(("an.application", "Class"))
     pickler.dump(list(oids))
     return file.getvalue()
+
+
+def test_the_index_is_saved_before_a_crash(open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "GROWTH_MIN_BYTES", 200)
+    database = open_store()
+    assert not database.save_index()
+    first = commit(database, store(A, plain(1)), store(B, b"x" * 200)).tid
+    assert database.save_index()
+    end = database.info()[0]
+    commit(database, store(A, plain(2), first))
+    folder = as_after_a_crash(database, tmp_path / "crashed")
+    again = open_store(folder)
+    assert (again._file._saved_upto, again._file._used_index) == (end, 1)
+    assert again.load(A, MAX_TID).data == plain(2)
+    assert again.load(B, MAX_TID).data == b"x" * 200
+    assert again.last_changes() == database.last_changes()
 
 
 # Transactions

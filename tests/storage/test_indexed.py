@@ -68,9 +68,9 @@ def store(storage: Any, *oids: int) -> bytes:
 def crashed(storage: IndexedFile, folder: Path) -> Path:
     """The files as a crash at this moment would leave them."""
     folder.mkdir()
-    for name in ("Data.fs", "Data.fs.index"):
-        if os.path.exists(source := Path(storage._file_name).with_name(name)):
-            shutil.copy(source, folder)
+    source = Path(storage._file_name)
+    for each in (source, *source.parent.glob("Data.fs.index*")):
+        shutil.copy(each, folder)
     return folder / "Data.fs"
 
 
@@ -218,6 +218,34 @@ def test_what_is_being_saved_is_given_up_when_a_pack_takes_the_file(
     assert not list(tmp_path.glob("*.new"))
 
 
+def test_a_file_store_packs_while_its_index_is_saved(tmp_path, monkeypatch):
+    database = FileStore("main", str(tmp_path / "Data.fs"))
+    try:
+        for _ in range(5):
+            store(database._file, 0, 1, 2)
+        gate = Gate()
+        monkeypatch.setattr(
+            indexed._Source, "bucket", gate.before(indexed._Source.bucket)
+        )
+        gate.shut()
+        in_vain = Background(database.save_index)
+        gate.wait_until_reached()
+        database.pack(time.time() + 1, gc=False)
+        gate.open()
+        assert in_vain.result() is False
+        path = crashed(database._file, tmp_path / "crashed")
+        assert index_end(path) == path.stat().st_size == database._file._pos
+        assert zodb_believes(path)
+        # And then the new one's turn comes.
+        store(database._file, 0, 70_000)
+        assert database.save_index() is True
+        path = crashed(database._file, tmp_path / "again")
+        assert index_end(path) == path.stat().st_size
+        assert zodb_believes(path)
+    finally:
+        database.close()
+
+
 def test_after_a_pack_that_could_not_save_it_is_saved(
     open_file, tmp_path, monkeypatch, caplog
 ):
@@ -303,6 +331,39 @@ def test_a_disk_that_is_full_is_told(open_file, tmp_path, monkeypatch, caplog):
     # Nobody waits for a save at the end.
     storage.close()
     assert "Data.fs.index is not saved: no space" in caplog.text
+
+
+def test_a_crash_at_any_moment_of_saving_leaves_the_old_one_or_the_new_one(
+    open_file, tmp_path, monkeypatch
+):
+    storage = open_file()
+    for _ in range(3):
+        store(storage, 1, 2)
+    storage.save_index_if_grown()
+    store(storage, 1, 70_000)
+    ends = {index_end(tmp_path / "Data.fs"), storage._pos}
+    copies: list[Path] = []
+
+    def crashing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def before_and_after(*args: Any) -> Any:
+            copies.append(crashed(storage, tmp_path / f"before{len(copies)}"))
+            value = function(*args)
+            copies.append(crashed(storage, tmp_path / f"after{len(copies)}"))
+            return value
+
+        return before_and_after
+
+    monkeypatch.setattr(os, "fsync", crashing(os.fsync))
+    monkeypatch.setattr(Path, "replace", crashing(Path.replace))
+    monkeypatch.setattr(indexed._Source, "bucket", crashing(indexed._Source.bucket))
+    assert storage.save_index_if_grown()
+    monkeypatch.undo()
+    # At least two buckets, the file, its name, its folder.
+    assert len(copies) >= 10
+    assert {index_end(path) for path in copies} == ends
+    for path in copies:
+        assert zodb_believes(path)
+        check_opening(path)
 
 
 # Opening
@@ -452,6 +513,36 @@ def test_an_index_of_the_future_is_not_used(saved, caplog):
     saved.write_bytes(saved.read_bytes()[:end])
     check_opening(saved)
     assert "Ignoring index" in caplog.text
+
+
+def test_an_index_of_the_future_is_gone_before_the_file_grows_up_to_it(
+    saved, monkeypatch
+):
+    """A new history of the same lengths would fit it at the end, and only there."""
+    end = index_end(saved)
+    older = saved.read_bytes()[:end]
+    storage = FileStorage(str(saved))
+    store(storage, 7)
+    for _ in range(6):
+        store(storage, 1)
+    storage.close()
+    future = index_end(saved)
+    saved.write_bytes(older)
+    monkeypatch.setattr(indexed, "GROWTH_MIN_BYTES", 10**9)
+    storage = IndexedFile(str(saved))
+    # What the first history has from here on, less the first of its transactions.
+    for oid in (2, 70_000):
+        store(storage, oid, 100)
+    store(storage, 8)
+    for _ in range(6):
+        store(storage, 1)
+    assert not storage.save_index_if_grown()
+    path = crashed(storage, saved.parent / "crashed")
+    storage.close()
+    assert path.stat().st_size == future
+    again = check_opening(path)
+    assert number(7) not in again._index
+    assert number(8) in again._index
 
 
 def test_an_index_of_a_file_that_was_packed_behind_its_back_is_not_used(
