@@ -140,8 +140,8 @@ class AdaptedStorage:
         return int(self._storage.getSize()), len(self._storage)
 
     def pack(
-        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
-    ) -> Packed:
+        self, time_s: float, gc: bool | None = None, packing: "Packing | None" = None
+    ) -> "Packed":
         """See Database.pack; the references are read without importing anything.
 
         Nobody can say how far the storage is, nor stop it.
