@@ -42,6 +42,8 @@ from zeolith.storage.tids import tid_at
 logger = logging.getLogger(__name__)
 
 LATER = object()
+# What a database is told to bring near at a time.
+PREFETCHED = 100
 # Errors that are answers: nothing is wrong with the server when they occur.
 _EXPECTED = (POSError, KeyError, ZeolithError, OSError)
 
@@ -527,8 +529,18 @@ def _welcome(
 def _load_slowly(
     database: Database, oids: list[bytes], before: bytes, bytes_max: int
 ) -> list[Revision | None]:
-    database.prefetch(oids, before)
-    return _load_several(database.load, oids, before, bytes_max)
+    loaded: list[Revision | None] = []
+    size = 0
+    # Not all at once: most of it may be beyond the end of the answer.
+    for start in range(0, len(oids), PREFETCHED):
+        part = oids[start : start + PREFETCHED]
+        database.prefetch(part, before)
+        found = _load_several(database.load, part, before, bytes_max - size)
+        loaded += found
+        size += sum(len(each.data) for each in found if each)
+        if size > bytes_max:
+            break
+    return loaded
 
 
 def _before(tid: bytes, changes: list[Change] | None) -> list[Change] | None:

@@ -9,6 +9,7 @@ from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Failure, Goodbye, Notice, Reply, Welcome
 from zeolith.protocol.methods import METHODS, VERSION, Effect
 from zeolith.server.committer import Phase
+from zeolith.server.service import PREFETCHED
 from zeolith.storage.database import Conflict, Transaction, Unresolved
 
 from ..support.ids import number, transaction_id
@@ -871,3 +872,17 @@ async def test_whoever_asks_for_changes_gets_those_that_are_still_on_their_way(
     last_tid, changes = channel.value(asked)
     assert last_tid == number(2)
     assert [change[1] for change in changes] == [number(2)]
+
+
+async def test_no_more_is_prepared_than_goes_into_the_answer():
+    server = ModelServer(limits=replace(DEFAULT, batch_bytes_max=500))
+    oids = [number(each) for each in range(1, 1 + 3 * PREFETCHED)]
+    for oid in oids:
+        server.commit(oid, b"four")
+    server.database.would_block = True
+    channel = MemorySession(server.service).channel()
+    asked = channel.ask("load_many", oids, LATEST)
+    await server.workers.work()
+    assert len(channel.value(asked)[1]) == 126
+    prepared = server.database.prefetched
+    assert prepared == [oids[:PREFETCHED], oids[PREFETCHED : 2 * PREFETCHED]]
