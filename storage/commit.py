@@ -8,6 +8,7 @@ finish or abort; everything is validated before anything is stored.
 import time
 from base64 import encodebytes
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
@@ -73,6 +74,8 @@ class Committing:
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
         self._begun = False
+        # Of the blobs that were stored.
+        self._marks: list[Path] = []
         # Known from begin on for a FileStorage; see Voted.tid.
         self.tid: bytes | None = None
 
@@ -141,6 +144,7 @@ class Committing:
                 " it was committed is known after a restart"
             ) from error
         self._begun = False
+        blobs.unmark(self._marks)
         oids = dict.fromkeys(
             operation[1]
             for operation in self._transaction.operations
@@ -154,6 +158,7 @@ class Committing:
         if self._begun:
             self._begun = False
             self._storage.tpc_abort(self._metadata)
+            blobs.unmark(self._marks)
 
     def _last_stores(self) -> Iterable[list[Any]]:
         """The operations, of several stores of one oid only the last one."""
@@ -256,6 +261,7 @@ class Committing:
     ) -> None:
         path = self._blob_file(name)
         serial, data = self._as_resolved(oid, serial, data)
+        self._mark(oid, path)
         self._storage.storeBlob(oid, serial, data, path, "", self._metadata)
 
     def _restore_blob(
@@ -270,7 +276,13 @@ class Committing:
             )
         _serial, data = self._as_resolved(oid, serial, data)
         path = self._blob_file(name)
+        self._mark(oid, path)
         self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
+
+    def _mark(self, oid: bytes, path: str) -> None:
+        """Leave a mark of a blob's file, for the case that nobody comes to the end."""
+        if self.tid is not None:
+            self._marks.append(blobs.mark(path, oid, self.tid))
 
     def _blob_file(self, name: int | str) -> str:
         """The file of a blob, which the storage will take away."""
