@@ -275,9 +275,18 @@ class Committing:
                 f"a blob of transaction {serial.hex()} in another one"
             )
         _serial, data = self._as_resolved(oid, serial, data)
+        if previous is not None and not self._is_record(oid, previous, data):
+            # It is a hint: packed away here, or another record.
+            previous = None
         path = self._blob_file(name)
         self._mark(oid, path)
         self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
+
+    def _is_record(self, oid: bytes, tid: bytes, data: bytes) -> bool:
+        try:
+            return bool(self._storage.loadSerial(oid, tid) == data)
+        except POSKeyError:
+            return False
 
     def _mark(self, oid: bytes, path: str) -> None:
         """Leave a mark of a blob's file, for the case that nobody comes to the end."""

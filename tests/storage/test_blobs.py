@@ -275,9 +275,10 @@ def test_what_is_a_blob_is_found_without_loading_classes():
 # Restoring
 
 
-def test_a_blob_is_restored_in_its_transaction(served):
+@pytest.mark.parametrize("previous", [None, Z64, b"nowhere!"])
+def test_a_blob_is_restored_in_its_transaction(served, previous):
     tid = (1000).to_bytes(8, "big")
-    asked = transaction(["restore_blob", A, tid, BLOB, None, 0], tid=tid)
+    asked = transaction(["restore_blob", A, tid, BLOB, previous, 0], tid=tid)
     upload = served.database.uploads.begin()
     upload.write([(0, b"copied")])
     asked.blobs = upload.seal(asked.operations)
