@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO
+from typing import Any
 
 from ZODB import interfaces
 from ZODB.ConflictResolution import ConflictResolvingStorage
@@ -59,7 +59,7 @@ _BLOB_INTERFACES = {
 
 
 @implementer(interfaces.IMultiCommitStorage, interfaces.IPrefetchStorage)
-class ClientStorage(LogMethods, ConflictResolvingStorage):
+class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
     """A storage whose data are in a server.
 
     ``addr`` is ``(host, port)``, a port, ``"host:port"``, a Unix socket's path, or a
@@ -359,33 +359,6 @@ class ClientStorage(LogMethods, ConflictResolvingStorage):
         data: bytes = self.call("load_serial", oid, serial)
         return data
 
-    def loadBlob(self, oid: bytes, serial: bytes) -> str:
-        """The path of the blob's file, fetched if it is not there; POSKeyError."""
-        return self._blobs().path_of(oid, serial, self._fetch)
-
-    def openCommittedBlobFile(self, oid: bytes, serial: bytes, blob: Any = None) -> Any:
-        """The blob's file, open for reading: of ``blob``, or an ordinary file."""
-        return self._blobs().open(oid, serial, blob, self._fetch)
-
-    def temporaryDirectory(self) -> str:
-        """Where uncommitted blobs are on the file system of the committed ones."""
-        return self._blobs().temporary_directory()
-
-    @property
-    def fshelper(self) -> Any:
-        """What ZODB and its tools look for at a storage with blobs."""
-        if self.blobs is None:
-            raise AttributeError("a storage without blob_dir has no fshelper")
-        return uploads.fshelper_of(self.blobs)
-
-    def _blobs(self) -> uploads.Blobs:
-        if self.blobs is None:
-            raise Unsupported("blobs need a blob_dir, and this storage has none")
-        return self.blobs
-
-    def _fetch(self, oid: bytes, tid: bytes, file: BinaryIO) -> None:
-        uploads.fetch(self.call, oid, tid, file, self.limits)
-
     def getTid(self, oid: bytes) -> bytes:
         """The tid of the current record."""
         tid: bytes = self.call("get_tid", oid)
@@ -431,41 +404,6 @@ class ClientStorage(LogMethods, ConflictResolvingStorage):
         """Write a record that was read as of ``serial`` (None: it is new)."""
         assert not version, "versions are not supported"
         self._begun(transaction).stores.store(oid, serial or Z64, data)
-
-    def storeBlob(
-        self,
-        oid: bytes,
-        oldserial: bytes | str | None,
-        data: bytes,
-        blobfilename: str,
-        version: str,
-        transaction: Any,
-    ) -> None:
-        """Write a blob: its record, and its file, which is taken away and sent."""
-        assert not version, "versions are not supported"
-        commit = self._begun_with_blobs(transaction)
-        if isinstance(oldserial, str):
-            # As ZODB's own tests of blobs have it.
-            oldserial = oldserial.encode("latin-1")
-        commit.store_blob(oid, oldserial or Z64, data, blobfilename)
-
-    def restoreBlob(
-        self,
-        oid: bytes,
-        serial: bytes,
-        data: bytes,
-        blobfilename: str,
-        prev_txn: bytes | None,
-        transaction: Any,
-    ) -> None:
-        """Write a blob of a transaction that is copied; see IBlobStorageRestoreable."""
-        commit = self._begun_with_blobs(transaction)
-        commit.restore_blob(oid, serial, data, prev_txn, blobfilename)
-
-    def _begun_with_blobs(self, transaction: Any) -> Commit:
-        if not interfaces.IBlobStorage.providedBy(self):
-            raise Unsupported("the server's storage has no blobs")
-        return self._begun(transaction)
 
     def checkCurrentSerialInTransaction(
         self, oid: bytes, serial: bytes, transaction: Any

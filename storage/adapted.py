@@ -100,7 +100,7 @@ class AdaptedStorage:
         )
         self.uploads = Uploads(storage)
         if not self.is_read_only:
-            self.uploads.sweep()
+            self.uploads.sweep(self.committed)
 
     # loop
 

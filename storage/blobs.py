@@ -20,7 +20,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -33,6 +33,7 @@ from zeolith.storage import conflicts
 
 _PREFIX = ".zeolith-uploads-"
 _LOCK = "lock"
+_MARK = ".voted"
 # Operations that carry a blob, and where what names its file is in them.
 _NAME_AT = {"store_blob": 4, "store_shared_blob": 4, "restore_blob": 5}
 # For the names of files; next() is atomic.
@@ -105,6 +106,24 @@ def _sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def mark(path: str, oid: bytes, tid: bytes) -> Path:
+    """Link the file that a storage is about to take, beside it; see Uploads.sweep.
+
+    Where there are no hard links there is no mark.
+    """
+    link = Path(path).with_name(f"{oid.hex()}.{tid.hex()}{_MARK}")
+    with suppress(OSError):
+        os.link(path, link)
+    return link
+
+
+def unmark(marks: list[Path]) -> None:
+    """The transaction has ended."""
+    while marks:
+        with suppress(OSError):
+            marks.pop().unlink()
+
+
 class Uploads:
     """The folder of what is being uploaded to one storage."""
 
@@ -131,15 +150,31 @@ class Uploads:
             return Path(self._storage.fshelper.base_dir)
         return self.shared
 
-    def sweep(self) -> None:
-        """Remove what a process that was killed has left."""
+    def sweep(self, committed: Callable[[bytes], bool | None]) -> None:
+        """Remove what a process that was killed has left.
+
+        What has voted has its place already: a mark tells of it. It goes, too, if
+        ``committed`` says that its transaction is not in the log.
+        """
         if not self._has_directory:
             # A storage that makes its directory when it is asked for it.
             return
         for folder in self._parent.glob(f"{_PREFIX}*"):
             with suppress(OSError), (folder / _LOCK).open("wb") as lock_file:
                 fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for link in folder.glob(f"*{_MARK}"):
+                    self._remove_voted(link, committed)
                 shutil.rmtree(folder)
+
+    def _remove_voted(
+        self, link: Path, committed: Callable[[bytes], bool | None]
+    ) -> None:
+        oid, tid = map(bytes.fromhex, link.name.removesuffix(_MARK).split("."))
+        if committed(tid) is False:
+            blob = Path(self._storage.fshelper.getBlobFilename(oid, tid))
+            with suppress(FileNotFoundError):
+                if blob.samefile(link):
+                    blob.unlink()
 
     def begin(self) -> "Upload":
         """The files of a transaction; nothing is on the disk yet. Any thread."""

@@ -8,6 +8,7 @@ finish or abort; everything is validated before anything is stored.
 import time
 from base64 import encodebytes
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
@@ -99,6 +100,8 @@ class Committing:
         self._asked: set[bytes] = set()
         self._begin_arguments: list[Any] = []
         self._begun = False
+        # Of the blobs that were stored.
+        self._marks: list[Path] = []
         # Known from begin on for a FileStorage; see Voted.tid.
         self.tid: bytes | None = None
 
@@ -198,6 +201,7 @@ class Committing:
                 " it was committed is known after a restart"
             ) from error
         self._begun = False
+        blobs.unmark(self._marks)
         return Finished(tid if isinstance(tid, bytes) else told[0], self._changed())
 
     def _changed(self) -> list[bytes]:
@@ -215,6 +219,7 @@ class Committing:
         if self._begun:
             self._begun = False
             self._storage.tpc_abort(self._metadata)
+            blobs.unmark(self._marks)
 
     def _last_stores(self) -> Iterable[list[Any]]:
         """The operations, of several stores of one oid only the last one."""
@@ -336,6 +341,7 @@ class Committing:
     ) -> None:
         path = self._blob_file(name)
         serial, data = self._as_resolved(oid, serial, data)
+        self._mark(oid, path)
         self._storage.storeBlob(oid, serial, data, path, "", self._metadata)
 
     def _restore_blob(
@@ -344,8 +350,23 @@ class Committing:
         if not IBlobStorageRestoreable.providedBy(self._storage):
             raise Unsupported("this storage cannot restore blobs")
         self._refuse_empty(oid, data)
+        if previous is not None and not self._is_record(oid, previous, data):
+            # It is a hint: packed away here, or another record.
+            previous = None
         path = self._blob_file(name)
+        self._mark(oid, path)
         self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
+
+    def _is_record(self, oid: bytes, tid: bytes, data: bytes) -> bool:
+        try:
+            return bool(self._storage.loadSerial(oid, tid) == data)
+        except POSKeyError:
+            return False
+
+    def _mark(self, oid: bytes, path: str) -> None:
+        """Leave a mark of a blob's file, for the case that nobody comes to the end."""
+        if self.tid is not None:
+            self._marks.append(blobs.mark(path, oid, self.tid))
 
     def _blob_file(self, name: int | str) -> str:
         """The file of a blob, which the storage will take away."""

@@ -98,6 +98,14 @@ class _DataFile(IndexedFile):
             self._file.truncate(self._pos)
             self._files.flush()
 
+    def _abort(self) -> None:
+        """Called by tpc_abort.
+
+        FileStorage removes blobs only if it has voted; a store may fail before.
+        """
+        super()._abort()
+        self._blob_tpc_abort()
+
     def is_blob_record(self, record: bytes) -> bool:
         """Called by undo and pack."""
         return is_blob_record(record)

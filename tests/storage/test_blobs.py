@@ -275,9 +275,10 @@ def test_what_is_a_blob_is_found_without_loading_classes():
 # Restoring
 
 
-def test_a_blob_is_restored_in_its_transaction(served):
+@pytest.mark.parametrize("previous", [None, Z64, b"nowhere!"])
+def test_a_blob_is_restored_in_its_transaction(served, previous):
     tid = (1000).to_bytes(8, "big")
-    asked = transaction(["restore_blob", A, tid, BLOB, None, 0], tid=tid)
+    asked = transaction(["restore_blob", A, tid, BLOB, previous, 0], tid=tid)
     upload = served.database.uploads.begin()
     upload.write([(0, b"copied")])
     asked.blobs = upload.seal(asked.operations)
@@ -365,6 +366,52 @@ def test_a_link_that_takes_the_place_of_a_file_is_not_taken(
 # What a process leaves
 
 
+def kill(database: FileStore) -> FileStore:
+    """Go on as after a kill; returns the database, opened again."""
+    if database.uploads._lock_file is not None:
+        database.uploads._lock_file.close()
+    file = database._storage
+    # Nothing is aborted: what was voted is where the vote has left it.
+    file._file.truncate(file._pos)
+    file.close()
+    database._identity.return_oids(1)
+    return FileStore("1", database._path, blob_dir=file.blob_dir)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_blob_that_was_voted_and_not_committed_goes_at_the_next_opening(
+    tmp_path, finished
+):
+    served = Served(open_file(tmp_path))
+    upload = served.voted(store_blob(A, 0), _0=b"data")
+    folder = served.database.uploads.shared.parent
+    (blob,) = folder.rglob("*.blob")
+    (link,) = folder.glob(".zeolith-uploads-*/*.voted")
+    if finished:
+        # The process is killed before it removes the mark.
+        committing: Any = served.database._committing
+        committing._marks.clear()
+        served.database.finish()
+    database: Any = served.database
+    reopened = kill(database)
+    assert not link.exists()
+    assert blob.exists() is finished
+    upload.discard()
+    reopened.close()
+
+
+def test_a_store_that_fails_takes_the_blobs_before_it_along(served):
+    upload = served.database.uploads.begin()
+    upload.write([(0, b"data")])
+    asked = transaction(store_blob(A, 0), store_blob(B, 1))
+    asked.blobs = upload.seal(asked.operations)
+    with pytest.raises(StorageTransactionError, match="no blob 1"):
+        served.database.vote(asked)
+    upload.discard()
+    assert not temporary_files(served)
+    assert not list(served.database.uploads.shared.parent.rglob("*.blob"))
+
+
 def test_leftovers_of_a_killed_process_go_at_the_next_opening(tmp_path):
     database = open_file(tmp_path)
     upload = database.uploads.begin()
@@ -385,7 +432,7 @@ def test_what_another_process_uploads_is_left_alone(served):
     upload = served.database.uploads.begin()
     upload.write([(0, b"data")])
     other = blobs.Uploads(served.database._storage)
-    other.sweep()
+    other.sweep(lambda _tid: False)
     assert upload.seal([])[0].read_bytes() == b"data"
     upload.discard()
 

@@ -11,15 +11,36 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from ZODB.blob import Blob
+from ZODB.config import storageFromString
+from ZODB.DB import DB
 from ZODB.interfaces import IBlobStorage, IBlobStorageRestoreable
 from ZODB.tests.testblob import storage_reusable_suite
 
 from zeolith.client.storage import ClientStorage
+from zeolith.client.uri import resolver
 
 from ..support.serving import ServerProcess
 from .served import stop_without_complaints
 
 STORAGES = 80
+# Of each kind that has blobs.
+OTHERS = """
+<blobstorage wrapped>
+  blob-dir wrapped.blobs
+  <filestorage>
+    path wrapped.fs
+  </filestorage>
+</blobstorage>
+<demostorage demo>
+</demostorage>
+<demostorage over>
+  <filestorage>
+    path over.fs
+    blob-dir over.blobs
+  </filestorage>
+</demostorage>
+"""
 FILESTORAGE = """\
 <filestorage {name}>
   path {name}.fs
@@ -57,6 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     names = [f"s{number}" for number in range(STORAGES)]
     sections = "".join(FILESTORAGE.format(name=name) for name in names)
     Storages.unused = iter(names)
+    sections += OTHERS
     server = ServerProcess(tmp_path_factory.mktemp("blobs"), storages=sections)
     Storages.server = server
     with server:
@@ -140,3 +162,41 @@ def test_the_interfaces_are_not_declared_without_a_directory():
     storage = Storages._open(next(Storages.unused))
     assert not IBlobStorage.providedBy(storage)
     storage.close()
+
+
+@pytest.mark.parametrize("name", ["wrapped", "demo", "over"])
+def test_every_storage_with_blobs_has_them_behind_a_server(name, tmp_path):
+    for number, data in enumerate([b"one", bytes(3_000_000)]):
+        writer = DB(Storages._open(name, blob_dir=str(tmp_path / "writer")))
+        with writer.transaction() as connection:
+            connection.root()[number] = Blob(data)
+        writer.close()
+        reader = DB(Storages._open(name, blob_dir=str(tmp_path / "reader")))
+        with reader.transaction() as connection, connection.root()[number].open() as f:
+            assert f.read() == data
+        reader.close()
+
+
+def test_a_file_and_a_uri_configure_blobs(tmp_path):
+    host, port = Storages.server.address
+    section = f"""
+        %import zeolith.client
+        <zeolith>
+          server {host}:{port}
+          storage {next(Storages.unused)}
+          blob-dir {tmp_path / "section"}
+          blob-cache-size 10MB
+          blob-cache-size-check 20
+        </zeolith>
+        """
+    uri = (
+        f"zeolith://{host}:{port}?storage={next(Storages.unused)}"
+        f"&blob_dir={tmp_path / 'uri'}&blob_cache_size=10MB"
+    )
+    factory, _arguments = resolver(uri)
+    for storage in (storageFromString(section), factory()):
+        database = DB(storage)
+        with database.transaction() as connection:
+            connection.root()["blob"] = Blob(b"data")
+        assert storage.temporaryDirectory().startswith(str(tmp_path))
+        database.close()
