@@ -17,7 +17,6 @@ from ZODB.POSException import (
     POSKeyError,
     ReadOnlyError,
     StorageTransactionError,
-    Unsupported,
 )
 from zope.interface import alsoProvides, implementer
 
