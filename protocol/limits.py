@@ -26,8 +26,10 @@ class Limits:
     requests_open_max: int = 1000
     # Frames larger than this are not put together from many stores by the client.
     batch_bytes_max: int = 1024 * 1024
-    # Records of one transaction that a server keeps in memory until the vote.
+    # Records of one transaction that a server keeps until the vote, and how many of
+    # these in memory. As much again may be on its way to the disk.
     transaction_bytes_max: int = 2 * 1024 * 1024 * 1024
+    staged_memory_bytes_max: int = 4 * 1024 * 1024
     # What may wait for a peer that does not read before it is disconnected.
     output_bytes_max: int = 64 * 1024 * 1024
     # Each end says something at least this often on a socket that has reason to live.

@@ -32,7 +32,7 @@ class Peer(asyncio.Protocol):
         self.connection = Connection(Role.SERVER, self._loop.time(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
-        self.transactions = ChannelTransactions(limits.transaction_bytes_max)
+        self.transactions = ChannelTransactions(limits)
         # The client's own address, never ours.
         self.address = "?"
         self._transport: asyncio.Transport | None = None
@@ -41,6 +41,8 @@ class Peer(asyncio.Protocol):
         self._batch_bytes = 0
         # Whether it was closing at the last tick already.
         self._is_lingering = False
+        # How many want nothing to be read now.
+        self._holds = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is accepted."""
@@ -113,6 +115,26 @@ class Peer(asyncio.Protocol):
             now = self._loop.time()
             self._write(self.connection.goodbye(reason, text or reason, now))
             transport.close()
+
+    def hold_reading(self) -> None:
+        """Read no more until ``let_read`` was called as often.
+
+        The client gets no further than the buffers meanwhile.
+        """
+        self._holds += 1
+        transport = self._transport
+        if self._holds == 1 and transport is not None and not transport.is_closing():
+            transport.pause_reading()
+
+    def let_read(self) -> None:
+        """Take back one ``hold_reading``."""
+        assert self._holds, "nobody holds"
+        self._holds -= 1
+        transport = self._transport
+        if self._holds == 0 and transport is not None and not transport.is_closing():
+            # It was not the client that was silent.
+            self.connection.rcvd_at = self._loop.time()
+            transport.resume_reading()
 
     def cut_off(self) -> None:
         """Close without a word, and without waiting for what is not sent yet."""

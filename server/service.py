@@ -19,14 +19,22 @@ from zeolith.protocol.errors import HelloRefused, LocalProtocolError, ZeolithErr
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS, VERSION, Effect
-from zeolith.server.committer import Commit, Phase
+from zeolith.server.committer import Commit, Committer, Phase
 from zeolith.server.peer import Peer
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
+from zeolith.server.staging import Operations, joined
 from zeolith.server.status import status_of
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
-from zeolith.storage.database import Finished, Revision, Unresolved, Voted, WouldBlock
+from zeolith.storage.database import (
+    Finished,
+    Revision,
+    Transaction,
+    Unresolved,
+    Voted,
+    WouldBlock,
+)
 from zeolith.storage.tids import tid_at
 
 logger = logging.getLogger(__name__)
@@ -96,6 +104,7 @@ class Service:
         commit = peer.transactions.commit
         if session is None:
             return
+        peer.transactions.drop()
         if commit is not None:
             gone = StorageTransactionError("the connection was lost")
             session.served.committer.abandon(commit, gone, None)
@@ -120,6 +129,12 @@ class Service:
         """What is due: heartbeats, and transactions that take too long."""
         for peer in tuple(self.peers):
             peer.tick(now)
+            heard_at = peer.connection.rcvd_at
+            timeout_s = self.transaction_timeout_s
+            if peer.transactions.expire(now, timeout_s, heard_at):
+                logger.warning(
+                    "%s has staged and not voted in %g s", peer.address, timeout_s
+                )
         for served in self.databases.values():
             served.committer.tick(now, self.transaction_timeout_s)
 
@@ -368,7 +383,8 @@ class Service:
     def _stage(
         self, peer: Peer, _number: int, transaction_id: bytes, operations: list[Any]
     ) -> None:
-        peer.transactions.stage(transaction_id, operations)
+        workers = _session(peer).served.workers
+        peer.transactions.stage(transaction_id, operations, peer, workers)
 
     def _vote(
         self,
@@ -381,16 +397,20 @@ class Service:
         current = peer.transactions.commit
         if current is not None and current.phase is not Phase.ENDED:
             raise StorageTransactionError("the channel is in another transaction")
-        transaction = peer.transactions.take(transaction_id)
-        transaction.operations.extend(operations)
+        transaction = Transaction(transaction_id)
         transaction.user, transaction.description, transaction.extension = metadata[:3]
         transaction.tid, transaction.status = metadata[3:]
         session = _session(peer)
         commit = Commit(transaction, session.name)
         peer.transactions.commit = commit
-        session.served.committer.vote(
-            commit, partial(self._voted, peer, number, commit)
-        )
+        commit.answer = partial(self._voted, peer, number, commit)
+        staged = peer.transactions.take(transaction_id)
+        sealed = partial(_sealed, session.served.committer, commit, operations)
+        if staged is None:
+            sealed([], None)
+        else:
+            commit.when_ended.append(staged.discard)
+            staged.seal(sealed)
         return LATER
 
     def _resolve(
@@ -445,7 +465,7 @@ class Service:
         commit = peer.transactions.commit
         if commit is None or commit.transaction.id != transaction_id:
             # Staged at most, or unknown: nothing to undo.
-            peer.transactions.take(transaction_id)
+            peer.transactions.drop()
             return None
 
         def aborted(_value: None, error: BaseException | None) -> None:
@@ -493,6 +513,27 @@ def _welcome(
         "read_only": session.is_read_only if session else True,
         "role": ("read" if session.is_read_only else "admin") if session else "read",
     }
+
+
+def _sealed(
+    committer: Committer,
+    commit: Commit,
+    last: list[list[Any]],
+    staged: Operations,
+    error: Exception | None,
+) -> None:
+    """Everything that was staged for ``commit`` is at hand: let it vote."""
+    if commit.phase is Phase.ENDED:
+        # Its channel is gone.
+        return
+    if error is not None:
+        committer.abandon(commit, error, None)
+        return
+    commit.transaction.operations = joined(staged, last)
+    # From here on it is the committer's to give.
+    answer, commit.answer = commit.answer, None
+    assert answer is not None
+    committer.vote(commit, answer)
 
 
 def _loaded(as_of: bytes, found: Revision | None) -> tuple[Any, ...]:

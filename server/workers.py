@@ -1,8 +1,9 @@
 """The threads that may wait for a disk, on behalf of a loop that may not.
 
 Each database has one writer thread, which does the steps of a commit in the order in
-which the loop asked for them, and a few reader threads. Called on the loop; what is
-handed over runs in a thread, and the future's callbacks run on the loop again.
+which the loop asked for them, a few reader threads, and one that spills what is staged.
+Called on the loop; what is handed over runs in a thread, and the future's callbacks run
+on the loop again.
 """
 
 import asyncio
@@ -79,6 +80,8 @@ class Workers:
         self._loop = loop
         self._writer = _Writer(loop, f"{name}-writer")
         self._readers = ThreadPoolExecutor(READERS, f"{name}-reader")
+        # Of its own: a vote may take longer than a client waits for what it sends.
+        self._stager = ThreadPoolExecutor(1, f"{name}-stager")
 
     def write(
         self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
@@ -94,6 +97,13 @@ class Workers:
         assert not kwargs
         return self._loop.run_in_executor(self._readers, step, *args)
 
+    def stage(
+        self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
+    ) -> "asyncio.Future[Value]":
+        """Run ``step`` in the thread that keeps what is staged, in order."""
+        assert not kwargs
+        return self._loop.run_in_executor(self._stager, step, *args)
+
     async def close(self, timeout_s: float) -> bool:
         """Wait for what is under way, but not for ever; true if nothing is.
 
@@ -103,7 +113,9 @@ class Workers:
         # The writer's next step may be the abort of what did not finish.
         self._writer.stop()
         self._readers.shutdown(wait=False, cancel_futures=True)
-        threads = {self._writer, *self._readers._threads}
+        # It closes what was staged in vain.
+        self._stager.shutdown(wait=False)
+        threads = {self._writer, *self._readers._threads, *self._stager._threads}
         deadline = self._loop.time() + timeout_s
         for thread in threads:
             left_s = max(0.0, deadline - self._loop.time())

@@ -71,6 +71,8 @@ class Committing:
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
         self._undo_conflicts = UndoConflicts()
+        # Of the stores of each oid, the number of the one that counts.
+        self._last: dict[bytes, int] = {}
         # Of what the client has to resolve now.
         self._asked: set[bytes] = set()
         self._begin_arguments: list[Any] = []
@@ -127,12 +129,11 @@ class Committing:
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """Validate all, then store all and vote; or say what is unresolved."""
         self._take(resolutions)
-        operations = list(self._last_stores())
-        unresolved = list(self._validate(operations))
+        unresolved = list(self._validate(self._last_stores()))
         if unresolved:
             return self._ask(unresolved)
         try:
-            self._store(operations)
+            self._store(self._last_stores())
         except _Asks:
             # What is stored is half of it. Nobody else can commit in between: this is
             # the writer thread.
@@ -173,11 +174,7 @@ class Committing:
                 " it was committed is known after a restart"
             ) from error
         self._begun = False
-        oids = dict.fromkeys(
-            operation[1]
-            for operation in self._transaction.operations
-            if operation[0] == "store"
-        )
+        oids = dict.fromkeys(self._last)
         oids.update(dict.fromkeys(self._undone))
         return Finished(tid if isinstance(tid, bytes) else told[0], list(oids))
 
@@ -190,7 +187,7 @@ class Committing:
     def _last_stores(self) -> Iterable[list[Any]]:
         """The operations, of several stores of one oid only the last one."""
         operations = self._transaction.operations
-        last = {
+        self._last = last = {
             operation[1]: index
             for index, operation in enumerate(operations)
             if operation[0] == "store"
@@ -201,7 +198,7 @@ class Committing:
             if operation[0] != "store" or last[operation[1]] == index
         )
 
-    def _validate(self, operations: list[list[Any]]) -> Iterable[Conflict]:
+    def _validate(self, operations: Iterable[list[Any]]) -> Iterable[Conflict]:
         for operation in operations:
             if operation[0] == "undo":
                 continue
@@ -252,7 +249,7 @@ class Committing:
             return Conflict(oid, committed_tid, old_tid, committed, old, new)
         return None
 
-    def _store(self, operations: list[list[Any]]) -> None:
+    def _store(self, operations: Iterable[list[Any]]) -> None:
         actions: dict[str, Callable[..., None]] = {
             "store": self._store_record,
             "check": lambda *_validated: None,

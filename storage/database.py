@@ -14,6 +14,7 @@ passes at most one more than the last tid it has announced, so an answer never s
 what clients have not heard of.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -60,7 +61,8 @@ class Transaction:
     tid: bytes | None = None
     status: str = " "
     # ["store", oid, serial, data], ["check", oid, serial], ["undo", tid]
-    operations: list[list[Any]] = field(default_factory=list)
+    # and perhaps not in memory: to be iterated in the writer thread, several times.
+    operations: Collection[list[Any]] = field(default_factory=list)
 
 
 class Conflict(NamedTuple):
