@@ -101,6 +101,9 @@ class Peer(asyncio.Protocol):
                 transport.abort()
             self._is_lingering = True
             return
+        if self._holds:
+            # It is not the client that is silent.
+            self.connection.rcvd_at = now
         data = self.connection.tick(now)
         if data:
             self._write(data)
