@@ -347,11 +347,12 @@ class Connection:
     def _must_hear(self) -> bool:
         if self.state is State.STREAM:
             return True
-        return (
-            self.state is State.CHANNEL
-            and self.role is Role.CLIENT
-            and bool(self.open_requests)
-        )
+        if self.state is not State.CHANNEL:
+            return False
+        if self.role is Role.CLIENT:
+            return bool(self.open_requests)
+        # Half of a large frame takes the memory of half of it.
+        return self._reader.is_inside_frame
 
     def tick(self, now: float) -> bytes:
         """What is due at ``now``: a heartbeat to send, or nothing (b"").

@@ -43,6 +43,11 @@ class FrameReader:
         # How many bytes until something can be done: a prefix, or a whole frame.
         self._need_bytes = PREFIX_BYTES
 
+    @property
+    def is_inside_frame(self) -> bool:
+        """Whether the rest of a frame is still to come."""
+        return self._have_bytes > 0
+
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads that ``data`` completes, in order.
 

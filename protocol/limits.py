@@ -27,8 +27,10 @@ class Limits:
     # Frames larger than this are not put together from many stores by the client, and
     # no part of a blob is.
     batch_bytes_max: int = 1024 * 1024
-    # Records of one transaction that a server keeps in memory until the vote.
+    # Records of one transaction that a server keeps until the vote, and how many of
+    # these in memory. As much again may be on its way to the disk.
     transaction_bytes_max: int = 2 * 1024 * 1024 * 1024
+    staged_memory_bytes_max: int = 4 * 1024 * 1024
     # Blobs of one transaction.
     transaction_blobs_max: int = 100_000
     # Of a peer's blobs, what may wait for the disk before its socket is not read.

@@ -17,7 +17,7 @@ All classes belong to the loop. Invariants:
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from ZODB.POSException import POSKeyError, Unsupported
 from zeolith.protocol.errors import RemoteProtocolError
 from zeolith.protocol.limits import Limits
 from zeolith.server.committer import Answer, Commit, Phase
-from zeolith.storage.blobs import name_in
 
 if TYPE_CHECKING:
     from zeolith.server.peer import Peer
@@ -115,6 +114,7 @@ class Uploading:
         # What is not written yet, queued or with a thread.
         self._waiting_bytes = 0
         self._is_writing = False
+        self._is_holding = False
         self._unflushed_bytes = 0
         self._is_flushing = False
         # Of the disk; told at the vote.
@@ -137,13 +137,13 @@ class Uploading:
         self._queued_bytes += len(data)
         self._waiting_bytes += len(data)
         if self._waiting_bytes > self._limits.blob_backlog_bytes_max:
-            self._peer.pause()
+            self._hold_reading()
         if self._queued_bytes >= self._batch_bytes:
             self._write()
 
     def seal(
         self,
-        operations: list[list[Any]],
+        operations: Collection[list[Any]],
         sealed: Callable[[Paths, BaseException | None], None],
     ) -> None:
         """Call ``sealed`` with the files when everything is written and synced."""
@@ -172,6 +172,16 @@ class Uploading:
         discarding = self._workers.write_blobs(self._files.discard)
         discarding.add_done_callback(_log_failure)
 
+    def _hold_reading(self) -> None:
+        if not self._is_holding:
+            self._is_holding = True
+            self._peer.hold_reading()
+
+    def _let_read(self) -> None:
+        if self._is_holding:
+            self._is_holding = False
+            self._peer.let_read()
+
     def _forget_queue(self) -> None:
         self._queue.clear()
         self._queued_bytes = 0
@@ -193,7 +203,7 @@ class Uploading:
         if not self._queue:
             self._waiting_bytes = 0
         if self._waiting_bytes <= self._limits.blob_backlog_bytes_max // 2:
-            self._peer.resume()
+            self._let_read()
         self._go_on()
 
     def _flush(self) -> None:
@@ -242,9 +252,19 @@ def discard(peer: "Peer", transaction_id: bytes | None = None) -> None:
 
 
 def vote(
-    peer: "Peer", served: "Served", commit: Commit, limits: Limits, answer: Answer
+    peer: "Peer",
+    served: "Served",
+    commit: Commit,
+    limits: Limits,
+    *,
+    names_blobs: bool,
+    answer: Answer,
 ) -> None:
-    """Let ``commit`` vote, as soon as its blobs are on disk."""
+    """Let ``commit`` vote, as soon as its blobs are on disk.
+
+    ``names_blobs``: whether one of its operations wants a file; they are not looked at
+    here, for they may be on disk themselves.
+    """
     transaction = commit.transaction
     upload = peer.upload
     if upload is not None and upload.transaction_id != transaction.id:
@@ -252,7 +272,7 @@ def vote(
         upload = None
     peer.upload = None
     if upload is None:
-        if all(name_in(operation) is None for operation in transaction.operations):
+        if not names_blobs:
             served.committer.vote(commit, answer)
             return
         upload = Uploading(served, peer, transaction.id, limits)

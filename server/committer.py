@@ -341,7 +341,7 @@ class Committer:
     def _step(self, commit: Commit, phase: Phase, answer: Answer) -> None:
         commit.phase = phase
         commit.answer = answer
-        self._turn.started_at = None
+        self._turn.stop_clock(asyncio.get_running_loop().time())
 
     @staticmethod
     def _answer(commit: Commit, value: Any, error: BaseException | None) -> None:

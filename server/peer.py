@@ -33,7 +33,7 @@ class Peer(asyncio.Protocol):
         self.connection = Connection(Role.SERVER, self._loop.time(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
-        self.transactions = ChannelTransactions(limits.transaction_bytes_max)
+        self.transactions = ChannelTransactions(limits)
         # The blobs of the transaction that will vote next; a channel has it.
         self.upload: Uploading | None = None
         # The client's own address, never ours.
@@ -44,7 +44,8 @@ class Peer(asyncio.Protocol):
         self._batch_bytes = 0
         # Whether it was closing at the last tick already.
         self._is_lingering = False
-        self._is_paused = False
+        # How many want nothing to be read now.
+        self._holds = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is accepted."""
@@ -103,6 +104,9 @@ class Peer(asyncio.Protocol):
                 transport.abort()
             self._is_lingering = True
             return
+        if self._holds:
+            # It is not the client that is silent.
+            self.connection.rcvd_at = now
         data = self.connection.tick(now)
         if data:
             self._write(data)
@@ -118,19 +122,25 @@ class Peer(asyncio.Protocol):
             self._write(self.connection.goodbye(reason, text or reason, now))
             transport.close()
 
-    def pause(self) -> None:
-        """Read no more for now: the client gets no further than the buffers."""
+    def hold_reading(self) -> None:
+        """Read no more until ``let_read`` was called as often.
+
+        The client gets no further than the buffers meanwhile.
+        """
+        self._holds += 1
         transport = self._transport
-        if transport is not None and not self._is_paused and not transport.is_closing():
-            self._is_paused = True
+        if self._holds == 1 and transport is not None and not transport.is_closing():
             transport.pause_reading()
 
-    def resume(self) -> None:
-        """Read again."""
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
+    def let_read(self) -> None:
+        """Take back one ``hold_reading``."""
+        assert self._holds, "nobody holds"
+        self._holds -= 1
+        transport = self._transport
+        if self._holds == 0 and transport is not None and not transport.is_closing():
+            # It was not the client that was silent.
+            self.connection.rcvd_at = self._loop.time()
+            transport.resume_reading()
 
     def cut_off(self) -> None:
         """Close without a word, and without waiting for what is not sent yet."""

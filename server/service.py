@@ -19,7 +19,7 @@ from zeolith.protocol.errors import HelloRefused, LocalProtocolError, ZeolithErr
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS, VERSION, Effect
-from zeolith.server import blobs
+from zeolith.server import blobs, staging
 from zeolith.server.committer import Commit, Phase
 from zeolith.server.iteration import Iteration
 from zeolith.server.packing import Packs
@@ -33,6 +33,7 @@ from zeolith.storage.database import (
     Database,
     Finished,
     Revision,
+    Transaction,
     Unresolved,
     Voted,
     WouldBlock,
@@ -115,6 +116,7 @@ class Service:
         if session is None:
             return
         blobs.discard(peer)
+        peer.transactions.drop()
         if commit is not None:
             gone = StorageTransactionError("the connection was lost")
             session.served.committer.abandon(commit, gone, None)
@@ -146,6 +148,12 @@ class Service:
         """What is due: heartbeats, and transactions that take too long."""
         for peer in tuple(self.peers):
             peer.tick(now)
+            heard_at = peer.connection.rcvd_at
+            timeout_s = self.transaction_timeout_s
+            if peer.transactions.expire(now, timeout_s, heard_at):
+                logger.warning(
+                    "%s has staged and not voted in %g s", peer.address, timeout_s
+                )
         for served in self.databases.values():
             served.committer.tick(now, self.transaction_timeout_s)
 
@@ -406,7 +414,8 @@ class Service:
     def _stage(
         self, peer: Peer, _number: int, transaction_id: bytes, operations: list[Any]
     ) -> None:
-        peer.transactions.stage(transaction_id, operations)
+        workers = _session(peer).served.workers
+        peer.transactions.stage(transaction_id, operations, peer, workers)
 
     def _vote(
         self,
@@ -419,15 +428,14 @@ class Service:
         current = peer.transactions.commit
         if current is not None and current.phase is not Phase.ENDED:
             raise StorageTransactionError("the channel is in another transaction")
-        transaction = peer.transactions.take(transaction_id)
-        transaction.operations.extend(operations)
+        transaction = Transaction(transaction_id)
         transaction.user, transaction.description, transaction.extension = metadata[:3]
         transaction.tid, transaction.status = metadata[3:]
         session = _session(peer)
         commit = Commit(transaction, session.name)
         peer.transactions.commit = commit
         answer = partial(self._voted, peer, number, commit)
-        blobs.vote(peer, session.served, commit, self.limits, answer)
+        staging.vote(peer, session.served, commit, operations, self.limits, answer)
         return LATER
 
     def _resolve(
@@ -480,7 +488,7 @@ class Service:
         commit = peer.transactions.commit
         if commit is None or commit.transaction.id != transaction_id:
             # Staged at most, or unknown: nothing to undo.
-            peer.transactions.take(transaction_id)
+            peer.transactions.drop()
             blobs.discard(peer, transaction_id)
             return None
 

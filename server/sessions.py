@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from ZODB.POSException import StorageTransactionError
 
+from zeolith.protocol.limits import Limits
 from zeolith.server.committer import Commit
 from zeolith.server.served import Served
-from zeolith.storage.database import Transaction
+from zeolith.server.staging import Reading, Staged
+from zeolith.server.workers import Workers
 
 if TYPE_CHECKING:
     from zeolith.server.peer import Peer
 
 TOKEN_BYTES = 16
-# What an operation takes beside its data, about.
-OPERATION_BYTES = 200
 
 
 class Session:
@@ -57,40 +57,63 @@ class ChannelTransactions:
     channel: another one cannot vote, finish or abort it.
     """
 
-    def __init__(self, bytes_max: int):
-        self._bytes_max = bytes_max
-        self._staged: Transaction | None = None
-        self._staged_bytes = 0
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._staged: Staged | None = None
         self.commit: Commit | None = None
 
-    def stage(self, transaction_id: bytes, operations: list[list[Any]]) -> None:
+    def stage(
+        self,
+        transaction_id: bytes,
+        operations: list[list[Any]],
+        reading: Reading,
+        workers: Workers,
+    ) -> None:
         """Keep operations for a vote to come; raises StorageTransactionError."""
         staged = self._staged
-        if staged is None or staged.id != transaction_id:
+        if staged is None or staged.transaction_id != transaction_id:
             # A transaction that was given up before its vote leaves its stores.
-            staged = self._staged = Transaction(transaction_id)
-            self._staged_bytes = 0
-        self._staged_bytes += OPERATION_BYTES * len(operations) + sum(
-            # Where an operation has data, it is the fourth element.
-            len(data)
-            for operation in operations
-            for data in operation[3:4]
-            if data is not None
-        )
-        if self._staged_bytes > self._bytes_max:
-            self._staged = None
-            raise StorageTransactionError(
-                f"the transaction has more than {self._bytes_max} bytes"
-                " (transaction_bytes_max)"
-            )
-        staged.operations.extend(operations)
+            self.drop()
+            staged = Staged(transaction_id, reading, workers, self._limits)
+            self._staged = staged
+        try:
+            staged.add(operations)
+        except StorageTransactionError:
+            self.drop()
+            raise
 
-    def take(self, transaction_id: bytes) -> Transaction:
-        """What was staged for ``transaction_id``, for its vote."""
+    def take(self, transaction_id: bytes) -> Staged | None:
+        """What was staged for ``transaction_id``, for its vote; the caller's now."""
+        if self._staged is None or self._staged.transaction_id != transaction_id:
+            self.drop()
+            return None
         staged, self._staged = self._staged, None
-        if staged is None or staged.id != transaction_id:
-            return Transaction(transaction_id)
         return staged
+
+    def drop(self) -> None:
+        """Forget what is staged; harmless if nothing is."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.discard()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether something is staged that waits for the client."""
+        return self._staged is not None and self._staged.is_idle
+
+    def expire(self, now: float, timeout_s: float, heard_at: float) -> bool:
+        """Keep nothing that has waited for the client too long; true if so.
+
+        A record may take longer than that on a slow line: ``heard_at`` is when the
+        client sent anything.
+        """
+        staged = self._staged
+        if staged is None or not staged.is_idle:
+            return False
+        if now - max(staged.touched_at, heard_at) < timeout_s:
+            return False
+        staged.expire(timeout_s)
+        return True
 
     def commit_of(self, transaction_id: bytes) -> Commit:
         """The commit of ``transaction_id``; raises StorageTransactionError."""

@@ -1,9 +1,9 @@
 """The threads that may wait for a disk, on behalf of a loop that may not.
 
 Each database has one writer thread, which does the steps of a commit in the order in
-which the loop asked for them, a few reader threads, a few that write blobs, and one for
-a pack. Called on the loop; what is handed over runs in a thread, and the future's
-callbacks run on the loop again.
+which the loop asked for them, a few reader threads, a few that write blobs, one that
+spills what is staged, and one for a pack. Called on the loop; what is handed over runs
+in a thread, and the future's callbacks run on the loop again.
 """
 
 import asyncio
@@ -84,6 +84,8 @@ class Workers:
         self._readers = ThreadPoolExecutor(READERS, f"{name}-reader")
         self._blob_writers = ThreadPoolExecutor(BLOB_WRITERS, f"{name}-blobs")
         self._aside = ThreadPoolExecutor(1, f"{name}-aside")
+        # Of its own: a vote may take longer than a client waits for what it sends.
+        self._stager = ThreadPoolExecutor(1, f"{name}-stager")
 
     def write(
         self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
@@ -113,6 +115,13 @@ class Workers:
         assert not kwargs
         return self._loop.run_in_executor(self._aside, step, *args)
 
+    def stage(
+        self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
+    ) -> "asyncio.Future[Value]":
+        """Run ``step`` in the thread that keeps what is staged, in order."""
+        assert not kwargs
+        return self._loop.run_in_executor(self._stager, step, *args)
+
     async def close(self, timeout_s: float) -> bool:
         """Wait for what is under way, but not for ever; true if nothing is.
 
@@ -123,9 +132,10 @@ class Workers:
         self._writer.stop()
         for pool in (self._readers, self._aside):
             pool.shutdown(wait=False, cancel_futures=True)
-        # These remove what was uploaded in vain.
-        self._blob_writers.shutdown(wait=False)
-        pools = (self._readers, self._aside, self._blob_writers)
+        # These remove what was uploaded or staged in vain.
+        for pool in (self._blob_writers, self._stager):
+            pool.shutdown(wait=False)
+        pools = (self._readers, self._aside, self._blob_writers, self._stager)
         threads = {self._writer, *(each for pool in pools for each in pool._threads)}
         deadline = self._loop.time() + timeout_s
         for thread in threads:

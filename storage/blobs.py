@@ -236,7 +236,7 @@ class Upload:
         finally:
             os.close(descriptor)
 
-    def seal(self, operations: list[list[Any]]) -> dict[int | str, Path]:
+    def seal(self, operations: Iterable[list[Any]]) -> dict[int | str, Path]:
         """Everything is written: the file of each name in ``operations``, synced.
 
         Takes the files that clients have left for ``store_shared_blob``. Raises

@@ -96,6 +96,8 @@ class Committing:
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
         self._undo_conflicts = UndoConflicts()
+        # Of the stores of each oid, the number of the one that counts.
+        self._last: dict[bytes, int] = {}
         # Of what the client has to resolve now.
         self._asked: set[bytes] = set()
         self._begin_arguments: list[Any] = []
@@ -154,12 +156,11 @@ class Committing:
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """Validate all, then store all and vote; or say what is unresolved."""
         self._take(resolutions)
-        operations = list(self._last_stores())
-        unresolved = list(self._validate(operations))
+        unresolved = list(self._validate(self._last_stores()))
         if unresolved:
             return self._ask(unresolved)
         try:
-            self._store(operations)
+            self._store(self._last_stores())
         except _Asks:
             # What is stored is half of it. Nobody else can commit in between: this is
             # the writer thread.
@@ -206,11 +207,7 @@ class Committing:
 
     def _changed(self) -> list[bytes]:
         """The oids that the transaction changes."""
-        oids = dict.fromkeys(
-            operation[1]
-            for operation in self._transaction.operations
-            if operation[0] in _WRITING
-        )
+        oids = dict.fromkeys(self._last)
         oids.update(dict.fromkeys(self._undone))
         return list(oids)
 
@@ -224,7 +221,7 @@ class Committing:
     def _last_stores(self) -> Iterable[list[Any]]:
         """The operations, of several stores of one oid only the last one."""
         operations = self._transaction.operations
-        last = {
+        self._last = last = {
             operation[1]: index
             for index, operation in enumerate(operations)
             if operation[0] in _STORES
@@ -235,7 +232,7 @@ class Committing:
             if operation[0] not in _STORES or last[operation[1]] == index
         )
 
-    def _validate(self, operations: list[list[Any]]) -> Iterable[Conflict]:
+    def _validate(self, operations: Iterable[list[Any]]) -> Iterable[Conflict]:
         for operation in operations:
             if operation[0] == "undo":
                 continue
@@ -309,7 +306,7 @@ class Committing:
             return Conflict(oid, committed_tid, old_tid, committed, old, new)
         return None
 
-    def _store(self, operations: list[list[Any]]) -> None:
+    def _store(self, operations: Iterable[list[Any]]) -> None:
         actions: dict[str, Callable[..., None]] = {
             "store": self._store_record,
             "check": self._check,

@@ -14,6 +14,7 @@ passes at most one more than the last tid it has announced, so an answer never s
 what clients have not heard of.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -84,8 +85,9 @@ class Transaction:
     status: str = " "
     # ["store", oid, serial, data], ["check", oid, serial], ["undo", tid],
     # ["restore", oid, serial, data or None, tid of the data or None],
-    # ["delete", oid, serial]
-    operations: list[list[Any]] = field(default_factory=list)
+    # ["delete", oid, serial], and the blobs' (storage.blobs); perhaps not in memory: to
+    # be iterated in a worker thread, several times.
+    operations: Collection[list[Any]] = field(default_factory=list)
     # The files of its blobs, by what names them in the operations.
     blobs: dict[int | str, Path] = field(default_factory=dict)
 

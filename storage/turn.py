@@ -10,7 +10,8 @@ Invariants:
 2. A holder that leaves, for whatever reason, hands the turn to the first in line in
    the same call: there is no state in which the line waits for nobody.
 3. Time runs only from ``started_at``, which the owner sets when the holder is done
-   waiting for the server and the server waits for the holder.
+   waiting for the server and the server waits for the holder, until ``stop_clock``.
+   All of it counts: a holder that is asked several times has one timeout, not several.
 """
 
 from collections import deque
@@ -26,6 +27,8 @@ class Turn(Generic[Holder]):
         self.holder: Holder | None = None
         # When the clock of the holder began; None while the server works for it.
         self.started_at: float | None = None
+        # What the holder has taken before that.
+        self._taken_s = 0.0
         self._line: deque[Holder] = deque()
 
     @property
@@ -51,11 +54,20 @@ class Turn(Generic[Holder]):
             self._line = deque(each for each in self._line if each is not holder)
             return None
         self.started_at = None
+        self._taken_s = 0.0
         self.holder = self._line.popleft() if self._line else None
         return self.holder
 
+    def stop_clock(self, now: float) -> None:
+        """The server works for the holder again; harmless if it did already."""
+        if self.started_at is not None:
+            self._taken_s += now - self.started_at
+            self.started_at = None
+
     def expired(self, now: float, timeout_s: float) -> Holder | None:
         """The holder, if the server has waited for it longer than ``timeout_s``."""
-        if self.started_at is None or now - self.started_at < timeout_s:
+        if self.started_at is None:
+            return None
+        if self._taken_s + now - self.started_at < timeout_s:
             return None
         return self.holder

@@ -533,6 +533,17 @@ def test_a_channel_that_nobody_waits_on_may_be_silent_for_days(role):
     assert end.is_open
 
 
+def test_half_a_frame_is_not_kept_for_a_silent_client():
+    server = in_state(Role.SERVER, State.CHANNEL, SMALL)
+    request = encode(Request(1, "ping", []))
+    server.receive_data(request[:5], 100.0)
+    server.receive_data(request[5:7], 119.0)
+    server.tick(139.0)
+    assert server.is_open, "slow is not silent"
+    server.tick(139.1)
+    assert str(server.error) == "silent for 20 s"
+
+
 def test_the_server_beats_on_a_channel_while_it_owes_an_answer():
     server = in_state(Role.SERVER, State.CHANNEL, SMALL)
     server.receive_data(encode(Request(1, "pack", [1.0, None])), 100.0)

@@ -189,7 +189,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_two_large_uploads_at_once_through_tiny_buffers(server, client, monkeypatch):
     """Chunks of several blobs come mixed, and sockets pause while disks write."""
     pauses: list[Peer] = []
-    pause, dial = Peer.pause, dial_channel
+    pause, dial = Peer.hold_reading, dial_channel
 
     def counted(self: Peer) -> None:
         pauses.append(self)
@@ -200,7 +200,7 @@ def test_two_large_uploads_at_once_through_tiny_buffers(server, client, monkeypa
         channel._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return channel
 
-    monkeypatch.setattr(Peer, "pause", counted)
+    monkeypatch.setattr(Peer, "hold_reading", counted)
     monkeypatch.setattr(session, "dial_channel", dial_with_tiny_buffers)
     data = [os.urandom(8 * MEGABYTE + n) for n in range(2)]
     oids = [client.storage.new_oid() for _ in data]
@@ -287,7 +287,7 @@ def test_an_upload_that_the_disk_cannot_follow_waits_in_the_client(
     slow_disk.wait_until_reached()
     wait_until(
         lambda: server.on_loop(
-            lambda: any(peer._is_paused for peer in server.service.peers)
+            lambda: any(peer._holds for peer in server.service.peers)
         ),
         "a socket that is not read",
     )

@@ -396,6 +396,24 @@ async def test_a_client_that_does_not_resolve_runs_out_of_time_too(server):
     assert not server.database.is_in_transaction
 
 
+async def test_a_client_that_resolves_has_one_timeout_until_it_finishes(
+    server, monkeypatch
+):
+    loop = asyncio.get_running_loop()
+    client = await client_in(Phase.RESOLVING, server)
+    resolved_at = loop.time() + 20
+    monkeypatch.setattr(loop, "time", lambda: resolved_at)
+    client.resolve()
+    await server.workers.work()
+    monkeypatch.undo()
+    server.committer.tick(resolved_at + 9, 30)
+    assert client.is_in(Phase.VOTED)
+    server.committer.tick(resolved_at + 11, 30)
+    await server.workers.work()
+    assert client.is_in(Phase.ENDED)
+    assert server.served.counters.timeouts == 1
+
+
 @pytest.mark.parametrize("phase", [Phase.VOTING, Phase.FINISHING, Phase.ABORTING])
 async def test_time_does_not_run_while_the_server_works(server, phase):
     client = await client_in(phase, server)

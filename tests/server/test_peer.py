@@ -300,6 +300,39 @@ async def test_a_channel_gets_heartbeats_only_while_somebody_waits(server, chann
     assert channel.received() == [Heartbeat()]
 
 
+async def test_a_socket_is_read_again_when_nobody_holds_it(channel):
+    peer, transport = channel.peer, channel.transport
+    peer.hold_reading()
+    peer.hold_reading()
+    assert transport.is_paused
+    peer.let_read()
+    assert transport.is_paused
+    peer.let_read()
+    assert not transport.is_paused
+
+
+async def test_a_client_that_is_not_read_is_not_silent(server, channel):
+    channel.send(encode(Request(1, "ping", []))[:3])
+    start = now()
+    channel.peer.hold_reading()
+    server.service.tick(start + 1000)
+    channel.peer.let_read()
+    # The clock of this test runs ahead of the loop's.
+    channel.peer.connection.rcvd_at = start + 1000
+    server.service.tick(start + 1000 + LIMITS.heartbeat_timeout_s)
+    assert channel.peer.connection.is_open
+    server.service.tick(start + 1001 + LIMITS.heartbeat_timeout_s)
+    assert "silent for 20 s" in channel.goodbye().text
+
+
+async def test_to_hold_what_is_gone_is_harmless(channel):
+    channel.peer.hold_reading()
+    await channel.lose()
+    channel.peer.let_read()
+    channel.peer.hold_reading()
+    assert channel.transport.is_paused, "it was when it was lost"
+
+
 async def test_a_silent_stream_ends_the_session(server, session, channel):
     start = now()
     server.service.tick(start + LIMITS.heartbeat_timeout_s - 1)

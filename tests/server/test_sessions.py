@@ -1,10 +1,14 @@
 import asyncio
+from typing import Any
 
 import pytest
 from ZODB.POSException import StorageTransactionError
 
+from zeolith.protocol.errors import TransactionTimeout
+from zeolith.protocol.limits import Limits
 from zeolith.server.committer import Commit
-from zeolith.server.sessions import OPERATION_BYTES, ChannelTransactions, Session
+from zeolith.server.sessions import ChannelTransactions, Session
+from zeolith.server.staging import OPERATION_BYTES, Staged
 from zeolith.storage.database import Transaction
 
 from ..support.ids import number, transaction_id
@@ -61,46 +65,84 @@ async def test_the_end_may_come_twice(server):
     assert not server.service.peers
 
 
-def test_staged_operations_gather_until_the_vote():
-    transactions = ChannelTransactions(10_000)
-    transactions.stage(ONE, [store(1), store(2)])
-    transactions.stage(ONE, [store(3)])
-    assert transactions.take(ONE).operations == [store(1), store(2), store(3)]
-    assert transactions.take(ONE).operations == []
+def operations_of(staged: Staged | None) -> list[Any]:
+    """All of it that fits into memory."""
+    if staged is None:
+        return []
+    sealed: list[Any] = []
+    staged.seal(lambda operations, _error: sealed.extend(operations))
+    return sealed
 
 
-def test_a_transaction_that_was_given_up_leaves_nothing_to_the_next():
-    transactions = ChannelTransactions(1000)
-    transactions.stage(ONE, [store(700)])
-    transactions.stage(TWO, [store(700)])
-    assert transactions.take(TWO).operations == [store(700)]
+def staging(server: ModelServer, bytes_max: int) -> tuple[ChannelTransactions, Any]:
+    """The transactions of a channel, and its way to stage."""
+    transactions = ChannelTransactions(Limits(transaction_bytes_max=bytes_max))
+    peer = MemorySession(server.service).channel().peer
+    workers = server.served.workers
+    return transactions, lambda id_, operations: transactions.stage(
+        id_, operations, peer, workers
+    )
 
 
-def test_what_is_staged_for_one_is_not_taken_by_another():
-    transactions = ChannelTransactions(1000)
-    transactions.stage(ONE, [store(1)])
-    taken = transactions.take(TWO)
-    assert taken.id == TWO
-    assert not taken.operations
+async def test_staged_operations_gather_until_the_vote(server):
+    transactions, stage = staging(server, 10_000)
+    stage(ONE, [store(1), store(2)])
+    stage(ONE, [store(3)])
+    assert operations_of(transactions.take(ONE)) == [store(1), store(2), store(3)]
+    assert transactions.take(ONE) is None
 
 
-def test_what_is_staged_is_bounded():
-    transactions = ChannelTransactions(2 * (100 + OPERATION_BYTES))
-    transactions.stage(ONE, [store(100), store(100)])
+async def test_a_transaction_that_was_given_up_leaves_nothing_to_the_next(server):
+    transactions, stage = staging(server, 1000)
+    stage(ONE, [store(700)])
+    stage(TWO, [store(700)])
+    assert operations_of(transactions.take(TWO)) == [store(700)]
+
+
+async def test_what_is_staged_for_one_is_not_taken_by_another(server):
+    transactions, stage = staging(server, 1000)
+    stage(ONE, [store(1)])
+    assert transactions.take(TWO) is None
+    assert transactions.take(ONE) is None
+
+
+async def test_what_is_staged_is_bounded(server):
+    transactions, stage = staging(server, 2 * (100 + OPERATION_BYTES))
+    stage(ONE, [store(100), store(100)])
     with pytest.raises(StorageTransactionError, match="transaction_bytes_max"):
-        transactions.stage(ONE, [store(0)])
-    assert transactions.take(ONE).operations == []
+        stage(ONE, [store(0)])
+    assert transactions.take(ONE) is None
 
 
-def test_operations_without_data_are_bounded_too():
-    transactions = ChannelTransactions(1_000_000)
+async def test_operations_without_data_are_bounded_too(server):
+    _transactions, stage = staging(server, 1_000_000)
     check = ["check", number(1), number(0)]
     with pytest.raises(StorageTransactionError, match="transaction_bytes_max"):
-        transactions.stage(ONE, [check] * 10_000)
+        stage(ONE, [check] * 10_000)
+
+
+async def test_what_waits_for_its_client_too_long_is_not_kept(server):
+    transactions, stage = staging(server, 1000)
+    now = asyncio.get_running_loop().time()
+    assert not transactions.expire(now + 100, 30, 0)
+    stage(ONE, [store(1)])
+    assert not transactions.expire(now + 29, 30, 0)
+    # A large record is on its way.
+    assert not transactions.expire(now + 100, 30, now + 90)
+    assert transactions.expire(now + 100, 30, 0)
+    assert not transactions.expire(now + 200, 30, 0)
+    stage(ONE, [store(2)])
+    staged = transactions.take(ONE)
+    assert staged is not None
+    answers: list[Any] = []
+    staged.seal(lambda operations, error: answers.append((list(operations), error)))
+    ((operations, error),) = answers
+    assert operations == []
+    assert isinstance(error, TransactionTimeout)
 
 
 def test_only_the_transaction_of_the_channel_is_found():
-    transactions = ChannelTransactions(1000)
+    transactions = ChannelTransactions(Limits())
     with pytest.raises(StorageTransactionError):
         transactions.commit_of(ONE)
     commit = transactions.commit = Commit(Transaction(ONE), "somebody")

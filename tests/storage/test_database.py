@@ -70,7 +70,7 @@ def test_what_goes_to_the_wire_is_a_tuple_in_this_order(kind, fields):
 
 def test_a_transaction_has_nothing_but_its_id_at_first():
     one, other = Transaction(b"1"), Transaction(b"2")
-    one.operations.append(["undo", b"tid"])
+    one.operations += [["undo", b"tid"]]  # type: ignore[operator]
     assert other.operations == []
     assert (one.user, one.description, one.extension) == (b"", b"", b"")
     assert (one.tid, one.status) == (None, " ")

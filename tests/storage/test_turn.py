@@ -74,6 +74,22 @@ def test_time_runs_only_when_the_server_waits_for_the_holder():
     assert turn.expired(130, 30) == A
 
 
+def test_all_the_time_that_a_holder_takes_counts():
+    turn = Turn[str]()
+    turn.request(A)
+    turn.request(B)
+    turn.started_at = 100
+    turn.stop_clock(120)
+    turn.stop_clock(500)
+    assert turn.expired(1000, 30) is None, "the server works for it"
+    turn.started_at = 1000
+    assert turn.expired(1009, 30) is None
+    assert turn.expired(1010, 30) == A
+    turn.leave(A)
+    turn.started_at = 2000
+    assert turn.expired(2029, 30) is None, "the next one has time of its own"
+
+
 def test_the_next_holder_gets_time_of_its_own():
     turn = Turn[str]()
     turn.request(A)

@@ -33,6 +33,8 @@ class MemoryTransport(asyncio.Transport):
         self._is_read = True
         self._is_closing = False
         self._is_lost = False
+        # Whether the protocol wants no more data.
+        self.is_paused = False
         # How often `write` was called.
         self.writes = 0
 
@@ -58,6 +60,12 @@ class MemoryTransport(asyncio.Transport):
         self._is_closing = True
         self._unread.clear()
         self._lose_when_read()
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
 
     # For the test
 

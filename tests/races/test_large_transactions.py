@@ -1,0 +1,164 @@
+"""Transactions of very many objects: memory, other clients, and every way to end."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ZODB.Connection import TransactionMetaData
+from ZODB.POSException import ConflictError
+
+from zeolith.client.storage import ClientStorage
+from zeolith.protocol.codec import encode
+from zeolith.protocol.errors import TransactionTimeout
+from zeolith.protocol.limits import Limits
+from zeolith.protocol.messages import Notice
+
+from ..support.gates import Background, Gate
+from ..support.ids import number, transaction_id
+from ..support.inprocess import InProcessServer, client_of, serving
+from ..support.records import commit, oid_of, seen
+from ..support.waiting import wait_until
+
+SMALL = Limits(staged_memory_bytes_max=20_000, batch_bytes_max=5000)
+OBJECTS = 500
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[InProcessServer]:
+    with serving(tmp_path / "Data.fs", limits=SMALL) as server:
+        yield server
+
+
+@pytest.fixture
+def writer(server: InProcessServer) -> Iterator[ClientStorage]:
+    with client_of(server, limits=SMALL) as storage:
+        yield storage
+
+
+def many(
+    storage: ClientStorage, serial: bytes | None, data: bytes
+) -> TransactionMetaData:
+    """A transaction of many objects, every second of them stored twice."""
+    transaction = TransactionMetaData()
+    storage.tpc_begin(transaction)
+    # Oids need not be in order.
+    for value in reversed(range(1, OBJECTS + 1)):
+        if value % 2:
+            storage.store(number(value), serial, b"first", "", transaction)
+        storage.store(number(value), serial, data * 100, "", transaction)
+    return transaction
+
+
+def spills() -> int:
+    names = [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
+    # Not those of pytest, nor the one in which a FileStorage puts a transaction.
+    return sum("(deleted)" in name for name in names)
+
+
+def test_a_transaction_larger_than_memory_is_committed_whole(server, writer):
+    spills_before = spills()
+    transaction = many(writer, None, b"new")
+    writer.tpc_vote(transaction)
+    tid = writer.tpc_finish(transaction)
+    with client_of(server) as other:
+        for value in range(1, OBJECTS + 1):
+            assert other.load(number(value)) == (b"new" * 100, tid)
+        (change,) = server.on_loop(lambda: server.served.changes.since(bytes(8)))
+        assert sorted(change.oids) == [number(n) for n in range(1, OBJECTS + 1)]
+    wait_until(lambda: spills() <= spills_before, "the file is let go")
+
+
+def test_nothing_is_left_of_a_large_transaction_that_fails(server, writer):
+    transaction = many(writer, None, b"old")
+    writer.tpc_vote(transaction)
+    first = writer.tpc_finish(transaction)
+    spills_before = spills()
+    other = TransactionMetaData()
+    writer.tpc_begin(other)
+    writer.store(number(7), first, b"theirs", "", other)
+    writer.tpc_vote(other)
+    writer.tpc_finish(other)
+    with pytest.raises(ConflictError):
+        writer.tpc_vote(many(writer, first, b"mine"))
+    wait_until(lambda: spills() <= spills_before, "the file is let go")
+    assert writer.load(number(8))[0] == b"old" * 100
+
+
+@pytest.mark.parametrize("phase", ["staged", "voted"])
+def test_nothing_is_left_of_a_large_transaction_whose_client_is_gone(
+    server, phase: str
+):
+    spills_before = spills()
+    with client_of(server, limits=SMALL) as gone:
+        if phase == "voted":
+            gone.tpc_vote(many(gone, None, b"new"))
+        else:
+            session = gone.current_session
+            assert session is not None
+            channel = session.borrow()
+            for _n in range(30):
+                operation = ["store", number(1), bytes(8), b"x" * 5000]
+                notice = Notice("stage", [transaction_id(1), [operation]])
+                channel.send(encode(notice))
+            wait_until(lambda: spills() > spills_before, "it is spilled")
+            session.give_back(channel)
+    wait_until(lambda: spills() <= spills_before, "the file is let go")
+    with client_of(server) as storage:
+        commit(storage, x=b"next")
+
+
+def test_others_go_on_while_a_large_transaction_votes(server, writer):
+    """It sits in the writer thread; loads and heartbeats do not."""
+    commit(writer, other=b"there")
+    gate = Gate()
+    gate.shut()
+    server.database.vote = gate.before(server.database.vote)
+    transaction = many(writer, None, b"new")
+    voting = Background(writer.tpc_vote, transaction)
+    gate.wait_until_reached()
+    with client_of(server) as other:
+        assert seen(other, "other") == b"there"
+        # And somebody else may stage as much meanwhile.
+        session = other.current_session
+        assert session is not None
+        channel = session.borrow()
+        for _n in range(30):
+            operation = ["store", number(1), bytes(8), b"x" * 5000]
+            channel.send(encode(Notice("stage", [transaction_id(1), [operation]])))
+        channel.call("ping")
+        session.give_back(channel)
+    gate.open()
+    voting.result()
+    writer.tpc_finish(transaction)
+    assert seen(writer, "other") == b"there"
+
+
+def test_what_is_staged_and_never_voted_is_not_kept(tmp_path):
+    """And what comes of it later is not committed as if it were all."""
+    spills_before = spills()
+    with (
+        serving(
+            tmp_path / "Data.fs", limits=SMALL, transaction_timeout_s=0.2
+        ) as server,
+        client_of(server, limits=SMALL) as storage,
+    ):
+        session = storage.current_session
+        assert session is not None
+        channel = session.borrow()
+        for _n in range(30):
+            operation = ["store", oid_of("x"), bytes(8), b"x" * 5000]
+            channel.send(encode(Notice("stage", [transaction_id(1), [operation]])))
+        channel.call("ping")
+
+        def is_given_up() -> bool:
+            peers = server.on_loop(lambda: list(server.service.peers))
+            return not any(peer.transactions.is_idle for peer in peers)
+
+        wait_until(is_given_up, "it is given up")
+        wait_until(lambda: spills() <= spills_before, "the file is let go")
+        with pytest.raises(TransactionTimeout, match="transaction-timeout"):
+            channel.call("vote", transaction_id(1), [b"", b"", b"", None, " "], [])
+        channel.call("abort", transaction_id(1))
+        session.give_back(channel)
+        commit(storage, x=b"next")
