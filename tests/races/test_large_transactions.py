@@ -18,6 +18,7 @@ from ..support.gates import Background, Gate
 from ..support.ids import number, transaction_id
 from ..support.inprocess import InProcessServer, client_of, serving
 from ..support.records import commit, oid_of, seen
+from ..support.serving import ServerProcess
 from ..support.waiting import wait_until
 
 SMALL = Limits(staged_memory_bytes_max=20_000, batch_bytes_max=5000)
@@ -162,3 +163,43 @@ def test_what_is_staged_and_never_voted_is_not_kept(tmp_path):
         channel.call("abort", transaction_id(1))
         session.give_back(channel)
         commit(storage, x=b"next")
+
+
+def test_an_empty_transaction_is_one(server, writer):
+    """As a Data.fs has it: it gets a tid, and everybody hears of it."""
+    transaction = TransactionMetaData(description="nothing")
+    writer.tpc_begin(transaction)
+    assert not writer.tpc_vote(transaction)
+    tid = writer.tpc_finish(transaction)
+    assert writer.lastTransaction() == tid
+    (entry,) = writer.undoLog()
+    assert entry["description"] == b"nothing"
+    with client_of(server) as other:
+        assert other.lastTransaction() == tid
+        assert commit(other, x=b"next") > tid
+
+
+def resident_mib(pid: int, name: str) -> float:
+    """A figure of /proc, VmRSS or VmHWM (the most there ever was)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (line,) = [each for each in lines if each.startswith(name)]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_objects_take_less_memory_than_they_are_large(tmp_path):
+    with ServerProcess(tmp_path) as process:
+        storage = ClientStorage(process.address)
+        commit(storage, x=b"first")
+        pid = process.process.pid
+        before = resident_mib(pid, "VmRSS")
+        transaction = TransactionMetaData()
+        storage.tpc_begin(transaction)
+        for value in range(1000, 101_000):
+            storage.store(number(value), None, b"%07d" % value * 140, "", transaction)
+        storage.tpc_vote(transaction)
+        tid = storage.tpc_finish(transaction)
+        # Of 95 MiB; most of it is the index of a hundred thousand objects.
+        assert resident_mib(pid, "VmHWM") - before < 80
+        assert storage.load(number(100_999)) == (b"%07d" % 100_999 * 140, tid)
+        storage.close()
