@@ -96,8 +96,8 @@ class Committing:
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
         self._undo_conflicts = UndoConflicts()
-        # Of the stores of each oid, the number of the one that counts.
-        self._last: dict[bytes, int] = {}
+        # Every oid that an operation changes; filled before the vote.
+        self._written: dict[bytes, None] = {}
         # Of what the client has to resolve now.
         self._asked: set[bytes] = set()
         self._begin_arguments: list[Any] = []
@@ -207,7 +207,7 @@ class Committing:
 
     def _changed(self) -> list[bytes]:
         """The oids that the transaction changes."""
-        oids = dict.fromkeys(self._last)
+        oids = dict.fromkeys(self._written)
         oids.update(dict.fromkeys(self._undone))
         return list(oids)
 
@@ -221,11 +221,13 @@ class Committing:
     def _last_stores(self) -> Iterable[list[Any]]:
         """The operations, of several stores of one oid only the last one."""
         operations = self._transaction.operations
-        self._last = last = {
-            operation[1]: index
-            for index, operation in enumerate(operations)
-            if operation[0] in _STORES
-        }
+        last: dict[bytes, int] = {}
+        self._written = {}
+        for index, operation in enumerate(operations):
+            if operation[0] in _WRITING:
+                self._written[operation[1]] = None
+            if operation[0] in _STORES:
+                last[operation[1]] = index
         return (
             operation
             for index, operation in enumerate(operations)
