@@ -1,14 +1,15 @@
-"""Transactions of one storage, committed to another with their ids and metadata.
+"""Copying transactions, one after the other, with everything that belongs to them.
 
-Called by whoever copies, in its thread; both storages are ZODB's, whatever they are.
-Each transaction is committed by itself, so a copy that is broken off can go on after
-the last transaction of its destination.
+A copy keeps tid, status and metadata of each transaction, and of each record what it
+is: data, a pointer to earlier data, or the undoing of a creation. It works between any
+two storages of ZODB, not only ours. Used by the thread that copies.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ZODB.blob import is_blob_record
@@ -18,102 +19,118 @@ from ZODB.interfaces import (
     IBlobStorageRestoreable,
     IStorageRestoreable,
 )
-from ZODB.POSException import POSKeyError
-from ZODB.utils import z64
+from ZODB.POSException import POSKeyError, Unsupported
+
+Transactions = Iterable[Any]
 
 
-def copy_transactions(source: Any, destination: Any) -> None:
-    """Commit every transaction of ``source`` to ``destination``.
+def _metadata_of(transaction: Any) -> TransactionMetaData:
+    """Of a copied transaction; the extension is passed on as it is, if it is bytes."""
+    extension = getattr(transaction, "extension_bytes", None)
+    if not isinstance(extension, bytes):
+        extension = dict(transaction.extension)
+    return TransactionMetaData(transaction.user, transaction.description, extension)
 
-    Raises what either raises; a transaction that fails is aborted, those before it
-    stay.
-    """
-    copy = Copy(source, destination)
-    transactions = source.iterator()
+
+@contextmanager
+def transactions_of(storage: Any, *bounds: bytes | None) -> Iterator[Any]:
+    """``storage.iterator(*bounds)``, closed at the end if it can be."""
+    transactions = storage.iterator(*bounds)
     try:
-        for transaction in transactions:
-            copy.commit(transaction)
+        yield transactions
     finally:
-        # FileStorage's holds a file; some have nothing to close.
-        getattr(transactions, "close", lambda: None)()
+        close = getattr(transactions, "close", None)
+        if close is not None:
+            close()
 
 
-class Copy:
-    """Commits transactions of ``source`` to ``destination``, one after the other."""
+def copy_transactions(
+    transactions: Transactions,
+    source: Any,
+    destination: Any,
+    on_copied: Callable[[Any], None] = lambda _transaction: None,
+    on_record: Callable[[Any], None] = lambda _record: None,
+) -> None:
+    """Append ``transactions``, which are those of ``source``, to ``destination``.
 
-    def __init__(self, source: Any, destination: Any):
+    ``on_copied`` is called with each transaction when it is committed, ``on_record``
+    with each record before it is written. An error, also theirs, leaves the destination
+    as it was after the last transaction that was committed. Blobs are copied if both
+    storages can; ``source`` may be whatever gives transactions and has none. Raises
+    what the storages raise.
+    """
+    copier = _Copier(source, destination, on_record)
+    for transaction in transactions:
+        copier.copy(transaction)
+        on_copied(transaction)
+
+
+class _Copier:
+    """Copies transactions from one storage to another."""
+
+    def __init__(self, source: Any, destination: Any, on_record: Callable[[Any], None]):
+        self._on_record = on_record
+        self._source = source
         self._destination = destination
         self._restores = IStorageRestoreable.providedBy(destination)
-        self._blobs = None
-        if IBlobStorage.providedBy(source) and IBlobStorageRestoreable.providedBy(
-            destination
-        ):
-            self._blobs = source
-        # For a destination that can only store: the tid of each object's revision.
+        self._copies_blobs = IBlobStorage.providedBy(
+            source
+        ) and IBlobStorageRestoreable.providedBy(destination)
+        # For a destination that only stores: what it must be told the record replaces.
         self._tids: dict[bytes, bytes] = {}
 
-    def commit(self, transaction: Any) -> None:
-        """Commit ``transaction`` (IStorageTransactionInformation) with its records."""
+    def copy(self, transaction: Any) -> None:
+        """Copy one transaction."""
         destination = self._destination
-        metadata = transaction
-        if not hasattr(transaction, "extension_bytes"):
-            # A MappingStorage's transaction, which no other storage would take.
-            metadata = TransactionMetaData(
-                transaction.user, transaction.description, transaction.extension
-            )
+        metadata = _metadata_of(transaction)
         # A MappingStorage knows no status.
         status = [transaction.status] if self._restores else []
         destination.tpc_begin(metadata, transaction.tid, *status)
         try:
-            self._write(metadata, transaction)
+            for record in transaction:
+                self._on_record(record)
+                self._copy_record(record, metadata)
             destination.tpc_vote(metadata)
-            destination.tpc_finish(metadata)
         except BaseException:
-            # Of a commit whose end is unknown there is nothing to abort any more.
             destination.tpc_abort(metadata)
             raise
+        destination.tpc_finish(metadata)
 
-    def _write(self, metadata: Any, records: Iterable[Any]) -> None:
-        for record in records:
-            blob_path = self._copied_blob(record)
-            if blob_path is not None:
+    def _copy_record(self, record: Any, metadata: Any) -> None:
+        if self._copies_blobs and is_blob_record(record.data):
+            blob = self._blob_of(record)
+            if blob is not None:
                 self._destination.restoreBlob(
-                    record.oid,
-                    record.tid,
-                    record.data,
-                    blob_path,
-                    record.data_txn,
-                    metadata,
+                    record.oid, record.tid, record.data, blob, record.data_txn, metadata
                 )
-            elif self._restores:
-                self._destination.restore(
-                    record.oid,
-                    record.tid,
-                    record.data,
-                    "",
-                    record.data_txn,
-                    metadata,
-                )
-            elif record.data is not None:
-                serial = self._tids.get(record.oid, z64)
-                self._destination.store(record.oid, serial, record.data, "", metadata)
-                self._tids[record.oid] = record.tid
-
-    def _copied_blob(self, record: Any) -> str | None:
-        """A copy of the blob's file, for the destination to take; None without one."""
-        if self._blobs is None or record.data is None:
-            return None
-        if not is_blob_record(record.data):
-            return None
-        try:
-            blob = self._blobs.openCommittedBlobFile(record.oid, record.tid)
-        except POSKeyError:
-            # Packed away, or the source never had it.
-            return None
-        with blob:
-            handle, path = tempfile.mkstemp(
-                prefix="copy", dir=self._destination.temporaryDirectory()
+                return
+        if self._restores:
+            self._destination.restore(
+                record.oid, record.tid, record.data, "", record.data_txn, metadata
             )
-            with os.fdopen(handle, "wb") as copied:
-                shutil.copyfileobj(blob, copied, 1024 * 1024)
+        else:
+            self._store(record, metadata)
+
+    def _store(self, record: Any, metadata: Any) -> None:
+        if record.data is None:
+            raise Unsupported(
+                f"transaction {record.tid.hex()} undoes the creation of object"
+                f" {record.oid.hex()}, which the destination cannot keep"
+            )
+        before = self._tids.get(record.oid)
+        self._destination.store(record.oid, before, record.data, "", metadata)
+        self._tids[record.oid] = record.tid
+
+    def _blob_of(self, record: Any) -> str | None:
+        """A copy of the record's blob that the destination may take away."""
+        try:
+            committed = self._source.loadBlob(record.oid, record.tid)
+        except POSKeyError:
+            # Packed away, or damaged long ago: the record is copied all the same.
+            return None
+        descriptor, path = tempfile.mkstemp(
+            ".tmp", "copy", self._destination.temporaryDirectory()
+        )
+        with os.fdopen(descriptor, "wb") as copy, open(committed, "rb") as blob:
+            shutil.copyfileobj(blob, copy, 1024 * 1024)
         return path

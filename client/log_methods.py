@@ -64,7 +64,8 @@ class LogMethods(ABC):
 
     def copyTransactionsFrom(self, other: Any, verbose: int = 0) -> None:
         """Commit the transactions of ``other`` here, with their ids and metadata."""
-        copying.copy_transactions(other, self)
+        with copying.transactions_of(other) as transactions:
+            copying.copy_transactions(transactions, other, self)
 
     def undo(self, transaction_id: bytes, transaction: Any) -> None:
         """Undo a transaction, by its id in undoLog; the vote says what it touched."""

@@ -9,6 +9,7 @@ operator's is one line on standard error, never a traceback.
 import json
 import logging
 import sys
+from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 import click
@@ -36,7 +37,28 @@ class _AddressType(click.ParamType[Address]):
 _ADDRESS = _AddressType()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Program(click.Group):
+    """Our commands, and those that other packages bring, which we do not import.
+
+    An entry point of the group ``zeolith.commands`` is a click command; it is loaded
+    when somebody wants it.
+    """
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        brought = entry_points(group="zeolith.commands").names
+        return sorted({*super().list_commands(context), *brought})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        own = super().get_command(context, name)
+        if own is not None:
+            return own
+        for found in entry_points(group="zeolith.commands", name=name):
+            command: click.Command = found.load()
+            return command
+        return None
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="zeolith")
 def main() -> None:
     """zeolith: a client-server object database for Python."""

@@ -218,8 +218,8 @@ class AdaptedStorage:
         return False
 
     def pack(
-        self, time_s: float, gc: bool | None = None, packing: "Packing | None" = None
-    ) -> "Packed":
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
         """See Database.pack; the references are read without importing anything.
 
         Nobody can say how far the storage is, nor stop it.

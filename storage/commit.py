@@ -268,6 +268,8 @@ class Committing:
             raise ReadConflictError(oid=oid, serials=(current, serial))
 
     def _check_restored(self, oid: bytes, serial: bytes) -> None:
+        if not IStorageRestoreable.providedBy(self._storage):
+            raise Unsupported("this storage cannot restore records; store them")
         # FileStorage writes the serial as the record's tid, whatever it is.
         if serial != self._transaction.tid:
             raise StorageTransactionError(
@@ -356,7 +358,7 @@ class Committing:
         self._mark(oid, path)
         self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
 
-    def _is_record(self, oid: bytes, tid: bytes, data: bytes) -> bool:
+    def _is_record(self, oid: bytes, tid: bytes, data: bytes | None) -> bool:
         try:
             return bool(self._storage.loadSerial(oid, tid) == data)
         except POSKeyError:
@@ -381,10 +383,11 @@ class Committing:
     def _restore_record(
         self, oid: bytes, serial: bytes, data: bytes | None, data_tid: bytes | None
     ) -> None:
-        if not IStorageRestoreable.providedBy(self._storage):
-            raise Unsupported("this storage cannot restore records; store them")
         if data is not None:
             self._refuse_empty(oid, data)
+        if data_tid is not None and not self._is_record(oid, data_tid, data):
+            # It is a hint: packed away here, or another record.
+            data_tid = None
         self._storage.restore(oid, serial, data, "", data_tid, self._metadata)
 
     def _delete(self, oid: bytes, serial: bytes) -> None:

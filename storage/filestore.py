@@ -308,8 +308,8 @@ class FileStore(AdaptedStorage):
         return self._file.save_index_if_grown()
 
     def pack(
-        self, time_s: float, gc: bool | None = None, packing: "Packing | None" = None
-    ) -> "Packed":
+        self, time_s: float, gc: bool | None = None, packing: Packing | None = None
+    ) -> Packed:
         """See Database.pack; raises what FilePack.run raises."""
         if self.is_read_only:
             raise ReadOnlyError("a read-only storage is not packed")

@@ -108,12 +108,16 @@ def keys(schema: Path, sectiontype: str) -> dict[str, str | None]:
     }
 
 
-@pytest.mark.parametrize("name", main.commands)
+@pytest.mark.parametrize("name", main.list_commands(click.Context(main)))
 def test_every_command_and_option_is_in_the_reference(name):
     text = section(f"### zeolith {name}")
-    for parameter in main.commands[name].params:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    for parameter in command.params:
         if isinstance(parameter, click.Option):
-            assert set(parameter.opts) <= set(re.findall(r"(?<![\w-])--?[\w-]+", text))
+            assert {*parameter.opts, *parameter.secondary_opts} <= set(
+                re.findall(r"(?<![\w-])--?[\w-]+", text)
+            )
         else:
             assert str(parameter.name).upper() in text
 
