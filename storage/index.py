@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, Protocol
 
 from ZODB.fsIndex import fsIndex
 
-# So many buckets are copied at most while commits wait: 8 MB, some milliseconds.
-COPIED_MAX = 16
-# After so many rounds commits wait after all.
-ROUNDS_MAX = 10
+# So many buckets are copied at most while commits wait: 32 MB, ten milliseconds.
+COPIED_MAX = 64
+# After so many rounds commits wait after all, or the file would have all of it often.
+ROUNDS_MAX = 3
 
 _PROTOCOL = 3
 
