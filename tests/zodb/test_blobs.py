@@ -94,9 +94,15 @@ def cases(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
             yield each
 
 
-CACHED = storage_reusable_suite("Cached", Storages.cached, test_undo=True)
+CACHED = storage_reusable_suite(
+    "Cached", Storages.cached, test_undo=True, test_blob_storage_recovery=True
+)
 SHARED = storage_reusable_suite(
-    "Shared", Storages.shared, test_undo=True, test_packing=True
+    "Shared",
+    Storages.shared,
+    test_undo=True,
+    test_packing=True,
+    test_blob_storage_recovery=True,
 )
 
 
