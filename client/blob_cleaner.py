@@ -178,7 +178,7 @@ class Cleaner:
         self._directory = directory
         self._changed = threading.Condition()
         self._added_bytes = 0
-        # Since when a run is wanted.
+        # When a run was wanted last; None if it was not since the last one.
         self._due_since: float | None = None
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -226,8 +226,8 @@ class Cleaner:
         if self._is_closed:
             return
         self._added_bytes = 0
-        if self._due_since is None:
-            self._due_since = time.time()
+        # The last time counts: a run that begins before it does not see all.
+        self._due_since = time.time()
         self._changed.notify_all()
         if self._thread is None:
             thread = threading.Thread(

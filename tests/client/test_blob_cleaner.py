@@ -321,3 +321,24 @@ def test_a_thread_that_cannot_be_started_is_no_error(cleaner, monkeypatch, caplo
     assert "cannot be cleaned now" in caplog.text
     cleaner.look()
     wait_until(lambda: cleaner.last, "a run")
+
+
+def test_what_came_during_a_run_is_seen_by_the_next_one(directory, monkeypatch):
+    """Also if a next run was wanted before the first one had begun."""
+    lock_gate, clean_gate = Gate(), Gate()
+    monkeypatch.setattr(blob_cleaner, "open_lockable", lock_gate.before(open_lockable))
+    monkeypatch.setattr(blob_cleaner, "clean", clean_gate.after(clean))
+    lock_gate.shut()
+    clean_gate.shut()
+    cleaner = Cleaner(directory, Bound(1000, 10))
+    cleaner.look()
+    lock_gate.wait_until_reached()
+    cleaner.look()
+    lock_gate.open()
+    clean_gate.wait_until_reached()
+    paths = {put(directory, number) for number in range(20)}
+    cleaner.look()
+    clean_gate.open()
+    wait_until(lambda: len(left(directory)) == 9, "a run that sees them")
+    assert left(directory) < paths
+    cleaner.close()
