@@ -74,13 +74,15 @@ def resolve(new: bytes, old: bytes, committed: bytes) -> bytes:
     """
     if max(len(new), len(old), len(committed)) > RECORD_BYTES_MAX:
         raise Unresolvable("too large")
-    references: dict[Any, PersistentReference] = {}
+    references = _References()
     try:
         meta, new_state = _load(new, references)
         resolvable = _class_of(meta)
         resolved = resolvable()._p_resolveConflict(
             _load(old, references)[1], _load(committed, references)[1], new_state
         )
+        if references.were_in_doubt:
+            raise Unresolvable("two references may mean equal objects or not")
         return _dump(resolvable, resolved)
     except Unresolvable:
         raise
@@ -129,16 +131,44 @@ def _class_of(meta: Any) -> Any:
     raise Unresolvable(f"{name} is not resolved by the server")
 
 
-def _load(record: bytes, references: dict[Any, PersistentReference]) -> tuple[Any, Any]:
-    def persistent_load(data: Any) -> PersistentReference:
+class _References:
+    """The references of three states; the same one is the same object in all."""
+
+    def __init__(self) -> None:
+        self.were_in_doubt = False
+        self._known: dict[Any, _Reference] = {}
+
+    def load(self, data: Any) -> "_Reference":
         data = _checked_reference(data)
         # Lists are not hashable; the forms are different enough without them.
         key = tuple(data) if type(data) is list else data
-        if key not in references:
-            references[key] = PersistentReference(data)
-        return references[key]
+        if key not in self._known:
+            self._known[key] = _Reference(data, self)
+        return self._known[key]
 
-    unpickler = _StateUnpickler(record, persistent_load)
+
+class _Reference(PersistentReference):
+    """A reference that says afterwards what ZODB's says with a ValueError.
+
+    BTrees goes on merging, and calls back into Python, while that error is pending:
+    it then comes out wherever the interpreter next looks, which may be a callback of
+    the garbage collector.
+    """
+
+    def __init__(self, data: Any, references: _References):
+        super().__init__(data)
+        self._references = references
+
+    def __cmp__(self, other: Any) -> int:
+        try:
+            return cast(int, super().__cmp__(other))
+        except ValueError:
+            self._references.were_in_doubt = True
+            return 1
+
+
+def _load(record: bytes, references: _References) -> tuple[Any, Any]:
+    unpickler = _StateUnpickler(record, references.load)
     loaded = unpickler.load(), unpickler.load()
     _bound_expansion(loaded)
     return loaded

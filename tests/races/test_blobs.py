@@ -522,6 +522,7 @@ def test_a_download_without_a_server_ends_with_the_wait(server, client, tmp_path
     with pytest.raises(ClientDisconnected):
         reader.read(oid, tid)
     server.start()
+    wait_until(reader.storage.is_connected, "the new session")
     assert reader.read(oid, tid) == b"data"
     reader.storage.close()
 
