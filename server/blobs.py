@@ -10,8 +10,8 @@ All classes belong to the loop. Invariants:
 1. An upload ends with its transaction: ``discard`` is called for every reason for
    which a commit, an abort or a channel ends, and may be called again. It removes
    what the storage has not taken.
-2. After an error of the disk the rest of the transaction's chunks is received and
-   dropped; the vote gets the error.
+2. After an error of the disk, or of the clock, the rest of the transaction's chunks is
+   received and dropped; the vote gets the error.
 3. A vote is handed to the committer when all chunks of its transaction are on disk.
 """
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ZODB.POSException import POSKeyError, Unsupported
 
-from zeolith.protocol.errors import RemoteProtocolError
+from zeolith.protocol.errors import RemoteProtocolError, TransactionTimeout
 from zeolith.protocol.limits import Limits
 from zeolith.server.committer import Answer, Commit, Phase
 
@@ -102,6 +102,8 @@ class Uploading:
         self, served: "Served", peer: "Peer", transaction_id: bytes, limits: Limits
     ):
         self.transaction_id = transaction_id
+        # When something happened to it last; see expire.
+        self._touched_at = asyncio.get_running_loop().time()
         self._files = served.database.uploads.begin()
         self._workers = served.workers
         self._peer = peer
@@ -117,7 +119,7 @@ class Uploading:
         self._is_holding = False
         self._unflushed_bytes = 0
         self._is_flushing = False
-        # Of the disk; told at the vote.
+        # Of the disk or the clock; told at the vote.
         self._error: BaseException | None = None
         # Whoever waits for everything to be written.
         self._when_written: Callable[[], None] | None = None
@@ -162,6 +164,25 @@ class Uploading:
         self._when_written = written
         self._go_on()
 
+    def expire(self, now: float, timeout_s: float, heard_at: float) -> bool:
+        """Keep no file that has waited for the client too long; true if so.
+
+        A chunk may take longer than that on a slow line: ``heard_at`` is when the
+        client sent anything.
+        """
+        is_busy = self._is_writing or self._is_flushing or self._when_written
+        if is_busy or self._error is not None or self._is_discarded:
+            return False
+        if now - max(self._touched_at, heard_at) < timeout_s:
+            return False
+        self._fail(
+            TransactionTimeout(
+                f"the server has heard nothing of the transaction for {timeout_s:g} s"
+                " before its vote (transaction-timeout); its blobs were not kept"
+            )
+        )
+        return True
+
     def discard(self) -> None:
         """The transaction has ended: remove what the storage has not taken."""
         if self._is_discarded:
@@ -196,6 +217,7 @@ class Uploading:
 
     def _written(self, size: int, writing: "asyncio.Future[None]") -> None:
         self._is_writing = False
+        self._touched_at = asyncio.get_running_loop().time()
         self._waiting_bytes -= size
         self._unflushed_bytes += size
         self._heed(writing)
@@ -222,10 +244,12 @@ class Uploading:
         self._workers.write_blobs(self._files.flush).add_done_callback(flushed)
 
     def _heed(self, step: "asyncio.Future[None]") -> None:
-        """Remember an error of the disk, and free what the transaction takes."""
         error = step.exception()
-        if error is None or self._is_discarded:
-            return
+        if error is not None and not self._is_discarded:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Remember an error for the vote, and free what the transaction takes."""
         self._error = error
         self._forget_queue()
         # Not at the end of the transaction: the disk may be full.
@@ -249,6 +273,13 @@ def discard(peer: "Peer", transaction_id: bytes | None = None) -> None:
     if upload is not None and transaction_id in (None, upload.transaction_id):
         peer.upload = None
         upload.discard()
+
+
+def expire(peer: "Peer", now: float, timeout_s: float) -> bool:
+    """Let go of blobs whose transaction ``peer`` has not gone on with; true if so."""
+    upload = peer.upload
+    heard_at = peer.connection.rcvd_at
+    return upload is not None and upload.expire(now, timeout_s, heard_at)
 
 
 def vote(

@@ -333,6 +333,37 @@ async def test_a_stopping_server_takes_no_blobs_to_the_vote(server, channel):
     assert server.upload.is_discarded
 
 
+# Waiting for the client
+
+
+async def test_blobs_that_nobody_votes_on_are_not_kept(server, channel):
+    server.service.transaction_timeout_s = 10
+    send(channel, bytes(50))
+    await server.workers.work()
+    begun_at = asyncio.get_running_loop().time()
+    server.service.tick(begun_at + 9)
+    await server.workers.work()
+    assert not server.upload.is_discarded
+    server.service.tick(begun_at + 11)
+    # What still comes does not matter any more.
+    send(channel, bytes(50))
+    await server.workers.work()
+    assert server.upload.is_discarded
+    assert server.upload.files == {0: bytes(50)}
+    voting = vote(channel, store_blob())
+    await server.workers.work()
+    assert channel.failure(voting).name == "TransactionTimeout"
+    assert server.database.steps == []
+
+
+async def test_blobs_that_the_disk_is_busy_with_are_not_late(server, channel):
+    server.service.transaction_timeout_s = 10
+    send(channel, bytes(50))
+    server.service.tick(asyncio.get_running_loop().time() + 11)
+    await commit(server, channel, store_blob())
+    assert server.upload.files == {0: bytes(50)}
+
+
 # Loading
 
 
