@@ -23,7 +23,7 @@ from BTrees.Length import Length
 from ZODB._compat import PersistentPickler, _protocol
 from ZODB.ConflictResolution import PersistentReference
 from ZODB.POSException import ConflictError
-from zodbpickle.pickle_3 import DICT, SETITEM, SETITEMS
+from zodbpickle.pickle_3 import DICT, REDUCE, SETITEM, SETITEMS
 from zodbpickle.slowpickle import Unpickler
 
 from zeolith.storage.wrapping import PLAIN, Form
@@ -225,6 +225,11 @@ class _StateUnpickler(Unpickler):
         _check_dictionary({}, self.stack[self.marker() + 1 :])
         super().load_dict()
 
+    def load_reduce(self) -> None:
+        # It would fail anyway, but after it had printed what it was to call.
+        raise Unresolvable("a call in a state")
+
+    dispatch[REDUCE[0]] = load_reduce
     dispatch[SETITEM[0]] = load_setitem
     dispatch[SETITEMS[0]] = load_setitems
     dispatch[DICT[0]] = load_dict

@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import tracemalloc
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,15 @@ def test_a_class_is_known_however_the_record_spells_it(meta):
 def test_changes_that_contradict_each_other_are_unresolvable(new, committed):
     with pytest.raises(Unresolvable):
         resolve(bucket(**new), bucket(a=1), bucket(**committed))
+
+
+def test_values_that_only_the_application_can_make_are_left_to_it_silently(capsys):
+    old, new, committed = (
+        bucket(**{name: datetime(2026, 11, 21, tzinfo=UTC)}) for name in "abc"
+    )
+    with pytest.raises(Unresolvable, match="a call"):
+        resolve(new, old, committed)
+    assert capsys.readouterr() == ("", "")
 
 
 # References
