@@ -426,6 +426,39 @@ def test_a_commit_that_the_disk_refuses_was_seen_by_nobody(
             newcomer.load(oid_of("y"))
 
 
+def everything(storage: ClientStorage, oid: bytes) -> Any:
+    """The data of ``oid``'s revisions, newest first, by every way to read them."""
+    tids = [entry["tid"] for entry in storage.history(oid, 10)]
+    loaded = [storage.loadSerial(oid, tid) for tid in tids]
+    assert storage.load(oid) == (loaded[0], tids[0])
+    assert storage.loadBefore(oid, following(tids[0])) == (loaded[0], tids[0], None)
+    iterated = [r.data for t in storage.iterator() for r in t if r.oid == oid]
+    assert iterated[::-1] == loaded
+    assert len(storage.undoLog(0, 10)) == len(list(storage.iterator()))
+    assert storage.record_iternext()[:3] == (oid, tids[0], loaded[0])
+    return loaded
+
+
+def test_what_an_aborted_transaction_wrote_is_read_by_nobody(server, writer, reader):
+    """Its bytes were in the file, behind the last record, where the next ones come."""
+    commit(writer, x=b"first")
+    for n in range(3):
+        aborted = vote(writer, x=b"given up " * 50, y=b"given up " * 50)
+        # Whoever reads ahead has some of them now.
+        before = everything(reader, X)
+        writer.tpc_abort(aborted)
+        tid = commit(writer, x=b"committed %d" % n)
+        wait_for_position(reader, tid)
+        assert everything(reader, X) == [b"committed %d" % n, *before]
+    undoing = TransactionMetaData()
+    writer.tpc_begin(undoing)
+    writer.undo(writer.undoLog(0, 1)[0]["id"], undoing)
+    writer.tpc_vote(undoing)
+    tid = writer.tpc_finish(undoing)
+    wait_for_position(reader, tid)
+    assert everything(reader, X)[0] == b"committed 1"
+
+
 def test_a_storage_that_shows_a_commit_early_is_held_back(gate, monkeypatch):
     """Some storages can be read before their finish has returned."""
     storage = MappingStorage()

@@ -1,16 +1,26 @@
 """Nobody can hold up the others: not by hanging, breaking, misbehaving or dying."""
 
+import gc
 import re
 import socket
+import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ZODB.POSException import StorageError
 
+import zeolith.client
+import zeolith.protocol
+import zeolith.server
+import zeolith.storage
 from zeolith.client import connector
+from zeolith.client.cache import RECENT_OIDS_MAX
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.errors import HelloRefused, LocalProtocolError, TransactionTimeout
@@ -401,6 +411,43 @@ def test_a_client_that_does_not_read_holds_up_nobody(tmp_path):
         wait_for_position(slow, last)
         assert seen(slow, "x") == b"new"
         assert server.stream_of(slow) is not stream
+
+
+def test_an_idle_client_keeps_nothing_of_what_others_change(server, writer, reader):
+    """Beyond what its cache remembers to judge late answers, which is bounded.
+
+    What a pooled connection collects until it is opened again is ZODB's.
+    """
+    changed = 5000
+    oids = (b"%08d" % n for n in count())
+
+    def change(times: int) -> None:
+        served = server.served
+        for _ in range(times):
+            last = int.from_bytes(served.changes.last_tid, "big")
+            tid = (last + 1).to_bytes(8, "big")
+            publish(served, tid, list(islice(oids, changed)))
+
+    def kept_after(times: int) -> int:
+        server.on_loop(change, times)
+        wait_for_position(reader, server.served.changes.last_tid)
+        gc.collect()
+        taken = tracemalloc.take_snapshot().filter_traces(ours)
+        return sum(trace.size for trace in taken.traces)
+
+    commit(writer, x=b"before")
+    packages = (zeolith.client, zeolith.protocol, zeolith.server, zeolith.storage)
+    ours = [
+        tracemalloc.Filter(True, str(Path(package.__path__[0]) / "*"))
+        for package in packages
+    ]
+    tracemalloc.start()
+    try:
+        kept = kept_after(2 * RECENT_OIDS_MAX // changed)
+        grown = kept_after(20) - kept
+    finally:
+        tracemalloc.stop()
+    assert grown < 20 * changed * sys.getsizeof(next(oids)) // 10
 
 
 # Closing
