@@ -11,6 +11,9 @@ import errno
 import socket
 import struct
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from zeolith.client.errors import ChannelLost, ClientDisconnected
@@ -74,9 +77,35 @@ class Channel:
             raise self._lost(error) from error
         return self.answer()
 
+    def answers(
+        self, method: str, calls: Iterable[Sequence[Any]], ahead: int
+    ) -> Iterator[Any]:
+        """The values of ``method`` for each of ``calls``, its arguments, in that order.
+
+        Up to ``ahead`` calls are on their way at once. Raises as ``call`` does; what
+        is still to come is then lost, and the channel too.
+        """
+        calls = iter(calls)
+        expected: deque[int] = deque()
+        # The server answers in the order in which it is ready.
+        came: dict[int, Any] = {}
+        while True:
+            for args in islice(calls, ahead - len(expected)):
+                self.ask(method, *args)
+                expected.append(self._connection.last_request)
+            if not expected:
+                return
+            while expected[0] not in came:
+                for reply in self._replies():
+                    came[reply.id] = reply.value
+            yield came.pop(expected.popleft())
+
     def ask(self, method: str, *args: Any) -> None:
         """Ask for ``method`` without waiting; ``answer`` must follow."""
-        data = self._connection.request(method, list(args), _monotonic())
+        connection = self._connection
+        if connection.is_closed:
+            raise self._lost(connection.error)
+        data = connection.request(method, list(args), _monotonic())
         self.send(data)
 
     def answer(self) -> Any:
@@ -93,6 +122,25 @@ class Channel:
         except OSError as error:
             raise self._lost(error) from error
         raise self._lost(connection.error)
+
+    def _replies(self) -> list[Reply]:
+        """What comes next, which may be nothing; raises as ``call`` does."""
+        connection = self._connection
+        if connection.is_closed:
+            raise self._lost(connection.error)
+        try:
+            received = self._socket.recv(RECEIVE_BYTES)
+        except OSError as error:
+            raise self._lost(error) from error
+        if not received:
+            raise self._lost(connection.error)
+        replies = []
+        for message in connection.receive_data(received, _monotonic()):
+            if isinstance(message, Reply):
+                replies.append(message)
+            else:
+                self._look_at(message)
+        return replies
 
     def send(self, data: bytes) -> None:
         """Send a message that is not answered; raises ChannelLost."""

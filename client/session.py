@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence, shut_down
@@ -90,6 +91,18 @@ class Session:
         if self.ended is not None:
             self._drop_idle()
         return value
+
+    def answers(
+        self, method: str, calls: Iterable[Sequence[Any]], ahead: int
+    ) -> Iterator[Any]:
+        """Several calls on one channel; see Channel.answers."""
+        channel = self.borrow()
+        try:
+            yield from channel.answers(method, calls, ahead)
+        except ChannelLost as error:
+            raise self.lost(error) from error
+        finally:
+            self.give_back(channel)
 
     def lost(self, error: ChannelLost) -> ChannelLost:
         """``error``, or why the session ended if that is the reason for it."""

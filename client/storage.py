@@ -168,14 +168,23 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         try:
             return self._connector.session(self._wait_timeout_s).call(method, *args)
         except ChannelLost as error:
-            lost = error
+            return self._again(lambda session: session.call(method, *args), error)
+
+    def converse(self, step: Callable[[Session], Any]) -> Any:
+        """What ``step`` makes of a session; as ``call``, for more than one call."""
+        try:
+            return step(self._connector.session(self._wait_timeout_s))
+        except ChannelLost as error:
+            return self._again(step, error)
+
+    def _again(self, step: Callable[[Session], Any], lost: ChannelLost) -> Any:
         deadline = time.monotonic() + self._wait_timeout_s
         for delay_s in delays():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 break
             try:
-                return self._connector.session(left_s).call(method, *args)
+                return step(self._connector.session(left_s))
             except ChannelLost as error:
                 lost = error
             # A server that takes the session and drops its channels is not hurried.

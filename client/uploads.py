@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ZODB.blob import FilesystemHelper
 from ZODB.interfaces import IBlobStorage
-from ZODB.POSException import StorageError, Unsupported
+from ZODB.POSException import Unsupported
 
 from zeolith.client.blobs import BlobCache, SharedBlobs
 from zeolith.client.channel import Channel
+from zeolith.client.downloads import Converse, fetch
 from zeolith.client.tids import Z64
 from zeolith.protocol.codec import encode
 from zeolith.protocol.limits import Limits
@@ -111,29 +112,6 @@ def fshelper_of(blobs: Blobs) -> Any:
     return SimpleNamespace(temp_dir=blobs.temporary_directory())
 
 
-def fetch(
-    call: Callable[..., Any],
-    oid: bytes,
-    tid: bytes,
-    file: BinaryIO,
-    limits: Limits,
-) -> None:
-    """Write a blob of the server's into ``file``, part by part.
-
-    ``call`` repeats a part if the connection is lost and comes back, and so the fetch
-    goes on where it was. Raises POSKeyError, ClientDisconnected, OSError.
-    """
-    offset, whole = 0, None
-    while whole is None or offset < whole:
-        size, data = call("load_blob", oid, tid, offset, limits.batch_bytes_max)
-        if whole not in (None, size) or (not data and offset < size):
-            # A revision never changes: this is another server, with other data.
-            raise StorageError(f"the blob of oid {oid.hex()} has changed meanwhile")
-        whole = size
-        file.write(data)
-        offset += len(data)
-
-
 def _remove(path: str) -> None:
     with suppress(OSError):
         os.unlink(path)
@@ -144,7 +122,7 @@ class BlobMethods:
 
     blobs: Blobs | None
     limits: Limits
-    call: Callable[..., Any]
+    converse: Converse
     _begun: Callable[[Any], "Commit"]
 
     def loadBlob(self, oid: bytes, serial: bytes) -> str:
@@ -172,7 +150,7 @@ class BlobMethods:
         return self.blobs
 
     def _fetch(self, oid: bytes, tid: bytes, file: BinaryIO) -> None:
-        fetch(self.call, oid, tid, file, self.limits)
+        fetch(self.converse, oid, tid, file, self.limits)
 
     def storeBlob(
         self,

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -363,3 +363,76 @@ def test_a_question_and_its_answer_may_lie_apart(ends):
     ends.answer("later")
     assert ends.channel.answer() == "later"
     assert not ends.channel.is_busy
+
+
+# Several questions at a time
+
+
+def serials(ends: Ends, count: int, ahead: int) -> Generator[Any, None, None]:
+    calls = ((p64(n), TID) for n in range(count))
+    yield from ends.channel.answers("load_serial", calls, ahead)
+
+
+def test_answers_come_in_the_order_of_the_questions(ends):
+    answers = serials(ends, 5, 3)
+    for number in (2, 3, 1):
+        ends.answer(number, number)
+    assert [next(answers) for _ in range(3)] == [1, 2, 3]
+    for number in (5, 4):
+        ends.answer(number, number)
+    assert list(answers) == [4, 5]
+    asked = ends.requests()
+    assert [request.args for request in asked] == [[p64(n), TID] for n in range(5)]
+    assert not ends.channel.is_busy
+
+
+def test_no_more_than_so_many_questions_are_on_their_way(ends):
+    answers = serials(ends, 5, 2)
+    ends.answer(1, 1)
+    assert next(answers) == 1
+    assert len(ends.requests()) == 2
+    ends.answer(2, 2)
+    assert next(answers) == 2
+    assert len(ends.requests()) == 1
+
+
+def test_no_question_has_no_answer(ends):
+    assert list(serials(ends, 0, 3)) == []
+    assert not ends.channel.is_busy
+
+
+def test_an_error_ends_the_answers_and_leaves_the_channel_busy(ends):
+    ends.answer(1, 1)
+    ends.far.sendall(encode(Failure(2, "POSKeyError", {"oid": OID}, "")))
+    answers = serials(ends, 3, 3)
+    with pytest.raises(POSKeyError):
+        list(answers)
+    assert ends.channel.is_busy
+
+
+def test_answers_that_nobody_takes_leave_the_channel_busy(ends):
+    ends.answer(1, 1)
+    answers = serials(ends, 3, 3)
+    assert next(answers) == 1
+    answers.close()
+    assert ends.channel.is_busy
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_answers_end_with_the_connection(ends, before):
+    for number in range(1, before + 1):
+        ends.answer(number, number)
+    ends.far.shutdown(socket.SHUT_WR)
+    came: list[int] = []
+    with pytest.raises(ChannelLost):
+        came.extend(serials(ends, 5, 3))
+    assert ends.channel.is_lost
+
+
+def test_a_goodbye_among_the_answers_is_the_reason(ends):
+    ends.answer(1, 1)
+    ends.far.sendall(ends.server.goodbye("stopping", "the server is stopping", 0))
+    answers = serials(ends, 3, 2)
+    assert next(answers) == 1
+    with pytest.raises(ChannelLost, match="stopping"):
+        next(answers)

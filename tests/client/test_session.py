@@ -162,6 +162,33 @@ def test_the_answer_to_an_interrupted_call_goes_to_nobody(server, session, monke
     assert len(server.hellos) == 3
 
 
+def test_several_questions_go_over_one_channel(server, session):
+    server.answers["load_serial"] = lambda oid, _serial: oid
+    calls = [(p64(n), tid(1)) for n in range(10)]
+    answers = list(session.answers("load_serial", calls, 3))
+    assert answers == [p64(n) for n in range(10)]
+    assert len(server.channels()) == 1
+    assert session._idle, "it was given back"
+
+
+def test_a_channel_with_answers_that_nobody_took_is_not_taken_back(server, session):
+    server.answers["load_serial"] = lambda oid, _serial: oid
+    calls = [(p64(n), tid(1)) for n in range(10)]
+    answers = session.answers("load_serial", calls, 3)
+    assert next(answers) == p64(0)
+    answers.close()
+    assert session._idle == []
+    assert session.call("load_serial", p64(7), tid(1)) == p64(7)
+
+
+def test_a_lost_channel_ends_its_answers_and_not_the_session(server, session):
+    server.answers["load_serial"] = Act.HANG_UP
+    with pytest.raises(ChannelLost):
+        list(session.answers("load_serial", [(OID, tid(1))], 3))
+    assert session._idle == []
+    assert session.ended is None
+
+
 def test_a_busy_channel_is_not_taken_back(server, session):
     channel = session.borrow()
     channel._connection.request("ping", [], 0)

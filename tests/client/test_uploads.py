@@ -1,20 +1,19 @@
 """Blobs on their way out and in, with a channel that is a list."""
 
-import io
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ZODB.POSException import POSKeyError, StorageError, Unsupported
+from ZODB.POSException import Unsupported
 from ZODB.utils import p64
 
 from zeolith.client.blobs import BlobCache, SharedBlobs
 from zeolith.client.channel import Channel as Channel_
 from zeolith.client.channel import limit_silence
 from zeolith.client.errors import ChannelLost
-from zeolith.client.uploads import SENT_BYTES, Uploads, fetch, open_blobs
+from zeolith.client.uploads import SENT_BYTES, Uploads, open_blobs
 from zeolith.protocol.codec import decode
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.frames import PREFIX_BYTES
@@ -174,55 +173,3 @@ def test_where_blobs_are_is_chosen_by_the_arguments(tmp_path):
     shared = open_blobs(str(tmp_path / "shared"), True, None, 10)
     assert isinstance(shared, SharedBlobs)
     assert Uploads(shared, X).is_shared
-
-
-# In
-
-
-class Blob:
-    """A blob at a server, by the part."""
-
-    def __init__(self, data: bytes, part: int):
-        self._data = data
-        self._part = part
-        self.asked: list[int] = []
-
-    def __call__(self, method: str, *args: Any) -> Any:
-        assert method == "load_blob"
-        oid, _tid, offset, _size = args
-        if oid != A:
-            raise POSKeyError(oid)
-        self.asked.append(offset)
-        return len(self._data), self._data[offset : offset + self._part]
-
-
-@pytest.mark.parametrize(
-    ("size", "offsets"), [(0, [0]), (5, [0]), (10, [0]), (25, [0, 10, 20])]
-)
-def test_a_blob_is_fetched_in_parts(size, offsets):
-    data = os.urandom(size)
-    blob = Blob(data, 10)
-    target = io.BytesIO()
-    fetch(blob, A, T1, target, SMALL)
-    assert target.getvalue() == data
-    assert blob.asked == offsets
-
-
-def test_a_blob_that_is_not_there_is_a_missing_key():
-    with pytest.raises(POSKeyError):
-        fetch(Blob(b"", 10), B, T1, io.BytesIO(), SMALL)
-
-
-def test_a_blob_that_is_another_one_at_the_next_server_is_not_put_together():
-    first, second = Blob(bytes(25), 10), Blob(bytes(26), 10)
-
-    def call(method: str, *args: Any) -> Any:
-        return (second if args[2] else first)(method, *args)
-
-    with pytest.raises(StorageError, match="has changed"):
-        fetch(call, A, T1, io.BytesIO(), SMALL)
-
-
-def test_a_server_that_gives_no_more_is_not_asked_for_ever():
-    with pytest.raises(StorageError, match="has changed"):
-        fetch(lambda *_args: (5, b""), A, T1, io.BytesIO(), SMALL)
