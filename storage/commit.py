@@ -38,7 +38,7 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.tids import Z64, next_tid, tid_at
 from zeolith.storage.undoing import UndoConflicts
-from zeolith.storage.wrapping import PLAIN, Form
+from zeolith.storage.wrapping import PLAIN, Form, bottom
 
 # Committed, and packed. FileStorage writes the status as it is where it marks a
 # transaction as whole: any other text takes it, or the whole file, away again.
@@ -130,8 +130,9 @@ class Committing:
         # A storage may take its lock and then find fault with the metadata.
         self._begun = True
         self._storage.tpc_begin(self._metadata, *self._begin_arguments)
-        if hasattr(self._storage, "undo_conflicts"):
-            self._storage.undo_conflicts = self._undo_conflicts
+        file = bottom(self._storage)
+        if hasattr(file, "undo_conflicts"):
+            file.undo_conflicts = self._undo_conflicts
 
     def _refuse_extremes(self, last_tid: bytes) -> None:
         """Ids that would leave too few for those who come after."""
@@ -167,7 +168,7 @@ class Committing:
             self.abort()
             self._undone.clear()
             self._begin_storage()
-            return self._ask(list(self._undo_conflicts.unresolved.values()))
+            return self._ask(self._undo_conflicts.unresolved)
         answer = self._storage.tpc_vote(self._metadata)
         blobs.sync_stored(self._storage)
         # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
@@ -185,7 +186,7 @@ class Committing:
         """
         if self._asked and self._asked.isdisjoint(resolutions):
             raise StorageTransactionError("none of the conflicts was resolved")
-        undos = self._undo_conflicts.unresolved
+        undos = self._undo_conflicts.asked()
         self._resolutions.update(
             (oid, data) for oid, data in resolutions.items() if oid not in undos
         )
@@ -415,6 +416,6 @@ class Committing:
                 raise
             raise _Asks from None
         # A record that was in the way of one may have been overtaken by another.
-        self._undo_conflicts.unresolved.clear()
+        self._undo_conflicts.forget_unresolved()
         if result:
             self._undone.update(result[1])

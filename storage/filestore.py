@@ -20,7 +20,6 @@ from typing import Any
 
 from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
-from zeolith.storage import conflicts
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
 from zeolith.storage.blobs import is_blob_record
 from zeolith.storage.changes import Change
@@ -42,6 +41,7 @@ from zeolith.storage.packing import FilePack, clean_up, finish_leftovers
 from zeolith.storage.records import NOWAIT, Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
 from zeolith.storage.undoing import UndoConflicts
+from zeolith.storage.wrapping import PLAIN, Form
 
 # How many oids are reserved on disk at a time, so that few requests wait for a sync.
 OIDS_RESERVED = 10_000
@@ -54,12 +54,14 @@ class _DataFile(IndexedFile):
     """FileStorage that says when its index changes hands, and imports no classes."""
 
     generation: Generation | None = None
-    # Of the transaction under way; see commit.
-    undo_conflicts: UndoConflicts | None = None
+    # Of its records, against those that clients know; None if it is not known.
+    outside: Form | None = PLAIN
     # Set by FileStorage.__init__ after the first _initIndex.
     _file: Any = None
 
     def __init__(self, path: str, **options: Any):
+        # Of the transaction under way; see commit.
+        self.undo_conflicts = UndoConflicts()
         try:
             super().__init__(path, **options)
         except BaseException:
@@ -125,21 +127,9 @@ class _DataFile(IndexedFile):
         except POSKeyError:
             raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
         conflict = Conflict(oid, committed_tid, old_tid, committed, old, new)
-        if self.undo_conflicts is None:
-            return self._merged_below_wrappers(conflict)
-        return self.undo_conflicts.merge(conflict)
-
-    def _merged_below_wrappers(self, conflict: Conflict) -> bytes:
         # Set by registerDB to the wrappers' conversions.
-        decode = self._crs_untransform_record_data
-        states = (conflict.new, conflict.old, conflict.committed)
-        try:
-            resolved = conflicts.resolve(*map(decode, states))
-        except conflicts.Unresolvable:
-            serials = (conflict.committed_tid, conflict.old_tid)
-            raise ConflictError(oid=conflict.oid, serials=serials) from None
-        encoded: bytes = self._crs_transform_record_data(resolved)
-        return encoded
+        plain = Form(self._crs_untransform_record_data, self._crs_transform_record_data)
+        return self.undo_conflicts.merge(conflict, plain, self.outside)
 
 
 class FileStore(AdaptedStorage):

@@ -19,7 +19,7 @@ from zeolith.storage.database import (
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.iteration import current_in_storage, iterate_storage
 from zeolith.storage.pack_progress import Packed, Packing
-from zeolith.storage.wrapping import reading, wrappers
+from zeolith.storage.wrapping import outside, wrappers
 
 # More than this is not converted on the loop.
 LOOP_BYTES_MAX = 16 * 1024
@@ -38,7 +38,9 @@ class WrappedFileStore(FileStore):
         """``wrap`` makes the storage of the opened file; NotAWrapper if it is none."""
         self._wrap = wrap
         super().__init__(name, path, **options)
-        self._reading = reading(self._storage)
+        form = self._file.outside = outside(self._storage)
+        # What makes of a record in the file what clients know, if one can tell.
+        self._reading = None if form is None else form.decode
 
     def _around(self, file: Any) -> Any:
         storage = self._wrap(file)

@@ -54,16 +54,22 @@ def form_of(storage: Any) -> Form:
     return form
 
 
-def reading(storage: Any) -> Conversion | None:
-    """What makes of a record at the bottom one that comes out of ``storage``.
+def bottom(storage: Any) -> Any:
+    """What the wrappers of ``storage`` stand on; itself if it is none."""
+    for wrapper in wrappers(storage):
+        storage = wrapper.base
+    return storage
 
-    None if the wrappers themselves must be asked, because they are of both kinds.
+
+def outside(storage: Any) -> Form | None:
+    """The form of the records at the bottom, against what comes out of ``storage``.
+
+    None if only the wrappers can tell, because they are of both kinds.
     """
     stack = list(wrappers(storage))
     passing = [passes(wrapper) for wrapper in stack]
     if all(passing):
-        return _as_it_is
+        return PLAIN
     if any(passing):
         return None
-    conversion: Conversion = stack[-1].untransform_record_data
-    return conversion
+    return Form(stack[-1].untransform_record_data, stack[-1].transform_record_data)

@@ -153,12 +153,44 @@ def test_an_undo_merges_converted_records(tmp_path, wrap, encode):
     database.close()
 
 
-def test_an_undo_that_cannot_merge_is_refused(database):
+@pytest.mark.parametrize(
+    ("wrap", "encode"),
+    [
+        (HexStorage, bytes),
+        (ServerHexStorage, encoded),
+        (lambda file: HexStorage(HexStorage(file)), bytes),
+    ],
+    ids=["hex", "hex at the client", "twice"],
+)
+def test_an_undo_that_the_server_cannot_merge_is_merged_by_the_client(
+    tmp_path, wrap, encode
+):
+    database = opened(tmp_path, wrap)
+    first = commit(database, store(A, encode(plain(1))))
+    second = commit(database, store(A, encode(plain(2)), first))
+    commit(database, store(A, encode(plain(3)), second))
+    unresolved = database.vote(transaction(undo(second)))
+    assert isinstance(unresolved, Unresolved)
+    (conflict,) = unresolved.conflicts
+    shown = [conflict.old, conflict.committed, conflict.new]
+    assert shown == [encode(plain(n)) for n in (2, 3, 1)]
+    voted = database.resolve({A: encode(plain("merged"))})
+    assert isinstance(voted, Voted)
+    tid = database.finish().tid
+    assert database.load_serial(A, tid) == encode(plain("merged"))
+    database.close()
+
+
+def test_an_undo_below_wrappers_of_both_kinds_is_merged_by_the_server_or_nobody(
+    tmp_path,
+):
+    database = opened(tmp_path, lambda file: HexStorage(ServerHexStorage(file)))
     first = commit(database, store(A, plain(1)))
     second = commit(database, store(A, plain(2), first))
     commit(database, store(A, plain(3), second))
     with pytest.raises(UndoError):
         database.vote(transaction(undo(second)))
+    database.close()
 
 
 def test_what_is_packed_is_found_through_the_wrapper(database):

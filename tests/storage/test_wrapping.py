@@ -4,7 +4,7 @@ import pytest
 from ZODB.MappingStorage import MappingStorage
 from ZODB.tests.hexstorage import HexStorage, ServerHexStorage
 
-from zeolith.storage.wrapping import PLAIN, form_of, passes, reading, wrappers
+from zeolith.storage.wrapping import PLAIN, bottom, form_of, outside, passes, wrappers
 
 HEX = b".h" + b"record".hex().encode()
 
@@ -54,12 +54,18 @@ def test_two_passing_wrappers_know_what_each_other_knows():
     assert form.encode(b"record") == twice
 
 
-def test_what_is_read_at_the_bottom_comes_out_at_the_top():
+def test_what_is_at_the_bottom_and_what_comes_out_at_the_top():
     base = MappingStorage()
     passing, converting = ServerHexStorage(base), HexStorage(MappingStorage())
-    read_passing, read_converting = reading(passing), reading(converting)
-    assert read_passing is not None
-    assert read_converting is not None
-    assert read_passing(HEX) == HEX
-    assert read_converting(HEX) == b"record"
-    assert reading(HexStorage(passing)) is None
+    assert outside(base) is outside(passing) is PLAIN
+    form = outside(converting)
+    assert form is not None
+    assert form.decode(HEX) == b"record"
+    assert form.encode(b"record") == HEX
+    assert outside(HexStorage(passing)) is None
+
+
+def test_the_bottom_is_below_all_wrappers():
+    base = MappingStorage()
+    assert bottom(base) is base
+    assert bottom(HexStorage(ServerHexStorage(base))) is base
