@@ -499,9 +499,10 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self,
         pack_time: float | None = None,
         referencesf: Any = None,
+        gc: bool | None = None,
+        *,
         wait: bool = True,
         days: float = 0,
-        gc: bool | None = None,
     ) -> None:
         """Pack to ``pack_time`` (seconds since the epoch; now), less ``days``.
 

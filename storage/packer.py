@@ -70,6 +70,17 @@ class Progress:
         say(phase=phase, fraction=round(self._fraction, 4), bytes=position)
 
 
+class _NotAPickle(Exception):
+    """A record in which references cannot be looked for."""
+
+
+def _references(record: bytes) -> Any:
+    try:
+        return referencesf(record)
+    except Exception as error:
+        raise _NotAPickle(f"{type(error).__name__}: {error}") from error
+
+
 class _Collection(GC):
     """ZODB's garbage collection, which says how far it is."""
 
@@ -88,7 +99,15 @@ class _Collection(GC):
         objects = len(self.oid2curpos) if self._followed % 1024 == 0 else 0
         if objects:
             self.progress.at("collecting", self._followed, objects, self.eof)
-        return super().findrefs(pos)
+        try:
+            return super().findrefs(pos)
+        except _NotAPickle as error:
+            raise PackError(
+                f"the record of oid {self._read_data_header(pos).oid.hex()} is no"
+                f" pickle ({error}), so it is not known what it refers to. If clients"
+                " convert records, configure the server with the wrapper that knows"
+                " how, or pack without garbage collection (pack-gc false)"
+            ) from error
 
 
 class _Copier(PackCopier):
@@ -157,7 +176,7 @@ class Packer(FileStoragePacker):
         stop = bytes.fromhex(job["stop"])
         super().__init__(_Snapshot(path, job["end"]), referencesf, stop, job["gc"])
         self.progress = Progress()
-        self.gc = _Collection(self._file, job["end"], stop, job["gc"], referencesf)
+        self.gc = _Collection(self._file, job["end"], stop, job["gc"], _references)
         self.gc.progress = self.progress
         self.index = _Index()
         self._wants_blobs = job["blobs"]

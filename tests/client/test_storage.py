@@ -602,12 +602,15 @@ def test_a_pack_is_told_until_when(server, storage, monkeypatch):
     storage.pack(days=2)
     storage.pack(900_000.0, lambda *_args: None, days=1)
     storage.pack(gc=False)
+    # As wrappers do it, after FileStorage.
+    storage.pack(900_000.0, lambda *_args: None, False)
     assert list(map(tuple, server.asked("pack"))) == [
         (1_000_000, None),
         (500, None),
         (1_000_000 - 2 * 86400, None),
         (900_000 - 86400, None),
         (1_000_000, False),
+        (900_000, False),
     ]
 
 

@@ -198,6 +198,17 @@ def test_a_reference_to_nothing_is_told_by_its_oid(database):
     assert pack(database, gc=False)
 
 
+def test_what_cannot_be_read_is_not_taken_for_something_without_references(database):
+    """As where clients convert records, and the server was not told how."""
+    commit(database, store(ROOT, b".h" + references(A).hex().encode()))
+    commit(database, store(A, plain(1)))
+    before = time.time() + SOON_S
+    with pytest.raises(FileStorageError, match="oid 0000000000000000 is no pickle"):
+        database.pack(before)
+    assert data_of(database, A) == plain(1)
+    assert database.pack(before, gc=False)
+
+
 # While it goes on
 
 

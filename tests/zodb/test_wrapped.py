@@ -4,8 +4,15 @@ from typing import Any
 
 import pytest
 from ZODB.tests import hexstorage
+from ZODB.tests.ConflictResolution import ConflictResolvingTransUndoStorage
+from ZODB.tests.IteratorStorage import ExtendedIteratorStorage, IteratorStorage
+from ZODB.tests.PackableStorage import (
+    PackableStorageWithOptionalGC,
+    PackableUndoStorage,
+)
+from ZODB.tests.TransactionalUndoStorage import TransactionalUndoStorage
 
-from .served import EveryStorage
+from .served import EveryStorage, ServedStorage
 
 
 class HexStorage(hexstorage.HexStorage):
@@ -17,6 +24,21 @@ class HexStorage(hexstorage.HexStorage):
     def iterator(self, *bounds: bytes | None) -> Any:
         # Not a generator: whoever asks must hear at once that there is none.
         return iter([*super().iterator(*bounds)])
+
+
+class LogStorage(
+    ServedStorage,
+    TransactionalUndoStorage,
+    ConflictResolvingTransUndoStorage,
+    PackableStorageWithOptionalGC,
+    PackableUndoStorage,
+    IteratorStorage,
+    ExtendedIteratorStorage,
+):
+    """What ZODB asks of storages that have a log: undo, packing and iteration."""
+
+    # ZODB sets this process's clock for it; the one that counts is the server's.
+    testPackUndoLog = PackableUndoStorage.testPackUndoLog.__wrapped__
 
 
 class ServerHexTests(EveryStorage):
@@ -43,6 +65,17 @@ class ClientHexTests(EveryStorage):
   </filestorage>
 </serverhexstorage>
 """
+
+    def _client(self, **options: Any) -> Any:
+        return HexStorage(super()._client(**options))
+
+
+class ServerHexLogTests(LogStorage):
+    storage = ServerHexTests.storage
+
+
+class ClientHexLogTests(LogStorage):
+    storage = ClientHexTests.storage
 
     def _client(self, **options: Any) -> Any:
         return HexStorage(super()._client(**options))
@@ -86,4 +119,7 @@ class HexOverMappingStorageTests(EveryStorage):
     testLoadBeforeUndo = None
 
 
-del EveryStorage
+# Or they would be collected as tests of their own.
+del EveryStorage, LogStorage, ServedStorage, TransactionalUndoStorage
+del ConflictResolvingTransUndoStorage, PackableStorageWithOptionalGC
+del PackableUndoStorage, IteratorStorage, ExtendedIteratorStorage
