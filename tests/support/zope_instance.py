@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,47 +19,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from .scratch_venv import ROOT, run, scratch_venv
 from .waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 # Where the undo form is.
 DATABASE = "/Control_Panel/Database/main"
 USER = "admin:secret"
 START_TIMEOUT_S = 120
 REQUEST_TIMEOUT_S = 60
-INSTALL_TIMEOUT_S = 800
 _TRANSACTION = re.compile(r'name="transaction_info:list"\s+value="([^"]+)"')
 
 
-class NoZope(Exception):
-    """Zope cannot be installed; the text says why."""
-
-
 def environment() -> Path:
-    """The folder of an environment with Zope and this checkout; raises NoZope."""
+    """The folder of an environment with Zope; raises NotInstallable."""
     folder = Path(os.environ.get("ZEOLITH_ZOPE_VENV", ROOT / "var" / "zope-venv"))
-    if not (folder / "bin" / "python").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _run([sys.executable, "-m", "venv", str(folder)])
-    # Quick if it is there already, and right if another checkout was.
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    _run([*pip, "install", "--quiet", "Zope[wsgi]", "--editable", str(ROOT)])
-    return folder
-
-
-def _run(command: list[str]) -> None:
-    try:
-        subprocess.run(
-            command,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=INSTALL_TIMEOUT_S,
-        )
-    except subprocess.CalledProcessError as error:
-        raise NoZope(error.stderr.strip().splitlines()[-1]) from error
-    except subprocess.TimeoutExpired as error:
-        raise NoZope(f"{command[0]} takes longer than {INSTALL_TIMEOUT_S} s") from error
+    return scratch_venv(folder, "Zope[wsgi]")
 
 
 class Zope:
@@ -174,7 +147,7 @@ class Zope:
 
     def _make_instance(self, address: tuple[str, int]) -> None:
         make = str(self._venv / "bin" / "mkwsgiinstance")
-        _run([make, "-d", str(self._home), "-u", USER])
+        run([make, "-d", str(self._home), "-u", USER])
         conf = self._home / "etc" / "zope.conf"
         # The very lines that are given to people.
         ours = (ROOT / "deploy" / "clients" / "zope.conf").read_text()

@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 
 from ..support.gates import Background
+from ..support.scratch_venv import NotInstallable
 from ..support.serving import ServerProcess
 from ..support.waiting import wait_until
-from ..support.zope_instance import NoZope, Zope, environment
+from ..support.zope_instance import Zope, environment
 
 # To install Zope takes a minute or two, once.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -30,7 +31,7 @@ def server(tmp_path_factory) -> Iterator[ServerProcess]:
 def zopes(tmp_path_factory, server) -> Iterator[tuple[Zope, Zope]]:
     try:
         venv = environment()
-    except NoZope as error:
+    except NotInstallable as error:
         pytest.skip(f"Zope cannot be installed: {error}")
     homes = [tmp_path_factory.mktemp("zopes") / name for name in ("one", "other")]
     one, other = (Zope(venv, home, server.address) for home in homes)
