@@ -35,11 +35,12 @@ from zeolith.storage.tids import Z64, following
 _OVERHEAD_BYTES = 64
 MAX_TID = b"\xff" * 8
 
-# In a file: tid, position of the transaction, position of the record to go on with
-# (0: at the beginning), the oid before that record.
+# In a file: tid, position of the transaction, position and oid of the record to go on
+# behind (0 and _NO_OID: at the beginning). Of that record, not of the next one: a pack
+# may leave the transaction where it is and move the records that it keeps of it.
 _FILE_CURSOR = Struct(">8sQQ8s")
-# In any other storage: tid, number of the record.
-_STORAGE_CURSOR = Struct(">8sQ")
+# In any other storage: tid, how many records were read, the oid of the last of them.
+_STORAGE_CURSOR = Struct(">8sQ8s")
 _position = Struct(">Q").unpack_from
 
 
@@ -105,10 +106,11 @@ class _FileReader:
         return Batch(pieces, None, None)
 
     def rest(self, entry: Entry, record: int, oid: bytes) -> Batch:
-        """The records of ``entry`` after that of ``oid``, which ends at ``record``."""
-        if not self._is_record(entry, record):
-            record = self._end_of_record(entry, oid)
-        records, rest = self._records(entry, record)
+        """The records of ``entry`` after that of ``oid``, most likely at ``record``."""
+        end = self._end_of_record_at(entry, record, oid)
+        if end is None:
+            end = self._end_of_record(entry, oid)
+        records, rest = self._records(entry, end)
         return Batch([_piece_of(entry, records)], rest, None)
 
     @property
@@ -120,10 +122,12 @@ class _FileReader:
     ) -> tuple[list[DataRecord], bytes | None]:
         """The records from ``position`` on, and the cursor to what is too much."""
         records: list[DataRecord] = []
+        last = position
         self._bytes += _OVERHEAD_BYTES
         while position < entry.end:
             if records and self._is_full:
-                return records, _file_cursor(entry, position, records[-1].oid)
+                return records, _file_cursor(entry, last, records[-1].oid)
+            last = position
             header = self._header(entry, position)
             data_tid: bytes | None = None
             data: bytes | None
@@ -152,16 +156,14 @@ class _FileReader:
             )
         return header
 
-    def _is_record(self, entry: Entry, position: int) -> bool:
-        """Whether a record of ``entry`` begins at ``position``, as far as it shows."""
-        if not entry.records < position <= entry.end - HEADER_BYTES:
-            return False
+    def _end_of_record_at(self, entry: Entry, position: int, oid: bytes) -> int | None:
+        """Where the record of ``oid`` ends that begins at ``position``, if it does."""
+        if not entry.records <= position <= entry.end - HEADER_BYTES:
+            return None
         header = Header._make(parse_header(self._read(position, HEADER_BYTES)))
-        return (
-            header.transaction == entry.position
-            and header.tid == entry.tid
-            and position + HEADER_BYTES + (header.length or 8) <= entry.end
-        )
+        end = position + HEADER_BYTES + (header.length or 8)
+        is_it = header.transaction == entry.position and header.oid == oid
+        return end if is_it and header.tid == entry.tid and end <= entry.end else None
 
     def _end_of_record(self, entry: Entry, oid: bytes) -> int:
         position = entry.records
@@ -231,32 +233,37 @@ def iterate_storage(storage: Any, wish: Wish, cursor: bytes | None) -> Batch:
     """A batch of what the ``iterator`` of ``storage`` gives."""
     if not hasattr(storage, "iterator"):
         raise Unsupported("this storage cannot be iterated")
-    start, number = (wish.start, None)
+    start, skipped, oid = wish.start, 0, _NO_OID
     if cursor is not None:
-        start, number = _unpack(_STORAGE_CURSOR, cursor)
+        start, skipped, oid = _unpack(_STORAGE_CURSOR, cursor)
     pieces: list[TransactionPiece] = []
     size = 0
     with closing(_Closing(storage.iterator(start, wish.stop))) as transactions:
         for transaction in transactions:
             if pieces and size >= wish.bytes_max:
-                return Batch(pieces, None, _STORAGE_CURSOR.pack(transaction.tid, 0))
-            skipped = number or 0
+                return Batch(pieces, None, _storage_cursor(transaction.tid))
             if skipped and transaction.tid != start:
                 raise _packed_away(start)
-            piece, is_whole = _take(transaction, skipped, wish.bytes_max - size)
+            piece, is_whole = _take(transaction, skipped, oid, wish.bytes_max - size)
             pieces.append(piece)
             size += sum(len(each.data or b"") + _OVERHEAD_BYTES for each in piece[-1])
             size += _OVERHEAD_BYTES
             taken = skipped + len(piece.records)
-            rest = None if is_whole else _STORAGE_CURSOR.pack(transaction.tid, taken)
+            rest = None
+            if not is_whole:
+                last = piece.records[-1].oid
+                rest = _storage_cursor(transaction.tid, taken, last)
             if skipped:
                 return Batch(pieces, rest, None)
             if rest is not None:
-                after = following(transaction.tid)
-                return Batch(pieces, rest, _STORAGE_CURSOR.pack(after, 0))
-    if number:
+                return Batch(pieces, rest, _storage_cursor(following(transaction.tid)))
+    if skipped:
         raise _packed_away(start)
     return Batch(pieces, None, None)
+
+
+def _storage_cursor(tid: bytes, number: int = 0, oid: bytes = _NO_OID) -> bytes:
+    return _STORAGE_CURSOR.pack(tid, number, oid)
 
 
 def _packed_away(tid: bytes) -> StorageError:
@@ -279,14 +286,19 @@ class _Closing:
 
 
 def _take(
-    transaction: Any, skipped: int, bytes_max: int
+    transaction: Any, skipped: int, oid: bytes, bytes_max: int
 ) -> tuple[TransactionPiece, bool]:
-    """The records after the first ``skipped``; whether that was all."""
+    """The records after the first ``skipped``; whether that was all.
+
+    The last of them must be that of ``oid``: else a pack has removed some.
+    """
     records: list[DataRecord] = []
     size = 0
     is_whole = True
     for number, record in enumerate(transaction):
         if number < skipped:
+            if number == skipped - 1 and record.oid != oid:
+                raise _packed_away(transaction.tid)
             continue
         if records and size >= bytes_max:
             is_whole = False

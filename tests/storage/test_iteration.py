@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from persistent.TimeStamp import TimeStamp
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
@@ -202,8 +203,6 @@ def test_a_cursor_outlives_a_restart(tmp_path, database):
 
 def pack(database: Any, tid: bytes) -> None:
     """Pack to just after ``tid``, with what is stored reachable or not."""
-    from persistent.TimeStamp import TimeStamp
-
     database._file.pack(TimeStamp(tid).timeTime() + 1e-6, referencesf, gc=False)
 
 
@@ -239,6 +238,33 @@ def test_a_record_that_a_pack_has_removed_from_around_a_cursor_is_missed(databas
     pack(database, last)
     with pytest.raises(StorageError, match="packed away while it was read"):
         database.transactions(EVERYTHING, batch.rest)
+
+
+def test_records_that_a_pack_moves_within_their_transaction_are_not_missed(database):
+    oids = [number(each) for each in range(6)]
+    first = commit(database, *(store(oid, b"same size") for oid in oids))
+    wish = Wish(Z64, MAX_TID, 200)
+    ((*_same, records),), rest, _next = database.transactions(wish, None)
+    # The transaction stays where it is, and so do the sizes of its records: where the
+    # next record was there is the one after it.
+    last = commit(database, store(oids[0], b"later", first))
+    pack(database, last)
+    assert 1 < len(records) < 5
+    while rest is not None:
+        ((*_same, more),), rest, _next = database.transactions(wish, rest)
+        records.extend(more)
+    assert [each.oid for each in records] == oids
+
+
+def test_records_that_a_pack_moves_in_another_storage_are_not_missed():
+    database = adapted("mapping")
+    oids = [number(each) for each in range(6)]
+    first = commit(database, *(store(oid, b"same size") for oid in oids))
+    rest = database.transactions(Wish(Z64, MAX_TID, 200), None).rest
+    last = commit(database, store(oids[0], b"later", first))
+    database.pack(TimeStamp(last).timeTime() + 1e-6, False)
+    with pytest.raises(StorageError, match="packed away while it was read"):
+        database.transactions(Wish(Z64, MAX_TID, 200), rest)
 
 
 @settings(max_examples=300, deadline=None)
@@ -296,7 +322,7 @@ def test_the_rest_of_a_transaction_that_is_not_there_is_an_error(tid):
     database = adapted("mapping")
     commit(database, store(A, b"data"))
     with pytest.raises(StorageError, match="packed away while it was read"):
-        database.transactions(EVERYTHING, tid + number(1))
+        database.transactions(EVERYTHING, tid + number(1) + A)
     database.close()
 
 
