@@ -9,6 +9,7 @@ which the copy can be continued. A mistake of the operator's is one line.
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -48,10 +49,17 @@ _STORAGES = """
 """
 # What a storage, a file or a socket says of an operator's mistake.
 _MISTAKES = (POSError, LockError, OSError, ValueError, ImportError)
+# What other commands take for a server, and what no Data.fs is called.
+_ADDRESS = re.compile(r"[^/]*:[0-9]+|[0-9]+")
+_NO_DATA_FILES = (".conf", ".ini", ".cfg", ".xml", ".zcml")
 
 
 class CopyError(Exception):
     """The copy cannot be made; the text is one line."""
+
+
+class _VerifyInterrupted(KeyboardInterrupt):
+    """Ctrl-C, after all was copied."""
 
 
 class _File:
@@ -93,14 +101,26 @@ class _File:
     default=True,
     help="Read and compare all that was copied at the end (the default).",
 )
+@click.option(
+    "--verify-all",
+    is_flag=True,
+    help="Compare all that the destination has, also what was copied before.",
+)
 @click.option("--without-blobs", is_flag=True, help="Leave blob files out.")
+@click.option(
+    "--skip-missing-blobs",
+    is_flag=True,
+    help="Go on where a blob's file is not in SOURCE, and say how many.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
 def copy(
     source: str,
     destination: str,
     since: str | None,
     verify: bool,
+    verify_all: bool,
     without_blobs: bool,
+    skip_missing_blobs: bool,
     quiet: bool,
 ) -> None:
     """Copy the transactions of SOURCE to the end of DESTINATION.
@@ -110,19 +130,29 @@ def copy(
     """
     # What storages say of an index or a lock is told in a line, or does not matter.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level="ERROR")
-    logging.getLogger("zc.lockfile").setLevel(logging.CRITICAL)
+    for name in ("zc.lockfile", "ZODB.FileStorage"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if verify_all and not verify:
+        raise click.UsageError("--verify-all and --no-verify contradict each other")
+    since_tid = None if since is None else max(_tid(since), Z64)
     try:
         with ExitStack() as stack:
             from_ = _opened(source, stack, is_source=True)
             to = _opened(destination, stack, is_source=False)
-            job = _Copy(from_, to, without_blobs, quiet)
-            start = job.start(since)
+            job = _Copy(from_, to, without_blobs, skip_missing_blobs, quiet)
+            start = job.start(since_tid)
             job.copy(start)
             if verify:
-                job.verify(start)
+                job.verify(start, all_of_it=verify_all)
             job.summary()
     except CopyError as error:
         _exit(1, str(error))
+    except _VerifyInterrupted:
+        _exit(
+            _INTERRUPTED,
+            "interrupted; all is copied, but not all of it is compared: --verify-all"
+            " does that",
+        )
     except KeyboardInterrupt:
         _exit(_INTERRUPTED, "interrupted; the same command goes on where it was")
     except (POSError, OSError) as error:
@@ -132,29 +162,39 @@ def copy(
 class _Copy:
     """One run of the command."""
 
-    def __init__(self, source: Any, destination: Any, without_blobs: bool, quiet: bool):
+    def __init__(
+        self,
+        source: Any,
+        destination: Any,
+        without_blobs: bool,
+        skips_missing_blobs: bool,
+        quiet: bool,
+    ):
         self._source = source
         self._destination = destination
         self._without_blobs = without_blobs
+        self._skips_missing_blobs = skips_missing_blobs
+        self._missing_blobs = 0
         self._quiet = quiet
         self._is_interrupted = False
         self._last = source.lastTransaction()
         self._transactions = self._records = self._verified = 0
-        self._keeps_blobs = IBlobStorage.providedBy(
-            source
-        ) and IBlobStorageRestoreable.providedBy(destination)
+        self._keeps_blobs = (
+            not without_blobs
+            and IBlobStorage.providedBy(source)
+            and IBlobStorageRestoreable.providedBy(destination)
+        )
 
-    def start(self, since: str | None) -> bytes:
+    def start(self, since: bytes | None) -> bytes:
         """The tid after which to copy; CopyError if the two do not go together."""
         have = self._destination.lastTransaction()
         if since is not None:
-            start = max(_tid(since), Z64)
-            if start < have:
+            if since < have:
                 raise CopyError(
                     f"the destination has transactions up to {have.hex()} already, and"
                     f" only later ones can be appended: --since {have.hex()}"
                 )
-            return start
+            return since
         if have != Z64 and not self._has(have):
             raise CopyError(
                 f"the destination ends with transaction {have.hex()}, which is not in"
@@ -183,12 +223,29 @@ class _Copy:
                     self._destination,
                     copied,
                     self._before_record,
+                    self._without_blob,
+                    with_blobs=self._keeps_blobs,
                 )
         finally:
             signal.signal(signal.SIGINT, was)
 
-    def verify(self, start: bytes) -> None:
-        """Compare all that was copied; CopyError names the first difference."""
+    def verify(self, start: bytes, *, all_of_it: bool) -> None:
+        """Compare all that was copied; CopyError names the first difference.
+
+        ``all_of_it``: and what was copied before. Raises _VerifyInterrupted.
+        """
+        try:
+            self._verify(self._before_first() if all_of_it else start)
+        except KeyboardInterrupt:
+            raise _VerifyInterrupted from None
+
+    def _before_first(self) -> bytes:
+        """The tid before all that the destination has."""
+        with closing(self._after(self._destination, Z64)) as transactions:
+            first = next(transactions, None)
+        return Z64 if first is None else _before(first.tid)
+
+    def _verify(self, start: bytes) -> None:
         end = self._destination.lastTransaction()
         with (
             closing(self._after(self._source, start, end)) as ours,
@@ -202,6 +259,12 @@ class _Copy:
 
     def summary(self) -> None:
         """Say what was done."""
+        if self._missing_blobs:
+            click.echo(
+                f"zeolith: {self._missing_blobs} blobs are not in the source, and not"
+                " in the copy",
+                err=True,
+            )
         if not self._quiet:
             click.echo(
                 f"{self._transactions} transactions and {self._records} records copied,"
@@ -228,6 +291,15 @@ class _Copy:
                 " is without a blob directory; --without-blobs copies the rest"
             )
         self._records += 1
+
+    def _without_blob(self, record: Any) -> None:
+        if not self._skips_missing_blobs:
+            raise CopyError(
+                f"the source has not got the blob of object {record.oid.hex()},"
+                f" transaction {record.tid.hex()}: is its blob directory the right one?"
+                " --skip-missing-blobs copies the rest"
+            )
+        self._missing_blobs += 1
 
     def _stop_if_asked(self) -> None:
         if self._is_interrupted:
@@ -263,8 +335,12 @@ class _Copy:
         try:
             ours = self._source.loadBlob(record.oid, record.tid)
         except POSKeyError:
+            # Whether that may be was asked when it was copied.
             return True
-        theirs = self._destination.loadBlob(record.oid, record.tid)
+        try:
+            theirs = self._destination.loadBlob(record.oid, record.tid)
+        except POSKeyError:
+            return False
         with open(ours, "rb") as one, open(theirs, "rb") as other:
             while True:
                 piece = one.read(1024 * 1024)
@@ -342,6 +418,10 @@ def _following(tid: bytes) -> bytes:
     return (int.from_bytes(tid, "big") + 1).to_bytes(8, "big")
 
 
+def _before(tid: bytes) -> bytes:
+    return (int.from_bytes(tid, "big") - 1).to_bytes(8, "big")
+
+
 def _described(transaction: Any) -> tuple[Any, ...]:
     extension = getattr(transaction, "extension_bytes", None)
     return (
@@ -368,9 +448,14 @@ def _tid(text: str) -> bytes:
             f"--since {text!r} is neither a transaction id (16 hexadecimal digits) nor"
             " a time like 2026-11-21T10:00:00"
         ) from None
-    moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-    seconds = moment.second + moment.microsecond / 1e6
-    return bytes(TimeStamp(*moment.timetuple()[:5], seconds).raw())
+    try:
+        moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        seconds = moment.second + moment.microsecond / 1e6
+        return bytes(TimeStamp(*moment.timetuple()[:5], seconds).raw())
+    except (ValueError, OverflowError):
+        raise click.UsageError(
+            f"--since {text!r}: transactions have times after 1900"
+        ) from None
 
 
 # Opening
@@ -381,8 +466,8 @@ def _opened(place: str, stack: ExitStack, *, is_source: bool) -> Any:
     try:
         if "://" in place:
             storage = _from_uri(place)
-        elif is_source and not Path(place.partition("#")[0]).exists():
-            raise CopyError(f"{place}: there is no such file")
+        elif mistake := _mistake_of(place, is_source):
+            raise CopyError(f"{place}: {mistake}")
         elif _is_data_file(place):
             storage = _File(place) if is_source else FileStorage(place)
         else:
@@ -404,6 +489,23 @@ def _opened(place: str, stack: ExitStack, *, is_source: bool) -> Any:
     return storage
 
 
+def _mistake_of(place: str, is_source: bool) -> str | None:
+    """What is wrong with ``place`` as it is written."""
+    name, hash_, _rest = place.partition("#")
+    path = Path(name)
+    if path.is_socket() or (not path.exists() and _ADDRESS.fullmatch(place)):
+        return (
+            "it is the address of a server; write"
+            f" zeolith://{os.path.abspath(path) if path.is_socket() else place}"
+            "?storage=NAME, or for a file of that name a path with a slash"
+        )
+    if not path.exists() and (is_source or hash_ or path.suffix in _NO_DATA_FILES):
+        return "there is no such file"
+    if hash_ and path.is_file() and _is_data_file(name):
+        return f"{name} is a Data.fs, which has no storages by name"
+    return None
+
+
 def _is_data_file(place: str) -> bool:
     path = Path(place)
     if not path.exists():
@@ -421,7 +523,16 @@ def _from_uri(place: str) -> Any:
 def _from_configuration(place: str) -> Any:
     path, _hash, name = place.partition("#")
     schema = ZConfig.loadSchemaFile(io.StringIO(_STORAGES))
-    document, _handlers = ZConfig.loadConfig(schema, str(Path(path).resolve()))
+    try:
+        document, _handlers = ZConfig.loadConfig(schema, str(Path(path).resolve()))
+    except ZConfig.ConfigurationError as error:
+        if "unknown type name: 'zeolith'" not in str(error):
+            raise
+        raise CopyError(
+            f"{place}: the section <zeolith> needs %import zeolith.client; if this is a"
+            " server's configuration, copy from or to the server:"
+            " zeolith://ADDRESS?storage=NAME"
+        ) from error
     found = {}
     for database in document.databases:
         found[database.name or ""] = database.config.storage

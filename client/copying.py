@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ZODB.blob import is_blob_record
@@ -50,16 +50,20 @@ def copy_transactions(
     destination: Any,
     on_copied: Callable[[Any], None] = lambda _transaction: None,
     on_record: Callable[[Any], None] = lambda _record: None,
+    on_missing_blob: Callable[[Any], None] = lambda _record: None,
+    *,
+    with_blobs: bool = True,
 ) -> None:
     """Append ``transactions``, which are those of ``source``, to ``destination``.
 
     ``on_copied`` is called with each transaction when it is committed, ``on_record``
     with each record before it is written. An error, also theirs, leaves the destination
-    as it was after the last transaction that was committed. Blobs are copied if both
-    storages can; ``source`` may be whatever gives transactions and has none. Raises
-    what the storages raise.
+    as it was after the last transaction that was committed. Blobs are copied
+    ``with_blobs`` if both storages can; ``source`` may be whatever gives transactions
+    and has none. ``on_missing_blob`` is called with a record whose blob the source has
+    not got, and which is copied without it then. Raises what the storages raise.
     """
-    copier = _Copier(source, destination, on_record)
+    copier = _Copier(source, destination, on_record, on_missing_blob, with_blobs)
     for transaction in transactions:
         copier.copy(transaction)
         on_copied(transaction)
@@ -68,14 +72,24 @@ def copy_transactions(
 class _Copier:
     """Copies transactions from one storage to another."""
 
-    def __init__(self, source: Any, destination: Any, on_record: Callable[[Any], None]):
+    def __init__(
+        self,
+        source: Any,
+        destination: Any,
+        on_record: Callable[[Any], None],
+        on_missing_blob: Callable[[Any], None],
+        with_blobs: bool,
+    ):
         self._on_record = on_record
+        self._on_missing_blob = on_missing_blob
         self._source = source
         self._destination = destination
         self._restores = IStorageRestoreable.providedBy(destination)
-        self._copies_blobs = IBlobStorage.providedBy(
-            source
-        ) and IBlobStorageRestoreable.providedBy(destination)
+        self._copies_blobs = (
+            with_blobs
+            and IBlobStorage.providedBy(source)
+            and IBlobStorageRestoreable.providedBy(destination)
+        )
         # For a destination that only stores: what it must be told the record replaces.
         self._tids: dict[bytes, bytes] = {}
 
@@ -100,9 +114,7 @@ class _Copier:
         if self._copies_blobs and is_blob_record(record.data):
             blob = self._blob_of(record)
             if blob is not None:
-                self._destination.restoreBlob(
-                    record.oid, record.tid, record.data, blob, record.data_txn, metadata
-                )
+                self._restore_blob(record, blob, metadata)
                 return
         if self._restores:
             self._destination.restore(
@@ -121,16 +133,36 @@ class _Copier:
         self._destination.store(record.oid, before, record.data, "", metadata)
         self._tids[record.oid] = record.tid
 
+    def _restore_blob(self, record: Any, path: str, metadata: Any) -> None:
+        try:
+            self._destination.restoreBlob(
+                record.oid, record.tid, record.data, path, record.data_txn, metadata
+            )
+        except BaseException:
+            # It may have been taken away before.
+            _remove(path)
+            raise
+
     def _blob_of(self, record: Any) -> str | None:
         """A copy of the record's blob that the destination may take away."""
         try:
             committed = self._source.loadBlob(record.oid, record.tid)
         except POSKeyError:
-            # Packed away, or damaged long ago: the record is copied all the same.
+            self._on_missing_blob(record)
             return None
         descriptor, path = tempfile.mkstemp(
             ".tmp", "copy", self._destination.temporaryDirectory()
         )
-        with os.fdopen(descriptor, "wb") as copy, open(committed, "rb") as blob:
-            shutil.copyfileobj(blob, copy, 1024 * 1024)
+        try:
+            with os.fdopen(descriptor, "wb") as copy, open(committed, "rb") as blob:
+                shutil.copyfileobj(blob, copy, 1024 * 1024)
+        except BaseException:
+            # No room, most likely, and least of all for this.
+            _remove(path)
+            raise
         return path
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)

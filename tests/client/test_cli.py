@@ -1,18 +1,23 @@
 """``zeolith copy``, as a program and (where it must be stopped) as a function."""
 
+import errno
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from ZODB.blob import BlobStorageMixin
+from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 
 from zeolith.client import cli
-from zeolith.client.cli import copy
+from zeolith.client.cli import _Copy, copy
 from zeolith.client.copying import copy_transactions, transactions_of
+from zeolith.storage.tids import Z64
 
 from ..support.commanding import complaint, zeolith
 from ..support.ids import number
@@ -20,6 +25,7 @@ from ..support.inprocess import InProcessServer, client_of, serving
 from .test_copying import commit, everything, filled
 
 A = number(1)
+BLOB_RECORD = b"\x80\x03cZODB.blob\nBlob\nq\x01.\x80\x03N."
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
@@ -151,7 +157,7 @@ def test_a_copy_that_is_not_the_same_is_found(
 ):
     """Whatever went wrong: here the copying leaves out or changes something."""
 
-    def wrong(transactions: Any, *args: Any) -> None:
+    def wrong(transactions: Any, *args: Any, **named: Any) -> None:
         def changed() -> Iterator[Any]:
             for index, each in enumerate(transactions):
                 if index == 3 and difference == "missing":
@@ -164,7 +170,7 @@ def test_a_copy_that_is_not_the_same_is_found(
                     each = _Of(each, [record])
                 yield each
 
-        copy_transactions(changed(), *args)
+        copy_transactions(changed(), *args, **named)
 
     monkeypatch.setattr(cli, "copy_transactions", wrong)
     done = copied(source, destination)
@@ -188,14 +194,14 @@ class _Of:
 
 
 def test_an_interrupted_copy_can_be_continued(source, destination, monkeypatch):
-    def interrupted(transactions: Any, *args: Any) -> None:
+    def interrupted(transactions: Any, *args: Any, **named: Any) -> None:
         def until_the_third() -> Iterator[Any]:
             for index, each in enumerate(transactions):
                 if index == 3:
                     os.kill(os.getpid(), signal.SIGINT)
                 yield each
 
-        copy_transactions(until_the_third(), *args)
+        copy_transactions(until_the_third(), *args, **named)
 
     monkeypatch.setattr(cli, "copy_transactions", interrupted)
     done = copied(source, destination)
@@ -211,7 +217,7 @@ def test_an_interrupted_copy_can_be_continued(source, destination, monkeypatch):
 def test_blobs_are_not_lost_without_a_word(tmp_path, destination):
     path = tmp_path / "blobs.fs"
     storage = FileStorage(str(path))
-    commit(storage, A, b"\x80\x03cZODB.blob\nBlob\nq\x01.\x80\x03N.")
+    commit(storage, A, BLOB_RECORD)
     storage.close()
     done = copied(str(path), destination)
     assert done.exit_code == 1
@@ -219,6 +225,166 @@ def test_blobs_are_not_lost_without_a_word(tmp_path, destination):
     assert contents(destination) == []
     assert copied(str(path), destination, "--without-blobs").exit_code == 0
     assert contents(destination) == contents(str(path))
+
+
+def test_an_interrupted_comparison_is_made_up_for(source, destination, monkeypatch):
+    whole = _Copy._compare
+
+    def interrupted(self: Any, one: Any, other: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        whole(self, one, other)
+
+    monkeypatch.setattr(_Copy, "_compare", interrupted)
+    done = copied(source, destination)
+    assert done.exit_code == 130
+    assert "not all of it is compared: --verify-all does that" in done.output
+    monkeypatch.setattr(_Copy, "_compare", whole)
+    assert "copied, 0 transactions verified" in copied(source, destination).output
+    done = copied("--verify-all", source, destination)
+    assert "0 records copied, 6 transactions verified" in done.output
+    later = copied(
+        "--since", contents(source)[2][0][0].hex(), source, destination + "2"
+    )
+    assert later.exit_code == 0
+    done = copied("--verify-all", source, destination + "2")
+    assert "0 records copied, 3 transactions verified" in done.output
+    done = copied("--verify-all", source, destination + "3", "--no-verify")
+    assert done.exit_code == 2
+
+
+def test_all_is_compared_if_it_is_asked_for(source, destination):
+    assert copied(source, destination).exit_code == 0
+    data = Path(destination).read_bytes()
+    Path(destination).write_bytes(data.replace(b"description", b"DESCRIPTION"))
+    assert copied(source, destination).exit_code == 0
+    done = copied(source, destination, "--verify-all")
+    assert done.exit_code == 1
+    assert "is not the same in both" in done.output
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> "Blobs":
+    return Blobs(tmp_path)
+
+
+class Blobs:
+    """Storages with blob directories, by name; ``source`` has two blobs."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        storage = self.open("source")
+        for oid in (A, number(2)):
+            path = folder / "uncommitted"
+            path.write_bytes(b"blob" + oid)
+            metadata = TransactionMetaData()
+            storage.tpc_begin(metadata)
+            storage.storeBlob(oid, Z64, BLOB_RECORD, str(path), "", metadata)
+            storage.tpc_vote(metadata)
+            storage.tpc_finish(metadata)
+        storage.close()
+
+    def open(self, name: str) -> FileStorage:
+        path = str(self._folder / f"{name}.fs")
+        return FileStorage(path, blob_dir=str(self._folder / name))
+
+    def uri(self, name: str, blob_dir: str = "") -> str:
+        blob_dir = blob_dir or name
+        folder = self._folder
+        return f"file://{folder}/{name}.fs?blobstorage_dir={folder}/{blob_dir}"
+
+    def files(self, name: str) -> list[bytes]:
+        found = (self._folder / name).rglob("*")
+        return sorted(
+            each.read_bytes()
+            for each in found
+            if each.is_file() and each.name != ".layout"
+        )
+
+
+def test_blobs_are_copied_and_compared(blobs):
+    assert copied(blobs.uri("source"), blobs.uri("copy")).exit_code == 0
+    assert blobs.files("copy") == [b"blob" + A, b"blob" + number(2)]
+
+
+def test_a_copy_of_a_blob_that_is_not_the_same_is_found(blobs, tmp_path):
+    assert copied(blobs.uri("source"), blobs.uri("copy")).exit_code == 0
+    one, _other = (tmp_path / "copy").rglob("*.blob")
+    one.chmod(0o600)
+    one.write_bytes(b"another")
+    done = copied(blobs.uri("source"), blobs.uri("copy"), "--verify-all")
+    assert (done.exit_code, "is not the same in both" in done.output) == (1, True)
+    one.unlink()
+    done = copied(blobs.uri("source"), blobs.uri("copy"), "--verify-all")
+    assert (done.exit_code, "is not the same in both" in done.output) == (1, True)
+
+
+def test_a_blob_that_the_source_has_not_got_ends_the_copy(blobs):
+    """It may be all of them: the blob directory is mistyped, or not mounted."""
+    source, destination = blobs.uri("source", "elsewhere"), blobs.uri("copy")
+    done = copied(source, destination)
+    assert done.exit_code == 1
+    assert "the source has not got the blob of object 0000000000000001" in done.output
+    assert "is its blob directory the right one?" in done.output
+    done = copied(source, destination, "--skip-missing-blobs")
+    assert done.exit_code == 0
+    assert "2 blobs are not in the source, and not in the copy" in done.output
+    assert blobs.files("copy") == []
+
+
+def test_blobs_are_left_out_if_that_is_asked_for(blobs):
+    done = copied(blobs.uri("source"), blobs.uri("copy"), "--without-blobs")
+    assert done.exit_code == 0
+    assert "2 transactions verified" in done.output
+    assert blobs.files("copy") == []
+
+
+@pytest.mark.parametrize("failing", ["copying", "storing"])
+def test_no_part_of_a_blob_is_left_where_there_is_no_room(blobs, monkeypatch, failing):
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if failing == "copying":
+        monkeypatch.setattr("shutil.copyfileobj", full)
+    else:
+        monkeypatch.setattr(BlobStorageMixin, "restoreBlob", full)
+    done = copied(blobs.uri("source"), blobs.uri("copy"))
+    assert (done.exit_code, "No space left" in done.output) == (1, True)
+    assert blobs.files("copy") == []
+
+
+def test_what_is_no_file_is_not_made(tmp_path, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for place, said in (
+        ("127.0.0.1:8100", "write zeolith://127.0.0.1:8100?storage=NAME"),
+        ("8100", "write zeolith://8100?storage=NAME"),
+        ("server.conf", "there is no such file"),
+        ("copy.fs#main", "there is no such file"),
+        ("source.fs#main", "source.fs is a Data.fs, which has no storages by name"),
+    ):
+        done = copied(source, place)
+        assert done.exit_code == 1
+        assert said in done.output
+    for since in ("yesterday", "1800-01-01"):
+        assert copied("--since", since, source, "copy.fs").exit_code == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_address_of_a_socket_is_known(tmp_path, source):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        done = copied(source, path)
+    assert done.exit_code == 1
+    assert f"write zeolith://{path}?storage=NAME" in done.output
+
+
+def test_the_configuration_of_a_server_is_no_place(tmp_path, destination):
+    configuration = tmp_path / "server.conf"
+    configuration.write_text("<zeolith>\n</zeolith>\n<mappingstorage/>\n")
+    done = copied(str(configuration), destination)
+    assert done.exit_code == 1
+    assert "copy from or to the server: zeolith://ADDRESS" in done.output
 
 
 def test_an_operators_mistake_is_one_line(tmp_path, source, destination, server):
