@@ -7,13 +7,26 @@ whoever makes, closes or forks.
 """
 
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zeolith.client.position import Position
     from zeolith.client.storage import ClientStorage
 
 _storages: "weakref.WeakSet[ClientStorage]" = weakref.WeakSet()
+
+
+class _Fork(threading.local):
+    """A fork of this thread's; another thread may be in the middle of another one."""
+
+    def __init__(self) -> None:
+        # Who was held, to be let go whatever has become of the storages meanwhile.
+        self.held: list[Position] = []
+
+
+_fork = _Fork()
 
 
 def watch(storage: "ClientStorage") -> None:
@@ -27,16 +40,19 @@ def forget(storage: "ClientStorage") -> None:
 
 
 def _before_fork() -> None:
-    for storage in tuple(_storages):
-        storage.position.hold()
+    # Two threads that fork at once must not hold what the other one waits for.
+    positions = sorted((storage.position for storage in _storages.copy()), key=id)
+    _fork.held = [position for position in positions if position.hold()]
 
 
 def _after_fork_in_parent() -> None:
-    for storage in tuple(_storages):
-        storage.position.let_go()
+    held, _fork.held = _fork.held, []
+    for position in held:
+        position.let_go()
 
 
 def _after_fork() -> None:
+    _fork.held = []
     for storage in tuple(_storages):
         storage.forget_parent()
 

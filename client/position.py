@@ -56,8 +56,6 @@ class Position:
     def __init__(self, cache: Cache):
         self._cache = cache
         self._condition = threading.Condition()
-        # Whether a fork under way holds the lock.
-        self._is_held = False
         # None until the first session is adopted.
         self._tid: bytes | None = None
         # The ZODB database that wants to hear of changes.
@@ -140,15 +138,16 @@ class Position:
             while source is self._source and self._at() < last_tid:
                 self._condition.wait()
 
-    def hold(self) -> None:
-        """Before a fork: nobody may be telling ZODB of a change and hold its locks."""
-        self._is_held = self._condition.acquire(timeout=FORK_WAIT_S)
+    def hold(self) -> bool:
+        """Before a fork: nobody may be telling ZODB of a change and hold its locks.
+
+        Whether it is so; then ``let_go`` must follow, by the same thread.
+        """
+        return self._condition.acquire(timeout=FORK_WAIT_S)
 
     def let_go(self) -> None:
         """After a fork, in the parent."""
-        if self._is_held:
-            self._is_held = False
-            self._condition.release()
+        self._condition.release()
 
     def forget(self) -> None:
         """In a forked child: the locks may be held by threads that are not here."""

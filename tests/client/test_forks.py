@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ZODB.Connection import TransactionMetaData
 from ZODB.utils import p64
 
-from zeolith.client import forks
+from zeolith.client import forks, position
 from zeolith.client.storage import ClientStorage
 
 from ..support.script import ScriptedServer, tid
@@ -113,3 +114,34 @@ def test_a_storage_is_watched_until_it_is_closed(server):
     assert storage in forks._storages
     storage.close()
     assert storage not in forks._storages
+
+
+def is_free(storage: ClientStorage) -> bool:
+    """Whether another thread can have the position's lock."""
+    with ThreadPoolExecutor(1) as threads:
+        if taken := threads.submit(storage.position.hold).result():
+            threads.submit(storage.position.let_go).result()
+    return taken
+
+
+def test_a_storage_that_is_closed_during_a_fork_is_let_go(server, monkeypatch):
+    monkeypatch.setattr(position, "FORK_WAIT_S", 0.01)
+    storage = ClientStorage(server.address)
+    forks._before_fork()
+    assert not is_free(storage)
+    forks.forget(storage)
+    forks._after_fork_in_parent()
+    assert is_free(storage)
+    storage.close()
+
+
+def test_a_fork_lets_go_of_what_it_holds_and_not_of_anothers(storage, monkeypatch):
+    """Another one did not get hold of it in time."""
+    monkeypatch.setattr(position, "FORK_WAIT_S", 0.01)
+    forks._before_fork()
+    with ThreadPoolExecutor(1) as another:
+        another.submit(forks._before_fork).result()
+        another.submit(forks._after_fork_in_parent).result()
+    assert not is_free(storage)
+    forks._after_fork_in_parent()
+    assert is_free(storage)
