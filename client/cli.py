@@ -34,7 +34,7 @@ from ZODB.interfaces import (
 from ZODB.POSException import POSError, POSKeyError
 from zodburi import resolve_uri
 
-from zeolith.client.copying import copy_transactions
+from zeolith.client.copying import blob_of, copy_transactions, is_wrapped
 from zeolith.client.tids import Z64
 
 _INTERRUPTED = 130
@@ -175,6 +175,8 @@ class _Copy:
         self._without_blobs = without_blobs
         self._skips_missing_blobs = skips_missing_blobs
         self._missing_blobs = 0
+        # Records that may belong to blobs for all that can be told.
+        self._wrapped = 0
         self._quiet = quiet
         self._is_interrupted = False
         self._last = source.lastTransaction()
@@ -265,6 +267,12 @@ class _Copy:
                 " in the copy",
                 err=True,
             )
+        if self._wrapped:
+            click.echo(
+                f"zeolith: a wrapper has changed {self._wrapped} records: if some of"
+                " them belong to blobs, these are not in the copy",
+                err=True,
+            )
         if not self._quiet:
             click.echo(
                 f"{self._transactions} transactions and {self._records} records copied,"
@@ -284,13 +292,22 @@ class _Copy:
 
     def _before_record(self, record: Any) -> None:
         self._stop_if_asked()
-        is_lost = not (self._keeps_blobs or self._without_blobs)
-        if is_lost and is_blob_record(record.data):
-            raise CopyError(
-                f"transaction {record.tid.hex()} has a blob, and source or destination"
-                " is without a blob directory; --without-blobs copies the rest"
-            )
+        if not self._keeps_blobs and not self._without_blobs:
+            if self._has_blob(record):
+                raise CopyError(
+                    f"transaction {record.tid.hex()} has a blob, and source or"
+                    " destination is without a blob directory; --without-blobs copies"
+                    " the rest"
+                )
+            self._wrapped += is_wrapped(record)
         self._records += 1
+
+    def _has_blob(self, record: Any) -> bool:
+        """Whether it has; of one that nobody can look into, as far as it shows."""
+        if is_blob_record(record.data):
+            return True
+        has_directory = IBlobStorage.providedBy(self._source)
+        return has_directory and blob_of(self._source, record) is not None
 
     def _without_blob(self, record: Any) -> None:
         if not self._skips_missing_blobs:
@@ -330,12 +347,14 @@ class _Copy:
                 )
 
     def _is_same_blob(self, record: Any) -> bool:
-        if not self._keeps_blobs or not is_blob_record(record.data):
+        if not self._keeps_blobs:
             return True
         try:
-            ours = self._source.loadBlob(record.oid, record.tid)
+            ours = blob_of(self._source, record)
         except POSKeyError:
             # Whether that may be was asked when it was copied.
+            return True
+        if ours is None:
             return True
         try:
             theirs = self._destination.loadBlob(record.oid, record.tid)

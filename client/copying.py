@@ -23,6 +23,9 @@ from ZODB.POSException import POSKeyError, Unsupported
 
 Transactions = Iterable[Any]
 
+# No pickle begins so, but what wrappers like zc.zlibstorage make of one does.
+_WRAPPED = b"."
+
 
 def _metadata_of(transaction: Any) -> TransactionMetaData:
     """Of a copied transaction; the extension is passed on as it is, if it is bytes."""
@@ -42,6 +45,27 @@ def transactions_of(storage: Any, *bounds: bytes | None) -> Iterator[Any]:
         close = getattr(transactions, "close", None)
         if close is not None:
             close()
+
+
+def is_wrapped(record: Any) -> bool:
+    """Whether a wrapper has changed the record, so that nobody can look into it."""
+    return bool(record.data) and record.data[:1] == _WRAPPED
+
+
+def blob_of(storage: Any, record: Any) -> str | None:
+    """The path of the record's blob in ``storage``; None if it has none.
+
+    Raises POSKeyError if it should have one. Of a record that nobody can look into,
+    what files there are is all that can be asked.
+    """
+    if is_blob_record(record.data):
+        path: str = storage.loadBlob(record.oid, record.tid)
+        return path
+    if is_wrapped(record):
+        with suppress(POSKeyError):
+            path = storage.loadBlob(record.oid, record.tid)
+            return path
+    return None
 
 
 def copy_transactions(
@@ -111,8 +135,8 @@ class _Copier:
         destination.tpc_finish(metadata)
 
     def _copy_record(self, record: Any, metadata: Any) -> None:
-        if self._copies_blobs and is_blob_record(record.data):
-            blob = self._blob_of(record)
+        if self._copies_blobs:
+            blob = self._copy_of_blob(record)
             if blob is not None:
                 self._restore_blob(record, blob, metadata)
                 return
@@ -143,12 +167,14 @@ class _Copier:
             _remove(path)
             raise
 
-    def _blob_of(self, record: Any) -> str | None:
+    def _copy_of_blob(self, record: Any) -> str | None:
         """A copy of the record's blob that the destination may take away."""
         try:
-            committed = self._source.loadBlob(record.oid, record.tid)
+            committed = blob_of(self._source, record)
         except POSKeyError:
             self._on_missing_blob(record)
+            return None
+        if committed is None:
             return None
         descriptor, path = tempfile.mkstemp(
             ".tmp", "copy", self._destination.temporaryDirectory()

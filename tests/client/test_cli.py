@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from ZODB.blob import BlobStorageMixin
 from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
+from ZODB.tests.hexstorage import HexStorage
 
 from zeolith.client import cli
 from zeolith.client.cli import _Copy, copy
@@ -272,7 +273,12 @@ class Blobs:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        storage = self.open("source")
+        self.fill("source", lambda storage: storage)
+
+    def fill(self, name: str, wrapped: Callable[[Any], Any]) -> None:
+        folder = self._folder
+        storage = wrapped(self.open(name))
+        commit(storage, number(3), b"no blob")
         for oid in (A, number(2)):
             path = folder / "uncommitted"
             path.write_bytes(b"blob" + oid)
@@ -331,10 +337,21 @@ def test_a_blob_that_the_source_has_not_got_ends_the_copy(blobs):
     assert blobs.files("copy") == []
 
 
+def test_blobs_are_copied_whose_records_nobody_can_look_into(blobs, tmp_path):
+    blobs.fill("hidden", HexStorage)
+    assert copied(blobs.uri("hidden"), blobs.uri("copy")).exit_code == 0
+    assert blobs.files("copy") == [b"blob" + A, b"blob" + number(2)]
+    done = copied(blobs.uri("hidden"), str(tmp_path / "bare.fs"))
+    assert (done.exit_code, "has a blob" in done.output) == (1, True)
+    done = copied(str(tmp_path / "hidden.fs"), str(tmp_path / "other.fs"))
+    assert done.exit_code == 0
+    assert "a wrapper has changed 3 records: if some of them belong" in done.output
+
+
 def test_blobs_are_left_out_if_that_is_asked_for(blobs):
     done = copied(blobs.uri("source"), blobs.uri("copy"), "--without-blobs")
     assert done.exit_code == 0
-    assert "2 transactions verified" in done.output
+    assert "3 transactions verified" in done.output
     assert blobs.files("copy") == []
 
 
