@@ -58,7 +58,11 @@ def pack_storage(
 
 def _moment_s(days: float | None, at: str | None) -> float:
     if at is None:
-        return time.time() - (1 if days is None else days) * _DAY_S
+        moment_s = time.time() - (1 if days is None else days) * _DAY_S
+        # Not by its opposite: --days nan is neither.
+        if not moment_s >= 0:
+            raise click.UsageError(f"--days {days:g} is before 1970")
+        return moment_s
     if days is not None:
         raise click.UsageError("give either --days or --at")
     try:

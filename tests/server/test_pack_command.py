@@ -102,6 +102,8 @@ def test_the_moment_is_a_number_of_days_ago_or_a_time(server, pack):
     "options",
     [
         ["--days", "-1"],
+        ["--days", "nan"],
+        ["--days", "1e9"],
         ["--days", "1", "--at", "2026-01-31"],
         ["--at", "yesterday"],
         ["--at", "2999-01-01"],
