@@ -47,6 +47,9 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 # A file that was written so long before the host died was on the disk by then.
 UNWRITTEN_S = 120
 READ_ONLY = 0o400
+# By the path of a blob directory: temporary directories that were given up and not
+# empty, with the descriptors of their locks. The next one there is taken from here.
+_given_up: dict[str, list[tuple[str, int]]] = {}
 
 
 class BlobDirectory:
@@ -134,17 +137,23 @@ class BlobDirectory:
                 _remove_if_free(os.path.join(tmp, name), name.removesuffix(".lock"))
 
     def close(self) -> None:
-        """Give up the temporary directory; what is in it goes when the process has."""
+        """Give up the temporary directory.
+
+        If it is not empty the application has a file there: it stays for whoever opens
+        the blob directory next in this process, and goes when the process has.
+        """
         with self._lock:
-            if self._temporary is None:
+            path, fd = self._temporary, self._temporary_fd
+            self._temporary, self._temporary_fd = None, -1
+            if path is None:
                 return
-            # The application may have a file there: then all stays as it is.
-            with contextlib.suppress(OSError):
-                os.rmdir(self._temporary)
-                os.unlink(self._temporary + ".lock")
-                os.close(self._temporary_fd)
-                self._temporary_fd = -1
-                self._temporary = None
+            try:
+                os.rmdir(path)
+                os.unlink(path + ".lock")
+            except OSError:
+                _given_up.setdefault(self.path, []).append((path, fd))
+            else:
+                os.close(fd)
 
     def forget_parent(self) -> None:
         """In a forked child: let go of what is the parent's."""
@@ -210,6 +219,13 @@ class BlobDirectory:
         _write(path, boot)
 
     def _make_temporary(self) -> str:
+        given_up = _given_up.get(self.path, [])
+        while given_up:
+            path, fd = given_up.pop()
+            if os.path.isdir(path):
+                self._temporary_fd = fd
+                return path
+            os.close(fd)
         tmp = os.path.join(self.path, "tmp")
         if not os.path.isdir(tmp):
             self.claim()
@@ -224,6 +240,11 @@ class BlobDirectory:
                 return path
             # It was taken for a dead process's before it was locked.
             os.close(fd)
+
+
+def forget_given_up() -> None:
+    """In a forked child: they are the parent's."""
+    _given_up.clear()
 
 
 def remove_locked(path: str, fd: int) -> bool:

@@ -389,6 +389,7 @@ _caches: "weakref.WeakSet[BlobCache]" = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
+    blob_directory.forget_given_up()
     for cache in tuple(_caches):
         cache._forget_parent()
 

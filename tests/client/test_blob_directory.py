@@ -204,6 +204,28 @@ def test_a_temporary_directory_in_use_stays_at_close(directory):
     directory.close()
     BlobDirectory(directory.path).claim()
     assert os.listdir(mine) == ["BUC"]
+    # That is the parent's, to a forked child.
+    blob_directory.forget_given_up()
+    assert directory.temporary() != mine
+
+
+def test_what_is_in_use_at_close_costs_no_more_the_next_time(tmp_path):
+    """Opening and closing again and again takes no more directories and descriptors."""
+    found = set()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for count in range(5):
+        again = BlobDirectory(tmp_path / "cache")
+        again.claim()
+        found.add(mine := again.temporary())
+        with open(os.path.join(mine, f"BUC{count}"), "w"):
+            again.close()
+    assert len(found) == 1
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+    shutil.rmtree(mine)
+    assert again.temporary() != mine
+    again.close()
+    assert os.listdir(tmp_path / "cache" / "tmp") == [os.path.basename(mine) + ".lock"]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_a_temporary_directory_that_somebody_removed_is_made_again(directory):
