@@ -6,7 +6,8 @@ waits for the other; what is on its way is bounded. A conversation that breaks i
 up where it was, for a revision of a blob never changes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Any, BinaryIO, Protocol
 
 from ZODB.POSException import StorageError
@@ -28,7 +29,7 @@ class Conversation(Protocol):
 
     def answers(
         self, method: str, calls: Iterable[Sequence[object]], ahead: int
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """See ``Session.answers``."""
 
 
@@ -79,8 +80,10 @@ class _Download:
                 size = self._begin(*session.call("load_blob", *self._part_at(0)))
             rest = range(self._have, size, self._part_bytes)
             parts = session.answers("load_blob", map(self._part_at, rest), PARTS_AHEAD)
-            for part in parts:
-                self._take(*part)
+            # Not when an error is forgotten: the channel goes back at once.
+            with closing(parts):
+                for part in parts:
+                    self._take(*part)
         except ChannelLost:
             if self._have == had:
                 raise

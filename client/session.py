@@ -10,7 +10,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence, shut_down
@@ -94,8 +94,8 @@ class Session:
 
     def answers(
         self, method: str, calls: Iterable[Sequence[Any]], ahead: int
-    ) -> Iterator[Any]:
-        """Several calls on one channel; see Channel.answers."""
+    ) -> Generator[Any, None, None]:
+        """Several calls on one channel, until it is closed; see Channel.answers."""
         channel = self.borrow()
         try:
             yield from channel.answers(method, calls, ahead)

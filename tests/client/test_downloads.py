@@ -1,5 +1,6 @@
 """A blob comes in parts, several of them on their way, and goes on where it broke."""
 
+import errno
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Server:
         self._breaks = iter(breaks)
         self.asked: list[int] = []
         self.conversations = 0
+        self.open = 0
 
     def converse(self, step: Callable[[Any], None]) -> None:
         """As ClientStorage does it, which tries again as long as it may."""
@@ -57,9 +59,13 @@ class Server:
     ) -> Iterator[Any]:
         assert ahead == PARTS_AHEAD
         calls = iter(calls)
-        while batch := list(islice(calls, ahead)):
-            for args in batch:
-                yield self.call(method, *args)
+        self.open += 1
+        try:
+            while batch := list(islice(calls, ahead)):
+                for args in batch:
+                    yield self.call(method, *args)
+        finally:
+            self.open -= 1
 
 
 def fetched(server: Server, oid: bytes = A) -> bytes:
@@ -124,3 +130,19 @@ def test_a_server_that_gives_no_more_is_not_asked_for_ever():
     server = Server(bytes(25), part=0)
     with pytest.raises(StorageError, match="has changed"):
         fetched(server)
+
+
+def test_a_disk_that_is_full_ends_the_conversation_at_once():
+    """Not when the error is forgotten, which may be kept: in a log, in a retry."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            if self.tell() + len(data) > 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    server = Server(bytes(100))
+    with pytest.raises(OSError, match="No space") as kept:
+        fetch(server.converse, A, T1, Full(), SMALL)
+    assert server.open == 0
+    assert kept.value.__traceback__ is not None
