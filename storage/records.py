@@ -136,9 +136,13 @@ class Generation:
     ) -> bytes | None:
         """The data of a record; None where undo removed the object."""
         while not header.length:
-            position = _position_in(start)
+            before, position = position, _position_in(start)
             if not position:
                 return None
+            if position >= before:
+                # Whoever made up a cursor may have made up a record, too: one that
+                # points to itself would be followed for ever.
+                raise CorruptedDataError(header.oid, start[:HEADER_BYTES], before)
             header, start = self._read(position, header.oid, flags)
         end = HEADER_BYTES + header.length
         if end <= len(start):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from persistent.TimeStamp import TimeStamp
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage.format import CorruptedDataError
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import StorageError, Unsupported
 from ZODB.serialize import referencesf
@@ -307,6 +308,23 @@ def _check_cursor(one_database: Any, cursor: bytes) -> None:
     for piece in batch.pieces:
         (real,) = (each for each in whole if each.tid == piece.tid)
         assert set(piece.records) <= set(real.records)
+
+
+def test_a_cursor_to_a_transaction_that_was_made_up_has_an_end(database):
+    """Its one record, inside a record that somebody stored, points to itself."""
+    # The headers of the transaction and of the record that it will be in.
+    start = database.info()[0] + 23 + 42
+    length = 23 + 42 + 8
+    made_up = [
+        number(5) + length.to_bytes(8, "big") + b" " + bytes(6),
+        A + number(5) + bytes(8) + start.to_bytes(8, "big") + bytes(2 + 8),
+        (start + 23).to_bytes(8, "big"),
+        length.to_bytes(8, "big"),
+    ]
+    commit(database, store(B, b"".join(made_up)))
+    cursor = number(5) + start.to_bytes(8, "big") + bytes(8) + b"\xff" * 8
+    with pytest.raises(CorruptedDataError):
+        database.transactions(EVERYTHING, cursor)
 
 
 @pytest.mark.parametrize("cursor", [b"", b"short", b"x" * 17])
