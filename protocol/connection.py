@@ -344,6 +344,11 @@ class Connection:
         )
 
     @property
+    def is_inside_frame(self) -> bool:
+        """Whether the rest of a frame is still to come."""
+        return self._reader.is_inside_frame
+
+    @property
     def _must_hear(self) -> bool:
         if self.state is State.STREAM:
             return True
@@ -352,7 +357,7 @@ class Connection:
         if self.role is Role.CLIENT:
             return bool(self.open_requests)
         # Half of a large frame takes the memory of half of it.
-        return self._reader.is_inside_frame
+        return self.is_inside_frame
 
     def tick(self, now: float) -> bytes:
         """What is due at ``now``: a heartbeat to send, or nothing (b"").

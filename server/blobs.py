@@ -102,8 +102,8 @@ class Uploading:
         self, served: "Served", peer: "Peer", transaction_id: bytes, limits: Limits
     ):
         self.transaction_id = transaction_id
-        # When something happened to it last; see expire.
-        self._touched_at = asyncio.get_running_loop().time()
+        # When something happened to it last; see Peer.expire.
+        self.touched_at = asyncio.get_running_loop().time()
         self._files = served.database.uploads.begin()
         self._workers = served.workers
         self._peer = peer
@@ -119,7 +119,7 @@ class Uploading:
         self._is_holding = False
         self._unflushed_bytes = 0
         self._is_flushing = False
-        # Of the disk or the clock; told at the vote.
+        # Of the disk; told at the vote.
         self._error: BaseException | None = None
         # Whoever waits for everything to be written.
         self._when_written: Callable[[], None] | None = None
@@ -127,6 +127,7 @@ class Uploading:
 
     def receive(self, number: int, data: bytes) -> None:
         """One more chunk; raises RemoteProtocolError."""
+        self.touched_at = asyncio.get_running_loop().time()
         self._numbers.add(number)
         if len(self._numbers) > self._limits.transaction_blobs_max:
             raise RemoteProtocolError(
@@ -164,24 +165,19 @@ class Uploading:
         self._when_written = written
         self._go_on()
 
-    def expire(self, now: float, timeout_s: float, heard_at: float) -> bool:
-        """Keep no file that has waited for the client too long; true if so.
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for the client, and holds something meanwhile."""
+        return bool(self._numbers) and self._error is None and not self.is_writing
 
-        A chunk may take longer than that on a slow line: ``heard_at`` is when the
-        client sent anything.
-        """
-        is_busy = self._is_writing or self._is_flushing or self._when_written
-        if is_busy or self._error is not None or self._is_discarded:
-            return False
-        if now - max(self._touched_at, heard_at) < timeout_s:
-            return False
-        self._fail(
-            TransactionTimeout(
-                f"the server has heard nothing of the transaction for {timeout_s:g} s"
-                " before its vote (transaction-timeout); its blobs were not kept"
-            )
-        )
-        return True
+    @property
+    def is_writing(self) -> bool:
+        """Whether it waits for the disk."""
+        return self._is_writing or self._is_flushing
+
+    def expire(self, timeout_s: float) -> None:
+        """Keep nothing of it any more; its vote will be told why."""
+        self._fail(not_heard_of(timeout_s))
 
     def discard(self) -> None:
         """The transaction has ended: remove what the storage has not taken."""
@@ -217,7 +213,7 @@ class Uploading:
 
     def _written(self, size: int, writing: "asyncio.Future[None]") -> None:
         self._is_writing = False
-        self._touched_at = asyncio.get_running_loop().time()
+        self.touched_at = asyncio.get_running_loop().time()
         self._waiting_bytes -= size
         self._unflushed_bytes += size
         self._heed(writing)
@@ -238,6 +234,7 @@ class Uploading:
 
         def flushed(flushing: "asyncio.Future[None]") -> None:
             self._is_flushing = False
+            self.touched_at = asyncio.get_running_loop().time()
             self._heed(flushing)
             self._go_on()
 
@@ -273,13 +270,6 @@ def discard(peer: "Peer", transaction_id: bytes | None = None) -> None:
     if upload is not None and transaction_id in (None, upload.transaction_id):
         peer.upload = None
         upload.discard()
-
-
-def expire(peer: "Peer", now: float, timeout_s: float) -> bool:
-    """Let go of blobs whose transaction ``peer`` has not gone on with; true if so."""
-    upload = peer.upload
-    heard_at = peer.connection.rcvd_at
-    return upload is not None and upload.expire(now, timeout_s, heard_at)
 
 
 def vote(
@@ -323,6 +313,14 @@ def vote(
         served.committer.abandon(commit, error, None)  # type: ignore[arg-type]
 
     upload.seal(transaction.operations, sealed)
+
+
+def not_heard_of(timeout_s: float) -> TransactionTimeout:
+    """What the vote is told of a transaction for which the server waited too long."""
+    return TransactionTimeout(
+        f"the server has heard nothing of the transaction for {timeout_s:g} s"
+        " before its vote (transaction-timeout); nothing of it was kept"
+    )
 
 
 def _size(chunk: tuple[int, bytes]) -> int:

@@ -113,6 +113,26 @@ class Peer(asyncio.Protocol):
         elif self.connection.is_closed:
             self._give_up()
 
+    def expire(self, now: float, timeout_s: float) -> bool:
+        """Keep nothing for a vote to come that is not heard of any more; true if so.
+
+        Only what belongs to it counts, not whatever else the client says: records,
+        chunks of blobs, and a frame that takes long on a slow line.
+        """
+        connection = self.connection
+        held = [each for each in (self.transactions.staged, self.upload) if each]
+        idle = [each for each in held if each.is_idle]
+        if not idle or any(each.is_writing for each in held):
+            return False
+        heard_at = max(each.touched_at for each in held)
+        if connection.is_inside_frame:
+            heard_at = max(heard_at, connection.rcvd_at)
+        if now - heard_at < timeout_s:
+            return False
+        for each in idle:
+            each.expire(timeout_s)
+        return True
+
     def hang_up(self, reason: str, text: str = "") -> None:
         """Say why, and close; harmless when that happened already."""
         transport = self._transport

@@ -146,17 +146,15 @@ class Service:
 
     def tick(self, now: float) -> None:
         """What is due: heartbeats, and transactions that take too long."""
-        timeout_s = self.transaction_timeout_s
         for peer in tuple(self.peers):
             peer.tick(now)
-            heard_at = peer.connection.rcvd_at
-            has_expired = peer.transactions.expire(now, timeout_s, heard_at)
-            if blobs.expire(peer, now, timeout_s) or has_expired:
+            timeout_s = self.transaction_timeout_s
+            if peer.expire(now, timeout_s):
                 logger.warning(
-                    "%s has staged and not voted in %g s", peer.address, timeout_s
+                    "%s has sent no more for its vote in %g s", peer.address, timeout_s
                 )
         for served in self.databases.values():
-            served.committer.tick(now, timeout_s)
+            served.committer.tick(now, self.transaction_timeout_s)
 
     # Hello
 

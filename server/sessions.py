@@ -97,23 +97,9 @@ class ChannelTransactions:
             staged.discard()
 
     @property
-    def is_idle(self) -> bool:
-        """Whether something is staged that waits for the client."""
-        return self._staged is not None and self._staged.is_idle
-
-    def expire(self, now: float, timeout_s: float, heard_at: float) -> bool:
-        """Keep nothing that has waited for the client too long; true if so.
-
-        A record may take longer than that on a slow line: ``heard_at`` is when the
-        client sent anything.
-        """
-        staged = self._staged
-        if staged is None or not staged.is_idle:
-            return False
-        if now - max(staged.touched_at, heard_at) < timeout_s:
-            return False
-        staged.expire(timeout_s)
-        return True
+    def staged(self) -> Staged | None:
+        """What is staged for the vote to come."""
+        return self._staged
 
     def commit_of(self, transaction_id: bytes) -> Commit:
         """The commit of ``transaction_id``; raises StorageTransactionError."""

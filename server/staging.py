@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgpack
 from ZODB.POSException import StorageTransactionError
 
-from zeolith.protocol.errors import TransactionTimeout
 from zeolith.protocol.limits import Limits
 from zeolith.server import blobs
 from zeolith.server.committer import Answer, Commit, Phase
@@ -128,7 +127,7 @@ class Staged:
         self, transaction_id: bytes, reading: Reading, workers: Workers, limits: Limits
     ):
         self.transaction_id = transaction_id
-        # When something happened to it last; see expire.
+        # When something happened to it last; see Peer.expire.
         self.touched_at = asyncio.get_running_loop().time()
         self._reading = reading
         self._workers = workers
@@ -171,10 +170,7 @@ class Staged:
 
     def expire(self, timeout_s: float) -> None:
         """Keep nothing of it any more; its vote will be told why."""
-        self._error = TransactionTimeout(
-            f"the server has heard nothing of the transaction for {timeout_s:g} s"
-            " before its vote (transaction-timeout); nothing of it was kept"
-        )
+        self._error = blobs.not_heard_of(timeout_s)
         self._forget()
 
     @property
@@ -182,6 +178,11 @@ class Staged:
         """Whether it waits for the client, and holds something meanwhile."""
         has_any = bool(self._gathered) or self._spill is not None
         return has_any and not self._is_writing and self._sealed is None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether it waits for the disk."""
+        return self._is_writing
 
     def discard(self) -> None:
         """The transaction has ended."""

@@ -154,7 +154,8 @@ def test_what_is_staged_and_never_voted_is_not_kept(tmp_path):
 
         def is_given_up() -> bool:
             peers = server.on_loop(lambda: list(server.service.peers))
-            return not any(peer.transactions.is_idle for peer in peers)
+            staged = [peer.transactions.staged for peer in peers]
+            return not any(each.is_idle for each in staged if each is not None)
 
         wait_until(is_given_up, "it is given up")
         wait_until(lambda: spills() <= spills_before, "the file is let go")

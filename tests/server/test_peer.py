@@ -499,3 +499,67 @@ async def test_a_welcome_answers_an_accepted_hello(server):
     client = MemoryClient(server.service, LIMITS)
     assert isinstance(client.hello(), Welcome)
     assert client.peer.session is not None
+
+
+# What is held for a vote that does not come
+
+TRANSACTION = transaction_id(9)
+METADATA = [b"", b"", b"", None, " "]
+TIMEOUT_S = 30.0
+STAGE = Notice("stage", [TRANSACTION, [["store", OID, number(1), b"new"]]])
+CHUNK = Notice("blob_chunk", [TRANSACTION, 0, b"part"])
+
+
+async def expire_after(server: ModelServer, channel: MemoryClient, s: float) -> bool:
+    expired = channel.peer.expire(now() + s, TIMEOUT_S)
+    await server.workers.work()
+    return expired
+
+
+@pytest.mark.parametrize("notices", [[STAGE], [CHUNK], [STAGE, CHUNK]])
+async def test_what_waits_for_its_client_too_long_is_not_kept(server, channel, notices):
+    assert not await expire_after(server, channel, 2 * TIMEOUT_S)
+    for notice in notices:
+        channel.send(encode(notice))
+    assert not await expire_after(server, channel, TIMEOUT_S - 1)
+    assert await expire_after(server, channel, TIMEOUT_S + 1)
+    assert all(upload.is_discarded for upload in server.database.uploads.begun)
+    assert not await expire_after(server, channel, TIMEOUT_S + 1)
+    for notice in notices:
+        # What comes after all is dropped, or half of it would be voted on.
+        channel.send(encode(notice))
+    voting = channel.ask("vote", TRANSACTION, METADATA, [])
+    await server.workers.work()
+    assert channel.failure(voting).name == "TransactionTimeout"
+    assert not server.database.steps
+
+
+@pytest.mark.parametrize("notice", [STAGE, CHUNK])
+async def test_other_signs_of_life_keep_nothing(server, channel, notice):
+    channel.send(encode(notice))
+    channel.peer.connection.rcvd_at = now() + TIMEOUT_S
+    channel.send(HEARTBEAT)
+    assert await expire_after(server, channel, TIMEOUT_S + 1)
+
+
+async def test_a_part_on_a_slow_line_keeps_the_others(server, channel):
+    channel.send(encode(STAGE))
+    channel.send(encode(CHUNK)[:-1])
+    channel.peer.connection.rcvd_at = now() + TIMEOUT_S
+    assert not await expire_after(server, channel, TIMEOUT_S + 1)
+
+
+async def test_records_are_kept_while_their_blobs_come(server, channel):
+    channel.send(encode(STAGE))
+    channel.send(encode(CHUNK))
+    channel.peer.upload.touched_at = now() + TIMEOUT_S
+    assert not await expire_after(server, channel, TIMEOUT_S + 1)
+
+
+async def test_who_waits_for_the_disk_is_not_late(server, channel):
+    channel.send(encode(STAGE))
+    channel.send(encode(Notice("blob_chunk", [TRANSACTION, 0, bytes(32 * 1024)])))
+    channel.peer.upload._batch_bytes = 1
+    channel.send(encode(CHUNK))
+    assert channel.peer.upload.is_writing
+    assert not channel.peer.expire(now() + 2 * TIMEOUT_S, TIMEOUT_S)

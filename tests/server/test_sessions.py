@@ -4,7 +4,6 @@ from typing import Any
 import pytest
 from ZODB.POSException import StorageTransactionError
 
-from zeolith.protocol.errors import TransactionTimeout
 from zeolith.protocol.limits import Limits
 from zeolith.server.committer import Commit
 from zeolith.server.sessions import ChannelTransactions, Session
@@ -119,26 +118,6 @@ async def test_operations_without_data_are_bounded_too(server):
     check = ["check", number(1), number(0)]
     with pytest.raises(StorageTransactionError, match="transaction_bytes_max"):
         stage(ONE, [check] * 10_000)
-
-
-async def test_what_waits_for_its_client_too_long_is_not_kept(server):
-    transactions, stage = staging(server, 1000)
-    now = asyncio.get_running_loop().time()
-    assert not transactions.expire(now + 100, 30, 0)
-    stage(ONE, [store(1)])
-    assert not transactions.expire(now + 29, 30, 0)
-    # A large record is on its way.
-    assert not transactions.expire(now + 100, 30, now + 90)
-    assert transactions.expire(now + 100, 30, 0)
-    assert not transactions.expire(now + 200, 30, 0)
-    stage(ONE, [store(2)])
-    staged = transactions.take(ONE)
-    assert staged is not None
-    answers: list[Any] = []
-    staged.seal(lambda operations, error: answers.append((list(operations), error)))
-    ((operations, error),) = answers
-    assert operations == []
-    assert isinstance(error, TransactionTimeout)
 
 
 def test_only_the_transaction_of_the_channel_is_found():
