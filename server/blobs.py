@@ -40,6 +40,8 @@ Paths = dict[int | str, Path]
 BATCH_BYTES = 512 * 1024
 # After so much the disk is told to begin, so that the vote need not wait for all of it.
 FLUSH_BYTES = 16 * 1024 * 1024
+# So many chunks are a batch, however small they are: each takes memory of its own.
+BATCH_CHUNKS = 1000
 
 
 class Blobs:
@@ -139,9 +141,12 @@ class Uploading:
         self._queue.append((number, data))
         self._queued_bytes += len(data)
         self._waiting_bytes += len(data)
-        if self._waiting_bytes > self._limits.blob_backlog_bytes_max:
+        if (
+            self._waiting_bytes > self._limits.blob_backlog_bytes_max
+            or len(self._queue) > BATCH_CHUNKS
+        ):
             self._hold_reading()
-        if self._queued_bytes >= self._batch_bytes:
+        if self._has_batch:
             self._write()
 
     def seal(
@@ -189,6 +194,13 @@ class Uploading:
         discarding = self._workers.write_blobs(self._files.discard)
         discarding.add_done_callback(_log_failure)
 
+    @property
+    def _has_batch(self) -> bool:
+        """Whether it is worth while to trouble a thread."""
+        return (
+            self._queued_bytes >= self._batch_bytes or len(self._queue) >= BATCH_CHUNKS
+        )
+
     def _hold_reading(self) -> None:
         if not self._is_holding:
             self._is_holding = True
@@ -220,7 +232,10 @@ class Uploading:
         self._flush()
         if not self._queue:
             self._waiting_bytes = 0
-        if self._waiting_bytes <= self._limits.blob_backlog_bytes_max // 2:
+        if (
+            self._waiting_bytes <= self._limits.blob_backlog_bytes_max // 2
+            and len(self._queue) < BATCH_CHUNKS
+        ):
             self._let_read()
         self._go_on()
 
@@ -256,7 +271,7 @@ class Uploading:
     def _go_on(self) -> None:
         """Write what is worth it; to the last byte if somebody waits for that."""
         written = self._when_written
-        if written is not None or self._queued_bytes >= self._batch_bytes:
+        if written is not None or self._has_batch:
             self._write()
         # An error of the disk is told once: to the flush, if one is going on.
         if written is not None and not self._is_writing and not self._is_flushing:

@@ -303,4 +303,6 @@ def _append(spill: Spill | None, batch: list[list[Any]]) -> Spill:
 
 
 def _size(operation: list[Any]) -> int:
-    return OPERATION_BYTES + (len(operation[3] or b"") if len(operation) > 3 else 0)
+    # Records, and the names of files, which are as long as a client likes.
+    variable = (each for each in operation[3:] if isinstance(each, bytes | str))
+    return OPERATION_BYTES + sum(map(len, variable))

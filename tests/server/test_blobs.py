@@ -178,6 +178,23 @@ async def test_too_much_that_waits_pauses_the_socket_until_half_is_written(
     assert reading.pauses == 1
 
 
+async def test_chunks_that_are_empty_are_bounded_too(server, channel, reading):
+    for _ in range(blobs.BATCH_CHUNKS):
+        send(channel, b"")
+    # They are with a thread; as many again may wait.
+    for _ in range(blobs.BATCH_CHUNKS):
+        send(channel, b"")
+    assert reading.is_on
+    send(channel, b"")
+    assert not reading.is_on
+    await server.workers.blob_step()
+    assert not reading.is_on
+    await server.workers.blob_step()
+    assert reading.is_on
+    await commit(server, channel, store_blob())
+    assert server.upload.files == {0: b""}
+
+
 async def test_what_is_discarded_does_not_keep_the_socket_paused(
     server, channel, reading
 ):

@@ -166,6 +166,14 @@ async def test_a_transaction_is_bounded_whether_in_memory_or_not(workers, socket
     staged.discard()
 
 
+async def test_the_names_of_files_are_counted(workers, socket):
+    limits = Limits(transaction_bytes_max=10_000)
+    staged = Staged(transaction_id(1), socket, workers, limits)
+    shared = ["store_shared_blob", number(1), number(0), b"record", "x" * 10_000]
+    with pytest.raises(StorageTransactionError, match="transaction_bytes_max"):
+        staged.add([shared])
+
+
 async def test_only_what_waits_for_its_client_is_idle(staged):
     assert not staged.is_idle
     staged.add([store(1)])
