@@ -82,11 +82,12 @@ class _DataFile(IndexedFile):
         """Called at opening and when a pack has replaced the file."""
         super()._initIndex(index, tindex)
         if self._file is not None:
-            self.renew()
+            self.generation = Generation(self._file_name, index)
 
-    def renew(self) -> None:
-        """Read from the file that has the name now, by the index that goes with it."""
-        self.generation = Generation(self._file_name, self._index)
+    def renew(self, generation: Generation) -> None:
+        """Read that file from now on, by the index that goes with it; cannot fail."""
+        super()._initIndex(generation.index, self._tindex)
+        self.generation = generation
 
     def _begin(self, tid: bytes, user: bytes, description: bytes, ext: bytes) -> None:
         """Called by tpc_begin, which holds the commit lock.
@@ -144,7 +145,7 @@ class FileStore(AdaptedStorage):
             self._identity = Identity(
                 self._path, is_read_only=bool(options.get("read_only"))
             )
-            self._file.renew()
+            self._file.renew(Generation(self._path, self._file._index))
             if not self._file.isReadOnly():
                 finish_leftovers(self._file)
             cut_off = self._file.lastTransaction() or Z64

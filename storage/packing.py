@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ZODB.blob import remove_committed_dir
@@ -40,6 +40,7 @@ from ZODB.fsIndex import fsIndex
 
 from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.pack_progress import Packed, Packing
+from zeolith.storage.records import Generation
 from zeolith.storage.superfluous import remove_blobs
 from zeolith.storage.tids import Z64, tid_at
 
@@ -281,28 +282,30 @@ class FilePack:
     def _swap(self, index: fsIndex, size: int) -> list[Any]:
         """Put the new file in the place of the old one; under all of the locks."""
         file, path = self._file, self._path
-        # Whatever can fail comes before the rename.
-        new = open(path + ".pack", "r+b")  # noqa: SIM115 - it stays open
-        try:
-            if new.seek(0, os.SEEK_END) != size:
-                raise FileStorageError("packing failed: the new file is incomplete")
-            if os.path.exists(path + ".index"):
-                # It would be believed if positions happened to agree.
-                os.replace(path + ".index", path + ".index.old")
-            if file.pack_keep_old:
-                _keep_old(path)
-            os.replace(path + ".pack", path)
-        except BaseException:
-            new.close()
-            clear(path)
-            raise
-        new.raw.name = path  # type: ignore[attr-defined]
-        old = [file.generation, file._file]
-        file._files.empty()
-        file._file = new
-        file._initIndex(index, file._tindex)
-        file._pos = size
-        sync_directory(path)
+        # Whatever can fail comes before the rename; to get a descriptor, too, can.
+        with ExitStack() as opened, _directory(path) as directory:
+            new = opened.enter_context(open(path + ".pack", "r+b"))
+            try:
+                generation = Generation(path + ".pack", index)
+                if new.seek(0, os.SEEK_END) != size:
+                    raise FileStorageError("packing failed: the new file is incomplete")
+                if os.path.exists(path + ".index"):
+                    # It would be believed if positions happened to agree.
+                    os.replace(path + ".index", path + ".index.old")
+                if file.pack_keep_old:
+                    _keep_old(path)
+                os.replace(path + ".pack", path)
+            except BaseException:
+                clear(path)
+                raise
+            opened.pop_all()
+            new.raw.name = path  # type: ignore[attr-defined]
+            old = [file.generation, file._file]
+            file._files.empty()
+            file._file = new
+            file.renew(generation)
+            file._pos = size
+            os.fsync(directory)
         return old
 
 
@@ -357,9 +360,15 @@ def clear(path: str) -> None:
 
 def sync_directory(path: str) -> None:
     """Have the names in the directory of ``path`` on disk."""
+    with _directory(path) as directory:
+        os.fsync(directory)
+
+
+@contextmanager
+def _directory(path: str) -> Iterator[int]:
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
-        os.fsync(directory)
+        yield directory
     finally:
         os.close(directory)
 

@@ -1,12 +1,15 @@
 """A pack replaces the file under those who use it, whole or not at all."""
 
+import builtins
 import errno
+import itertools
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from .transactions import ROOT, A, B, C, plain, references, store, undo
 from .transactions import transaction as transaction_of
 
 SOON_S = 1
+# What takes a descriptor.
+OPENING = ((builtins, "open"), (os, "open"))
 
 
 @pytest.fixture
@@ -451,6 +456,38 @@ def test_a_full_disk_is_told_and_the_database_goes_on(database, monkeypatch, tmp
     assert caught.value.errno == errno.EFBIG
     assert not [name for name in names(tmp_path) if ".pack" in name]
     assert pack(database).has_changed
+
+
+@pytest.mark.parametrize("left", range(6))
+def test_too_few_descriptors_for_the_swap_leave_one_whole_database(
+    open_store, monkeypatch, tmp_path, left
+):
+    """All of them but ``left`` are taken when it begins; a server has many clients."""
+    database = open_store()
+    fill(database)
+    swap = packing.FilePack._swap
+    opened = itertools.count()
+
+    def swap_with_few(self: Any, *args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            for module, name in OPENING:
+                patch.setattr(module, name, partial(open_one, getattr(module, name)))
+            return swap(self, *args)
+
+    def open_one(really: Any, *args: Any, **options: Any) -> Any:
+        if next(opened) >= left:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return really(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.FilePack, "_swap", swap_with_few)
+        with suppress(OSError):
+            pack(database)
+    commit(database, store(C, plain("c")))
+    assert data_of(database, C) == plain("c")
+    assert data_of(database, A) == plain("a")
+    database.close()
+    assert records_of(tmp_path / "Data.fs").keys() >= {ROOT, A, C}
 
 
 def test_a_packer_without_a_server_ends_by_itself(database, gate, monkeypatch):
