@@ -17,6 +17,8 @@ from typing import Any
 
 from ZODB.blob import BLOB_SUFFIX, link_or_copy, remove_committed
 
+from zeolith.storage.tids import Z64
+
 
 def remove_blobs(file: Any, list_path: str) -> None:
     """Remove the blobs that the list names and the FileStorage ``file`` has not.
@@ -41,11 +43,13 @@ def _remove_revisions(file: Any, name: bytes, kept: Path | None) -> None:
         return
     oid = name[:8]
     directory = Path(file.fshelper.getPathForOID(oid))
+    # Before the index is asked, or what is committed in between would be taken.
+    paths = _finished(file, directory) if len(name) == 8 else []
     tids = {header.tid for header, _place, _start in file.generation.revisions(oid)}
     if len(name) == 16:
         paths = [] if name[8:] in tids else [_blob(file, oid, name[8:])]
-    else:
-        paths = [] if tids else sorted(directory.glob(f"*{BLOB_SUFFIX}"))
+    elif tids:
+        paths = []
     for path in paths:
         if not path.exists():
             continue
@@ -57,6 +61,20 @@ def _remove_revisions(file: Any, name: bytes, kept: Path | None) -> None:
             os.replace(path, target)
     if paths:
         _remove_empty(file, directory)
+
+
+def _finished(file: Any, directory: Path) -> list[Path]:
+    """The blobs in the directory of an object.
+
+    Without that of a transaction which has voted: a client that still has a garbage
+    object may store it again, and of that the index does not know yet.
+    """
+    last_tid = file.lastTransaction() or Z64
+    tids = {
+        path: file.fshelper.splitBlobFilename(str(path))[1]
+        for path in sorted(directory.glob(f"*{BLOB_SUFFIX}"))
+    }
+    return [path for path, tid in tids.items() if tid is not None and tid <= last_tid]
 
 
 def _blob(file: Any, oid: bytes, tid: bytes) -> Path:

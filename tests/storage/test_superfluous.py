@@ -87,6 +87,35 @@ def test_blobs_go_with_their_revisions(database, tmp_path, keeps_old):
     assert not list(tmp_path.glob("*.pack*"))
 
 
+def test_garbage_that_is_stored_again_meanwhile_keeps_its_blob(
+    database, tmp_path, monkeypatch
+):
+    """A client that still has the object may do that; here, between vote and finish."""
+    (oid,) = (
+        oid for oid in database._file._index if contents_of(database, oid) == [b"b1"]
+    )
+    data = database.load_serial(oid, database.get_tid(oid))
+    upload = database.uploads.begin()
+    upload.write([(0, b"b2")])
+    vote = transaction_of(["store_blob", oid, database.get_tid(oid), data, 0])
+
+    def vote_first(file: Any, list_path: str) -> None:
+        if Path(list_path).exists():
+            vote.blobs = upload.seal(vote.operations)
+            database.vote(vote)
+        remove_blobs(file, list_path)
+
+    monkeypatch.setattr("zeolith.storage.packing.remove_blobs", vote_first)
+    assert database.pack(time.time() + 1).has_changed
+    tid = database.finish().tid
+    assert database.load_blob(oid, tid, 0, 100).data == b"b2"
+    assert contents(tmp_path / "blobs") == [b"a2", b"b2", b"c1"]
+
+
+def contents_of(database: FileStore, oid: bytes) -> list[bytes]:
+    return contents(Path(database._file.fshelper.getPathForOID(oid)))
+
+
 def test_without_garbage_collection_only_old_revisions_go(database, tmp_path):
     database.pack(time.time() + 1, False)
     assert contents(tmp_path / "blobs") == [b"a2", b"b1", b"c1"]
