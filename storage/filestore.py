@@ -110,8 +110,11 @@ class _DataFile(IndexedFile):
         self._blob_tpc_abort()
 
     def is_blob_record(self, record: bytes) -> bool:
-        """Called by undo and pack."""
-        return is_blob_record(record)
+        """Called by undo and pack, with the record as it is in the file."""
+        try:
+            return is_blob_record(self._crs_untransform_record_data(record))
+        except Exception:  # noqa: BLE001 - what wrappers raise for what was made up
+            return False
 
     def tryToResolveConflict(
         self,

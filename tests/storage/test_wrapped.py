@@ -1,5 +1,6 @@
 """A Data.fs below wrappers is a FileStore in everything but its records."""
 
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import ZConfig
 import ZODB.config
 from zc.zlibstorage import ServerZlibStorage, ZlibStorage
+from ZODB.blob import Blob
 from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import POSKeyError, UndoError
 from ZODB.tests.hexstorage import HexStorage, ServerHexStorage
@@ -15,10 +17,22 @@ from ZODB.tests.hexstorage import HexStorage, ServerHexStorage
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.database import Revision, Unresolved, Voted, WouldBlock
 from zeolith.storage.opening import OpeningError, open_database
-from zeolith.storage.tids import MAX_TID
+from zeolith.storage.tids import MAX_TID, Z64
 from zeolith.storage.wrapped import LOOP_BYTES_MAX, NotAWrapper, WrappedFileStore
 
-from .transactions import A, B, length, plain, state_of, store, transaction, undo
+from ..support.ids import number
+from .transactions import (
+    A,
+    B,
+    length,
+    plain,
+    record,
+    references,
+    state_of,
+    store,
+    transaction,
+    undo,
+)
 
 
 def encoded(data: bytes) -> bytes:
@@ -191,6 +205,42 @@ def test_an_undo_below_wrappers_of_both_kinds_is_merged_by_the_server_or_nobody(
     with pytest.raises(UndoError):
         database.vote(transaction(undo(second)))
     database.close()
+
+
+def test_blobs_are_known_as_such_below_wrappers(tmp_path):
+    """An undo brings the old file back, and a pack takes those of garbage."""
+    blobs = tmp_path / "blobs"
+    database = opened(tmp_path, blob_dir=str(blobs), pack_keep_old=False)
+    first = commit_blob(database, b"first")
+    second = commit_blob(database, b"second", first)
+    undone = commit(database, undo(second))
+    assert database.load_blob(A, undone, 0, 100).data == b"first"
+    commit(database, store(number(0), references()))
+    database.pack(time.time() + 1)
+    assert not list(blobs.rglob("*.blob"))
+    database.close()
+
+
+def test_what_cannot_be_decoded_is_no_blob(tmp_path):
+    database = opened(tmp_path, ServerHexStorage, blob_dir=str(tmp_path / "blobs"))
+    first = commit(database, store(A, encoded(plain(1))))
+    second = commit(database, store(A, b".hodd", first))
+    third = commit(database, undo(second))
+    commit(database, undo(third))
+    assert database.load_serial(A, second) == b".hodd"
+    assert database.load_serial(A, database.get_tid(A)) == b".hodd"
+    database.close()
+
+
+def commit_blob(database: AdaptedStorage, data: bytes, serial: bytes = Z64) -> bytes:
+    upload = database.uploads.begin()
+    upload.write([(0, data)])
+    asked = transaction(["store_blob", A, serial, record(Blob, None), 0])
+    asked.blobs = upload.seal(asked.operations)
+    database.vote(asked)
+    tid = database.finish().tid
+    upload.discard()
+    return tid
 
 
 def test_what_is_packed_is_found_through_the_wrapper(database):
