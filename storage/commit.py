@@ -8,6 +8,7 @@ finish or abort; everything is validated before anything is stored.
 import time
 from base64 import encodebytes
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ class Committing:
         self._asked: set[bytes] = set()
         self._begin_arguments: list[Any] = []
         self._begun = False
-        # Of the blobs that were stored.
+        # Of the blobs that were stored; and, by what names it, where a file was before.
         self._marks: list[Path] = []
+        self._taken: dict[int | str, tuple[Path, Path]] = {}
         # Known from begin on for a FileStorage; see Voted.tid.
         self.tid: bytes | None = None
 
@@ -165,6 +167,7 @@ class Committing:
         except _Asks:
             # What is stored is half of it. Nobody else can commit in between: this is
             # the writer thread.
+            self._take_back_blobs()
             self.abort()
             self._undone.clear()
             self._begin_storage()
@@ -343,7 +346,7 @@ class Committing:
     ) -> None:
         path = self._blob_file(name)
         serial, data = self._as_resolved(oid, serial, data)
-        self._mark(oid, path)
+        self._mark(name, oid, path)
         self._storage.storeBlob(oid, serial, data, path, "", self._metadata)
 
     def _restore_blob(
@@ -356,7 +359,7 @@ class Committing:
             # It is a hint: packed away here, or another record.
             previous = None
         path = self._blob_file(name)
-        self._mark(oid, path)
+        self._mark(name, oid, path)
         self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
 
     def _is_record(self, oid: bytes, tid: bytes, data: bytes | None) -> bool:
@@ -365,10 +368,23 @@ class Committing:
         except POSKeyError:
             return False
 
-    def _mark(self, oid: bytes, path: str) -> None:
+    def _mark(self, name: int | str, oid: bytes, path: str) -> None:
         """Leave a mark of a blob's file, for the case that nobody comes to the end."""
         if self.tid is not None:
-            self._marks.append(blobs.mark(path, oid, self.tid))
+            mark = blobs.mark(path, oid, self.tid)
+            self._marks.append(mark)
+            self._taken[name] = mark, Path(path)
+
+    def _take_back_blobs(self) -> None:
+        """Before an abort: let the files be there once more, to be stored again.
+
+        Where there are no marks they are lost, and storing them again says so.
+        """
+        for name, (mark, path) in self._taken.items():
+            with suppress(OSError):
+                mark.rename(path)
+                self._transaction.blobs[name] = path
+        self._taken.clear()
 
     def _blob_file(self, name: int | str) -> str:
         """The file of a blob, which the storage will take away."""

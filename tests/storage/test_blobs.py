@@ -151,6 +151,20 @@ def test_a_revision_of_a_blob_is_one_record(served):
     assert (served.blob(A, first), served.blob(A, second)) == (b"old", b"new")
 
 
+def test_a_vote_that_is_repeated_has_its_blobs_again(served):
+    """An undo in the same transaction asks the client, after the blob was stored."""
+    first = served.commit(store(B, plain(1)))
+    second = served.commit(store(B, plain(2), first))
+    served.commit(store(B, plain(3), second))
+    upload = served.voted(store_blob(A, 0), undo(second), _0=b"data")
+    served.database.resolve({B: plain(4)})
+    tid = served.database.finish().tid
+    upload.discard()
+    assert temporary_files(served) == []
+    assert served.blob(A, tid) == b"data"
+    assert served.database.load_serial(B, tid) == plain(4)
+
+
 def test_what_is_not_there_is_a_missing_key(served):
     tid = served.commit(store(A, plain(1)))
     with pytest.raises(POSKeyError):
