@@ -183,12 +183,13 @@ class Committing:
         return Unresolved(unresolved)
 
     def _take(self, resolutions: dict[bytes, bytes]) -> None:
-        """What the client has resolved of what it was asked; raises if it is nothing.
+        """What the client has resolved; raises if it is not all that it was asked.
 
-        Or it could go on asking, and hold the turn, for ever.
+        Or it could go on asking, and hold the turn, for ever: each time everything is
+        looked at again, and that is the server's time.
         """
-        if self._asked and self._asked.isdisjoint(resolutions):
-            raise StorageTransactionError("none of the conflicts was resolved")
+        if not self._asked <= resolutions.keys():
+            raise StorageTransactionError("not all of the conflicts were resolved")
         undos = self._undo_conflicts.asked()
         self._resolutions.update(
             (oid, data) for oid, data in resolutions.items() if oid not in undos

@@ -298,16 +298,19 @@ def test_what_the_client_made_of_a_conflict_is_stored(storage):
     assert current(storage, B) == plain("mine")
 
 
-def test_a_client_may_resolve_one_conflict_after_the_other(storage):
+def test_a_client_that_resolves_a_part_is_not_asked_for_the_rest(storage):
+    """One at a time, of very many, the others would wait for days."""
     first = commit(storage, store(A, plain("old")), store(B, plain("old"))).tid
     commit(storage, store(A, plain("theirs"), first), store(B, plain("theirs"), first))
     mine = [store(A, plain("mine"), first), store(B, plain("mine"), first)]
     committing = begun(storage, *mine)
+    assert isinstance(committing.vote({}), Unresolved)
+    with pytest.raises(StorageTransactionError, match="not all of the conflicts"):
+        committing.vote({B: plain("both B")})
+    committing.abort()
+    committing = begun(storage, *mine)
     committing.vote({})
-    still = committing.vote({B: plain("both B")})
-    assert isinstance(still, Unresolved)
-    assert [conflict.oid for conflict in still.conflicts] == [A]
-    voted = committing.vote({A: plain("both A")})
+    voted = committing.vote({B: plain("both B"), A: plain("both A")})
     assert isinstance(voted, Voted)
     assert sorted(voted.resolved) == [A, B]
     committing.finish()

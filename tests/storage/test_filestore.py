@@ -389,7 +389,7 @@ def test_each_of_several_undos_may_need_the_client(database):
 def test_a_client_that_resolves_nothing_is_not_asked_again(database, resolutions):
     _first, second, _third = chain(database, 1, 2, 3)
     database.vote(transaction(undo(second)))
-    with pytest.raises(StorageTransactionError, match="none of the conflicts"):
+    with pytest.raises(StorageTransactionError, match="not all of the conflicts"):
         database.resolve(resolutions)
     commit(database, store(B, plain("next")))
     assert database.load(A, MAX_TID).data == plain(3)
