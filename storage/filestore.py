@@ -79,10 +79,16 @@ class _DataFile(IndexedFile):
         return super()._newIndexes()
 
     def _initIndex(self, index: Any, tindex: Any) -> None:
-        """Called at opening and when a pack has replaced the file."""
-        super()._initIndex(index, tindex)
+        """Called at opening and when ZODB's own pack has replaced the file."""
         if self._file is not None:
-            self.generation = Generation(self._file_name, index)
+            try:
+                self.generation = Generation(self._file_name, index)
+            except BaseException:
+                # FileStorage does not know yet where the new file ends: what it would
+                # write there nobody would find. It must not write any more.
+                self._file.close()
+                raise
+        super()._initIndex(index, tindex)
 
     def renew(self, generation: Generation) -> None:
         """Read that file from now on, by the index that goes with it; cannot fail."""

@@ -1,6 +1,7 @@
 """A Data.fs below wrappers is a FileStore in everything but its records."""
 
 import time
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,28 @@ def test_an_undo_below_wrappers_of_both_kinds_is_merged_by_the_server_or_nobody(
     with pytest.raises(UndoError):
         database.vote(transaction(undo(second)))
     database.close()
+
+
+def test_a_packed_file_that_cannot_be_read_is_not_written(
+    tmp_path, database, monkeypatch
+):
+    """Nobody would find what is committed from then on."""
+    commit(database, store(bytes(8), references()))
+    commit(database, store(A, plain(2)))
+
+    def fail(*_args: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("zeolith.storage.filestore.Generation", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        database.pack(4_000_000_000 - 1)
+    with pytest.raises(ValueError, match="closed file"):
+        database.vote(transaction(store(B, plain(3))))
+    monkeypatch.undo()
+    database.close()
+    with closing(opened(tmp_path)) as again:
+        assert again.load(bytes(8), MAX_TID)
+        commit(again, store(B, plain(3)))
 
 
 def test_blobs_are_known_as_such_below_wrappers(tmp_path):
