@@ -191,8 +191,7 @@ class Uploading:
         self._is_discarded = True
         self._when_written = None
         self._forget_queue()
-        discarding = self._workers.write_blobs(self._files.discard)
-        discarding.add_done_callback(_log_failure)
+        self._remove_files()
 
     @property
     def _has_batch(self) -> bool:
@@ -200,6 +199,15 @@ class Uploading:
         return (
             self._queued_bytes >= self._batch_bytes or len(self._queue) >= BATCH_CHUNKS
         )
+
+    def _remove_files(self) -> None:
+        try:
+            removing = self._workers.write_blobs(self._files.discard)
+        except RuntimeError:
+            # The server has stopped; nobody waits for the loop any more.
+            self._files.discard()
+        else:
+            removing.add_done_callback(_log_failure)
 
     def _hold_reading(self) -> None:
         if not self._is_holding:
@@ -265,8 +273,7 @@ class Uploading:
         self._error = error
         self._forget_queue()
         # Not at the end of the transaction: the disk may be full.
-        discarding = self._workers.write_blobs(self._files.discard)
-        discarding.add_done_callback(_log_failure)
+        self._remove_files()
 
     def _go_on(self) -> None:
         """Write what is worth it; to the last byte if somebody waits for that."""
@@ -342,7 +349,7 @@ def _size(chunk: tuple[int, bytes]) -> int:
     return len(chunk[1])
 
 
-def _log_failure(discarding: "asyncio.Future[None]") -> None:
-    error = discarding.exception()
+def _log_failure(removing: "asyncio.Future[None]") -> None:
+    error = removing.exception()
     if error is not None:
         logger.error("an uploaded blob could not be removed: %s", error)

@@ -38,7 +38,7 @@ from zeolith.storage.database import (
     Voted,
 )
 from zeolith.storage.tids import Z64, next_tid, tid_at
-from zeolith.storage.undoing import UndoConflicts
+from zeolith.storage.undoing import UNDO_ROUNDS_MAX, UndoConflicts
 from zeolith.storage.wrapping import PLAIN, Form, bottom
 
 # Committed, and packed. FileStorage writes the status as it is where it marks a
@@ -97,6 +97,7 @@ class Committing:
         # What was resolved, by the server or the client: oid -> record.
         self._resolutions: dict[bytes, bytes] = {}
         self._undo_conflicts = UndoConflicts()
+        self._undo_rounds = 0
         # Every oid that an operation changes; filled before the vote.
         self._written: dict[bytes, None] = {}
         # Of what the client has to resolve now.
@@ -167,6 +168,7 @@ class Committing:
         except _Asks:
             # What is stored is half of it. Nobody else can commit in between: this is
             # the writer thread.
+            self._count_round()
             self._take_back_blobs()
             self.abort()
             self._undone.clear()
@@ -177,6 +179,14 @@ class Committing:
         # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
         self._undone.update(oid for oid in answer or () if isinstance(oid, bytes))
         return Voted(self.tid, [*self._resolutions, *self._undone])
+
+    def _count_round(self) -> None:
+        self._undo_rounds += 1
+        if self._undo_rounds > UNDO_ROUNDS_MAX:
+            raise UndoError(
+                f"what was changed since takes more than {UNDO_ROUNDS_MAX} rounds to"
+                " merge (UNDO_ROUNDS_MAX); undo fewer transactions at a time"
+            )
 
     def _ask(self, unresolved: list[Conflict]) -> Unresolved:
         self._asked = {conflict.oid for conflict in unresolved}

@@ -16,6 +16,9 @@ from zeolith.storage import conflicts
 from zeolith.storage.database import Conflict
 from zeolith.storage.wrapping import PLAIN, Form
 
+# Each round begins the vote anew, while nobody else can commit.
+UNDO_ROUNDS_MAX = 100
+
 
 class _States(NamedTuple):
     """What was to be merged: the same question has the same answer."""

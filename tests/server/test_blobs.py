@@ -350,6 +350,19 @@ async def test_a_stopping_server_takes_no_blobs_to_the_vote(server, channel):
     assert server.upload.is_discarded
 
 
+async def test_an_upload_goes_with_its_channel_when_the_workers_have_ended(
+    server, channel, monkeypatch
+):
+    send(channel, b"data")
+
+    def refuse(*_args: Any) -> Any:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(server.workers, "write_blobs", refuse)
+    await channel.lose()
+    assert server.upload.is_discarded
+
+
 # Waiting for the client
 
 

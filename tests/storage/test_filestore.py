@@ -23,8 +23,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from ZODB._compat import PersistentPickler
 from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.FileStorage import FileStorageQuotaError
-from ZODB.POSException import POSKeyError, ReadOnlyError, StorageTransactionError
+from ZODB.POSException import (
+    POSKeyError,
+    ReadOnlyError,
+    StorageTransactionError,
+    UndoError,
+)
 
+from zeolith.storage import commit as commit_module
 from zeolith.storage import filestore, indexed
 from zeolith.storage.adapted import TIDS_SKIPPED
 from zeolith.storage.changes import Change, Changes
@@ -319,6 +325,33 @@ def test_an_undo_is_a_transaction_like_others(database):
     # And it can be undone itself.
     commit(database, undo(finished.tid))
     assert database.load(B, MAX_TID).data == plain(2)
+
+
+@pytest.mark.parametrize("rounds_max", [2, 3])
+def test_an_undo_does_not_ask_the_client_for_ever(database, monkeypatch, rounds_max):
+    """Each round begins anew, while everybody else waits."""
+    monkeypatch.setattr(commit_module, "UNDO_ROUNDS_MAX", rounds_max)
+    tids = [commit(database, store(A, plain(0))).tid]
+    for n in range(1, 6):
+        tids.append(commit(database, store(A, plain(n), tids[-1])).tid)
+
+    def merged() -> Any:
+        answer = database.vote(transaction(*(undo(tid) for tid in tids[1:4])))
+        for n in range(100):
+            if not isinstance(answer, Unresolved):
+                break
+            answer = database.resolve({A: plain(f"merged {n}")})
+        return answer
+
+    if rounds_max < 3:
+        with pytest.raises(UndoError, match="fewer transactions at a time"):
+            merged()
+        database.abort()
+        commit(database, store(A, plain(6), tids[-1]))
+    else:
+        assert isinstance(merged(), Voted)
+        tid = database.finish().tid
+        assert database.load_serial(A, tid) == plain("merged 2")
 
 
 def bucket(**items: Any) -> bytes:
