@@ -12,8 +12,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -130,13 +130,13 @@ def copy(
     """
     # What storages say of an index or a lock is told in a line, or does not matter.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level="ERROR")
-    for name in ("zc.lockfile", "ZODB.FileStorage"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     if verify_all and not verify:
         raise click.UsageError("--verify-all and --no-verify contradict each other")
     since_tid = None if since is None else max(_tid(since), Z64)
     try:
         with ExitStack() as stack:
+            for name in ("zc.lockfile", "ZODB.FileStorage"):
+                stack.enter_context(_silenced(logging.getLogger(name)))
             from_ = _opened(source, stack, is_source=True)
             to = _opened(destination, stack, is_source=False)
             job = _Copy(from_, to, without_blobs, skip_missing_blobs, quiet)
@@ -157,6 +157,17 @@ def copy(
         _exit(_INTERRUPTED, "interrupted; the same command goes on where it was")
     except (POSError, OSError) as error:
         _exit(1, f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _silenced(logger: logging.Logger) -> Iterator[None]:
+    """``logger`` says nothing but the worst meanwhile."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Copy:

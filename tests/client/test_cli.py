@@ -1,6 +1,7 @@
 """``zeolith copy``, as a program and (where it must be stopped) as a function."""
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -63,6 +64,13 @@ def contents(path: str) -> Any:
 
 def copied(*arguments: str) -> Result:
     return CliRunner().invoke(copy, arguments)
+
+
+def test_who_runs_it_in_a_program_logs_as_before(source, destination):
+    loggers = [logging.getLogger(name) for name in ("zc.lockfile", "ZODB.FileStorage")]
+    before = [logger.level for logger in loggers]
+    assert copied(source, destination).exit_code == 0
+    assert [logger.level for logger in loggers] == before
 
 
 def test_the_program_copies_a_file_to_a_file(source, destination):
