@@ -202,10 +202,14 @@ def judge_log(storage: FileStorage, root: Any, lines: list[Line]) -> int:
     return found.total()
 
 
+class _WithoutReferences(pickle.Unpickler):
+    def persistent_load(self, _reference: Any) -> None:
+        return None
+
+
 def state_of(data: bytes) -> Any:
     """The state in a record, references left out."""
-    unpickler = pickle.Unpickler(io.BytesIO(data))
-    unpickler.persistent_load = lambda _reference: None  # type: ignore[method-assign]
+    unpickler = _WithoutReferences(io.BytesIO(data))
     unpickler.load()
     return unpickler.load()
 
