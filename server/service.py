@@ -22,6 +22,12 @@ from zeolith.protocol.methods import METHODS, VERSION, Effect
 from zeolith.server import blobs, staging
 from zeolith.server.committer import Commit, Phase
 from zeolith.server.iteration import Iteration
+from zeolith.server.loading import (
+    answer_of,
+    load_announced,
+    load_several,
+    load_several_slowly,
+)
 from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
 from zeolith.server.served import Served
@@ -30,9 +36,7 @@ from zeolith.server.status import status_of
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import (
-    Database,
     Finished,
-    Revision,
     Transaction,
     Unresolved,
     Voted,
@@ -43,8 +47,6 @@ from zeolith.storage.tids import tid_at
 logger = logging.getLogger(__name__)
 
 LATER = object()
-# What a database is told to bring near at a time.
-PREFETCHED = 100
 # Errors that are answers: nothing is wrong with the server when they occur.
 _EXPECTED = (POSError, KeyError, ZeolithError, OSError)
 
@@ -301,19 +303,20 @@ class Service:
             before = served.horizon
         as_of = served.changes.last_tid
         try:
-            found = served.database.load_nowait(oid, before)
+            load = served.database.load_nowait
+            found = load_announced(load, oid, before, served.horizon)
         except WouldBlock:
             return self._read(
                 peer,
                 number,
+                load_announced,
                 served.database.load,
                 oid,
                 before,
-                then=partial(_loaded, as_of),
+                served.horizon,
+                then=partial(answer_of, as_of),
             )
-        if found is None:
-            return (None, None, None, as_of)
-        return (*found, as_of)
+        return answer_of(as_of, found)
 
     def _load_many(
         self, peer: Peer, number: int, oids: list[bytes], before: bytes
@@ -326,12 +329,12 @@ class Service:
         as_of = served.changes.last_tid
         bytes_max = self.limits.batch_bytes_max
         try:
-            loaded = _load_several(served.database.load_nowait, oids, before, bytes_max)
+            loaded = load_several(served.database.load_nowait, oids, before, bytes_max)
         except WouldBlock:
             return self._read(
                 peer,
                 number,
-                partial(_load_slowly, served.database, oids, before, bytes_max),
+                partial(load_several_slowly, served.database, oids, before, bytes_max),
                 then=lambda value: (as_of, value),
             )
         return (as_of, loaded)
@@ -533,57 +536,11 @@ def _welcome(
     }
 
 
-def _load_slowly(
-    database: Database, oids: list[bytes], before: bytes, bytes_max: int
-) -> list[Revision | None]:
-    loaded: list[Revision | None] = []
-    size = 0
-    # Not all at once: most of it may be beyond the end of the answer.
-    for start in range(0, len(oids), PREFETCHED):
-        part = oids[start : start + PREFETCHED]
-        database.prefetch(part, before)
-        found = _load_several(database.load, part, before, bytes_max - size)
-        loaded += found
-        size += sum(len(each.data) for each in found if each)
-        if size > bytes_max:
-            break
-    return loaded
-
-
 def _before(tid: bytes, changes: list[Change] | None) -> list[Change] | None:
     """Those of ``changes`` that lead to ``tid``; None if not all of them are there."""
     if changes is None or all(change.tid != tid for change in reversed(changes)):
         return None
     return [change for change in changes if change.tid < tid]
-
-
-def _loaded(as_of: bytes, found: Revision | None) -> tuple[Any, ...]:
-    return (None, None, None, as_of) if found is None else (*found, as_of)
-
-
-def _load_several(
-    load: Callable[[bytes, bytes], Revision | None],
-    oids: list[bytes],
-    before: bytes,
-    bytes_max: int,
-) -> list[Revision | None]:
-    """The revisions of the first ``oids``, up to about ``bytes_max`` of data.
-
-    An object that is not there is None, for the others are still wanted; the caller
-    asks again for what is beyond the end of the list.
-    """
-    loaded: list[Revision | None] = []
-    size = 0
-    for oid in oids:
-        try:
-            found = load(oid, before)
-        except KeyError:
-            found = None
-        loaded.append(found)
-        size += len(found.data) if found else 0
-        if size > bytes_max:
-            break
-    return loaded
 
 
 def _outcome(

@@ -1,13 +1,18 @@
 """Two processes open the same empty database at the same moment."""
 
+import pytest
 import ZODB
 from persistent.mapping import PersistentMapping
+from ZODB.POSException import POSKeyError
 
 from zeolith.client import DB
 from zeolith.client.storage import ClientStorage
+from zeolith.client.tids import MAX_TID, Z64, following
+from zeolith.storage.database import Finished
+from zeolith.storage.filestore import FileStore
 
 from ..support.gates import Background, Gate
-from ..support.inprocess import HeldStream
+from ..support.inprocess import HeldStream, client_of
 
 
 def put(db: ZODB.DB, key: str) -> None:
@@ -92,3 +97,42 @@ def test_a_root_that_was_made_a_moment_ago_is_found(server, monkeypatch):
     put(late, "two")
     first.close()
     late.close()
+
+
+def test_a_root_that_is_on_disk_and_not_announced_is_not_in_the_way(
+    server, gate, monkeypatch
+):
+    """However often somebody tries meanwhile, it is not there, and then a conflict."""
+    finish = FileStore.finish
+
+    def announced_late(database: FileStore) -> Finished:
+        finished = finish(database)
+        gate.pass_through()
+        return finished
+
+    monkeypatch.setattr(FileStore, "finish", announced_late)
+    gate.shut()
+    opening = Background(DB, server.address)
+    gate.wait_until_reached()
+    with client_of(server) as storage:
+        for before in (following(Z64), MAX_TID):
+            with pytest.raises(POSKeyError):
+                storage.loadBefore(Z64, before)
+        voted = Gate()
+        vote = ClientStorage.tpc_vote
+
+        def vote_told(storage: ClientStorage, transaction: object) -> object:
+            voted.pass_through()
+            return vote(storage, transaction)
+
+        monkeypatch.setattr(ClientStorage, "tpc_vote", vote_told)
+        voted.shut()
+        late = Background(DB, server.address)
+        # It has found no root, and will make one.
+        voted.wait_until_reached()
+        voted.open()
+        gate.open()
+        for each in (opening, late):
+            db = each.result()
+            assert keys(db) == []
+            db.close()

@@ -9,7 +9,7 @@ from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Failure, Goodbye, Notice, Reply, Welcome
 from zeolith.protocol.methods import METHODS, VERSION, Effect
 from zeolith.server.committer import Phase
-from zeolith.server.service import PREFETCHED
+from zeolith.server.loading import PREFETCHED
 from zeolith.storage.database import Conflict, Transaction, Unresolved
 
 from ..support.ids import number, transaction_id
@@ -319,6 +319,23 @@ async def test_a_load_does_not_show_what_was_not_announced(server, channel):
     publish(server.served, number(2), [OID])
     load = channel.ask("load", OID, LATEST)
     assert channel.value(load)[0] == b"not announced"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("before", [number(1), LATEST])
+async def test_an_object_that_was_not_announced_is_not_there(
+    server, channel, before, waits
+):
+    """And not: younger. The snapshot in which it is there has not been yet."""
+    server.database.would_block = waits
+    server.database.put(number(9), number(2), b"not announced")
+    load = channel.ask("load", number(9), before)
+    await server.workers.work()
+    assert channel.failure(load).name == "POSKeyError"
+    publish(server.served, number(2), [number(9)])
+    load = channel.ask("load", number(9), number(1))
+    await server.workers.work()
+    assert channel.value(load) == [None, None, None, number(2)]
 
 
 @pytest.mark.parametrize("method", ["load", "load_many"])
