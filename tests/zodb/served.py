@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 from ZODB.tests.BasicStorage import BasicStorage
 from ZODB.tests.ConflictResolution import ConflictResolvingStorage
 from ZODB.tests.HistoryStorage import HistoryStorage
@@ -96,6 +97,11 @@ class EveryStorage(
     def testResolve(self) -> None:
         # ZODB's own method has lost the prefix that would make it a test.
         self.checkResolve()
+
+    @pytest.mark.slow
+    def test_race_external_invalidate_vs_disconnect(self) -> None:
+        # Ten seconds of work between clients: a FileStorage has it every day.
+        super().test_race_external_invalidate_vs_disconnect()
 
 
 def stop_without_complaints(server: ServerProcess) -> None:

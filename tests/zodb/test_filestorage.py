@@ -10,5 +10,9 @@ class FileStorageTests(EveryStorage):
 </filestorage>
 """
 
+    def test_race_external_invalidate_vs_disconnect(self) -> None:
+        # Not slow here.
+        super().test_race_external_invalidate_vs_disconnect()
+
 
 del EveryStorage
