@@ -247,6 +247,12 @@ def forget_given_up() -> None:
     _given_up.clear()
 
 
+def discard(path: str) -> None:
+    """Remove a file that is of no more use, if that is possible."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def remove_locked(path: str, fd: int) -> bool:
     """Remove the file whose lock the caller holds by ``fd``; whether it was there."""
     if not is_still_at(path, fd):

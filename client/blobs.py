@@ -38,7 +38,7 @@ from ZODB.POSException import POSKeyError
 
 from zeolith.client import blob_directory
 from zeolith.client.blob_cleaner import GRACE_S, Bound, Cleaner, idle_s, touch
-from zeolith.client.blob_directory import READ_ONLY, BlobDirectory, is_full
+from zeolith.client.blob_directory import READ_ONLY, BlobDirectory, discard, is_full
 from zeolith.client.file_locks import is_still_at, open_lockable, release, try_lock
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class SharedBlobs:
 
     def adopt(self, oid: bytes, tid: bytes, path: str) -> None:
         """The server has its copy now: remove ours if it is still there."""
-        _discard(path)
+        discard(path)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -220,7 +220,7 @@ class BlobCache:
             self._count(size)
         except Exception as error:  # noqa: BLE001 - the commit must not look failed
             logger.warning("a committed blob is not kept in the cache: %s", error)
-            _discard(path)
+            discard(path)
 
     def close(self) -> None:
         """Stop cleaning and give up the temporary directory; may be called twice."""
@@ -297,7 +297,7 @@ class BlobCache:
         except BaseException as error:
             if not is_still_at(part, fd) and isinstance(error, FileNotFoundError):
                 return False
-            _discard(part)
+            discard(part)
             if isinstance(error, OSError) and is_full(error):
                 raise OSError(
                     error.errno,
@@ -373,15 +373,9 @@ def _move(path: str, target: str) -> None:
         try:
             shutil.copyfile(path, target)
         except BaseException:
-            _discard(target)
+            discard(target)
             raise
-        _discard(path)
-
-
-def _discard(path: str) -> None:
-    """Remove a file that is of no more use, if that is possible."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+        discard(path)
 
 
 # Caches of this process, so that a forked child can start with locks of its own.

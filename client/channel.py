@@ -13,6 +13,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -51,8 +52,6 @@ class Channel:
         self._socket = sock
         self._connection = connection
         self.is_lost = False
-        # How often ``send_patiently`` found that nothing was taken for the time limit.
-        self.stalls = 0
 
     @property
     def is_busy(self) -> bool:
@@ -110,6 +109,7 @@ class Channel:
 
     def answer(self) -> Any:
         """What was asked for; raises as ``call`` does."""
+        # What _replies does, spelled out, for this is the hot path.
         connection = self._connection
         try:
             while received := self._socket.recv(RECEIVE_BYTES):
@@ -162,10 +162,8 @@ class Channel:
         rest = memoryview(data)
         try:
             while rest:
-                try:
+                with suppress(BlockingIOError):
                     rest = rest[self._socket.send(rest) :]
-                except BlockingIOError:
-                    self.stalls += 1
         except OSError as error:
             raise self._lost(error) from error
         except BaseException:

@@ -35,7 +35,7 @@ from ZODB.POSException import POSError, POSKeyError
 from zodburi import resolve_uri
 
 from zeolith.client.copying import blob_of, copy_transactions, is_wrapped
-from zeolith.client.tids import Z64
+from zeolith.client.tids import Z64, following, preceding
 
 _INTERRUPTED = 130
 # The magic number, and a transaction with nothing in it.
@@ -256,7 +256,7 @@ class _Copy:
         """The tid before all that the destination has."""
         with closing(self._after(self._destination, Z64)) as transactions:
             first = next(transactions, None)
-        return Z64 if first is None else _before(first.tid)
+        return Z64 if first is None else preceding(first.tid)
 
     def _verify(self, start: bytes) -> None:
         end = self._destination.lastTransaction()
@@ -298,7 +298,7 @@ class _Copy:
     def _after(
         self, storage: Any, start: bytes, stop: bytes | None = None
     ) -> "_Iteration":
-        first = None if start == Z64 else _following(start)
+        first = None if start == Z64 else following(start)
         return _Iteration(storage.iterator(first, stop), stop)
 
     def _before_record(self, record: Any) -> None:
@@ -442,14 +442,6 @@ class _Progress:
 
 def _minute(tid: bytes) -> int:
     return int.from_bytes(tid[:6], "big")
-
-
-def _following(tid: bytes) -> bytes:
-    return (int.from_bytes(tid, "big") + 1).to_bytes(8, "big")
-
-
-def _before(tid: bytes) -> bytes:
-    return (int.from_bytes(tid, "big") - 1).to_bytes(8, "big")
 
 
 def _described(transaction: Any) -> tuple[Any, ...]:

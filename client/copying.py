@@ -21,6 +21,8 @@ from ZODB.interfaces import (
 )
 from ZODB.POSException import POSKeyError, Unsupported
 
+from zeolith.client.blob_directory import discard
+
 Transactions = Iterable[Any]
 
 # No pickle begins so, but what wrappers like zc.zlibstorage make of one does.
@@ -164,7 +166,7 @@ class _Copier:
             )
         except BaseException:
             # It may have been taken away before.
-            _remove(path)
+            discard(path)
             raise
 
     def _copy_of_blob(self, record: Any) -> str | None:
@@ -184,11 +186,6 @@ class _Copier:
                 shutil.copyfileobj(blob, copy, 1024 * 1024)
         except BaseException:
             # No room, most likely, and least of all for this.
-            _remove(path)
+            discard(path)
             raise
         return path
-
-
-def _remove(path: str) -> None:
-    with suppress(OSError):
-        os.unlink(path)

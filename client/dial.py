@@ -18,7 +18,7 @@ from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Failure, Message, Welcome
-from zeolith.protocol.methods import VERSION
+from zeolith.protocol.methods import hello_fields
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_FIRST_S = 0.05
@@ -104,7 +104,7 @@ def dial_any(addresses: list[Address], wish: Wish, limits: Limits) -> Reached:
 
 def dial(address: Address, wish: Wish, limits: Limits) -> Reached:
     """Open a stream at ``address``; raises OSError or a ZeolithError."""
-    hello = _hello(
+    hello = hello_fields(
         kind="stream",
         storage=wish.storage,
         read_only=wish.is_read_only,
@@ -118,24 +118,9 @@ def dial(address: Address, wish: Wish, limits: Limits) -> Reached:
 
 def dial_channel(address: Address, token: bytes, limits: Limits) -> Channel:
     """Open one more channel of the session ``token``; raises as ``dial``."""
-    reached = _greet(address, _hello(kind="channel", session=token), limits)
+    reached = _greet(address, hello_fields(kind="channel", session=token), limits)
     limit_silence(reached.socket, limits.heartbeat_timeout_s)
     return Channel(reached.socket, reached.connection)
-
-
-def _hello(**fields: Any) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "capabilities": [],
-        "storage": None,
-        "database_id": None,
-        "epoch": None,
-        "position": None,
-        "read_only": False,
-        "label": None,
-        "session": None,
-        **fields,
-    }
 
 
 def _greet(address: Address, hello: dict[str, Any], limits: Limits) -> Reached:

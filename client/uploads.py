@@ -8,7 +8,6 @@ is sent once, when it is stored, and not again at the vote.
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -16,6 +15,7 @@ from ZODB.blob import FilesystemHelper
 from ZODB.interfaces import IBlobStorage
 from ZODB.POSException import Unsupported
 
+from zeolith.client.blob_directory import discard
 from zeolith.client.blobs import BlobCache, SharedBlobs
 from zeolith.client.channel import Channel
 from zeolith.client.downloads import Converse, fetch
@@ -81,12 +81,12 @@ class Uploads:
             if kept[oid] == path and self._blobs is not None:
                 self._blobs.adopt(oid, tid, path)
             else:
-                _remove(path)
+                discard(path)
 
     def close(self) -> None:
         """Remove what was not adopted; may be called again."""
         while self._files:
-            _remove(self._files.pop()[1])
+            discard(self._files.pop()[1])
 
 
 def open_blobs(
@@ -110,11 +110,6 @@ def fshelper_of(blobs: Blobs) -> Any:
     if isinstance(blobs, SharedBlobs):
         return FilesystemHelper(blobs.directory)
     return SimpleNamespace(temp_dir=blobs.temporary_directory())
-
-
-def _remove(path: str) -> None:
-    with suppress(OSError):
-        os.unlink(path)
 
 
 class BlobMethods:

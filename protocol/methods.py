@@ -161,6 +161,24 @@ HELLO: dict[str, Kind] = {
     "label": optional(TEXT),
     "session": optional(TOKEN),
 }
+
+
+def hello_fields(**fields: Any) -> dict[str, Any]:
+    """The fields of a Hello of this version: ``fields``, and nothing for the others."""
+    return {
+        "version": VERSION,
+        "capabilities": [],
+        "storage": None,
+        "database_id": None,
+        "epoch": None,
+        "position": None,
+        "read_only": False,
+        "label": None,
+        "session": None,
+        **fields,
+    }
+
+
 WELCOME: dict[str, Kind] = {
     "version": COUNT,
     "capabilities": list_of(TEXT),

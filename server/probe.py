@@ -12,7 +12,7 @@ from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.messages import Failure, Message, Reply, Welcome
-from zeolith.protocol.methods import VERSION
+from zeolith.protocol.methods import hello_fields
 
 _RECEIVE_BYTES = 65536
 
@@ -58,18 +58,7 @@ class _Dialogue:
         self._connection = Connection(Role.CLIENT, time.monotonic())
 
     def ask(self, method: str) -> Any:
-        hello = {
-            "version": VERSION,
-            "capabilities": [],
-            "kind": "channel",
-            "storage": None,
-            "database_id": None,
-            "epoch": None,
-            "position": None,
-            "read_only": True,
-            "label": None,
-            "session": None,
-        }
+        hello = hello_fields(kind="channel", read_only=True)
         self._socket.sendall(self._connection.hello(hello, time.monotonic()))
         self._receive(Welcome)
         self._socket.sendall(self._connection.request(method, [], time.monotonic()))

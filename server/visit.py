@@ -17,7 +17,7 @@ from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Failure, Message, Reply, Welcome
-from zeolith.protocol.methods import VERSION
+from zeolith.protocol.methods import hello_fields
 from zeolith.server.probe import NoAnswer, connected
 
 _RECEIVE_BYTES = 65536
@@ -36,18 +36,7 @@ class _Socket:
 
     def greet(self, **fields: Any) -> dict[str, Any]:
         """Say hello; returns the welcome."""
-        hello = {
-            "version": VERSION,
-            "capabilities": [],
-            "storage": None,
-            "database_id": None,
-            "epoch": None,
-            "position": None,
-            "read_only": False,
-            "label": None,
-            "session": None,
-            **fields,
-        }
+        hello = hello_fields(**fields)
         self.socket.sendall(self.connection.hello(hello, time.monotonic()))
         while True:
             for message in self.receive():

@@ -30,6 +30,7 @@ from ZODB.interfaces import IBlobStorage
 from ZODB.POSException import POSKeyError, StorageTransactionError, Unsupported
 
 from zeolith.storage import conflicts
+from zeolith.storage.syncing import sync_path
 
 _PREFIX = ".zeolith-uploads-"
 _LOCK = "lock"
@@ -92,18 +93,10 @@ def sync_stored(storage: Any) -> None:
     directories = set()
     for oid, tid in getattr(storage, "dirty_oids", ()):
         path = storage.fshelper.getBlobFilename(oid, tid)
-        _sync(path)
+        sync_path(path)
         directories.add(os.path.dirname(path))
     for directory in directories:
-        _sync(directory)
-
-
-def _sync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(directory)
 
 
 def mark(path: str, oid: bytes, tid: bytes) -> Path:
@@ -303,4 +296,4 @@ class Upload:
         self._paths[name] = path
         if not stat.S_ISREG(path.lstat().st_mode):
             raise StorageTransactionError(f"{name!r:.100} is no file")
-        _sync(path)
+        sync_path(path)

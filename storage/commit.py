@@ -366,18 +366,23 @@ class Committing:
         if not IBlobStorageRestoreable.providedBy(self._storage):
             raise Unsupported("this storage cannot restore blobs")
         self._refuse_empty(oid, data)
-        if previous is not None and not self._is_record(oid, previous, data):
-            # It is a hint: packed away here, or another record.
-            previous = None
+        previous = self._if_it_is(oid, previous, data)
         path = self._blob_file(name)
         self._mark(name, oid, path)
         self._storage.restoreBlob(oid, serial, data, path, previous, self._metadata)
 
-    def _is_record(self, oid: bytes, tid: bytes, data: bytes | None) -> bool:
+    def _if_it_is(
+        self, oid: bytes, tid: bytes | None, data: bytes | None
+    ) -> bytes | None:
+        """``tid`` if that is where the data are, which is only a client's hint.
+
+        They may be packed away here, or it is another record.
+        """
         try:
-            return bool(self._storage.loadSerial(oid, tid) == data)
+            is_it = tid is not None and self._storage.loadSerial(oid, tid) == data
         except POSKeyError:
-            return False
+            is_it = False
+        return tid if is_it else None
 
     def _mark(self, name: int | str, oid: bytes, path: str) -> None:
         """Leave a mark of a blob's file, for the case that nobody comes to the end."""
@@ -413,9 +418,7 @@ class Committing:
     ) -> None:
         if data is not None:
             self._refuse_empty(oid, data)
-        if data_tid is not None and not self._is_record(oid, data_tid, data):
-            # It is a hint: packed away here, or another record.
-            data_tid = None
+        data_tid = self._if_it_is(oid, data_tid, data)
         self._storage.restore(oid, serial, data, "", data_tid, self._metadata)
 
     def _delete(self, oid: bytes, serial: bytes) -> None:

@@ -16,6 +16,8 @@ import os
 import uuid
 from pathlib import Path
 
+from zeolith.storage.syncing import sync_path
+
 # What reading the file may raise: nested or large beyond reason counts too.
 _NOT_WHAT_WE_WROTE = (KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
@@ -81,8 +83,4 @@ class Identity:
             file.flush()
             os.fsync(file.fileno())
         replacement.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_path(self._path.parent)

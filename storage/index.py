@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 from ZODB.fsIndex import fsIndex
 
+from zeolith.storage.syncing import sync_path
+
 # So many buckets are copied at most while commits wait: 32 MB, ten milliseconds.
 COPIED_MAX = 64
 # After so many rounds commits wait after all, or the file would have all of it often.
@@ -110,7 +112,7 @@ def save(source: Source, path: Path) -> int:
     except BaseException:
         replacement.unlink(missing_ok=True)
         raise
-    _sync_folder(path)
+    sync_path(path.parent)
     return size
 
 
@@ -125,7 +127,7 @@ def save_still(index: Any, position: int, path: Path) -> int:
         _sync(file)
         size = file.tell()
     replacement.replace(path)
-    _sync_folder(path)
+    sync_path(path.parent)
     return size
 
 
@@ -142,11 +144,3 @@ def _write(file: Any, buckets: Iterable[tuple[bytes, bytes]]) -> None:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -41,6 +41,8 @@ from ZODB.FileStorage.fspack import GC, FileStoragePacker, PackCopier, PackError
 from ZODB.fsIndex import fsIndex
 from ZODB.serialize import referencesf
 
+from zeolith.storage.syncing import sync_path
+
 PROGRESS_INTERVAL_S = 0.25
 # Written to disk this often, so that no sync at the end holds up those of commits.
 SYNC_BYTES = 32 * 1024 * 1024
@@ -236,8 +238,7 @@ class Packer(FileStoragePacker):
         """Save the index of what is copied, and remember what comes later."""
         name = self._path + ".pack.index"
         self.index.save(self._tfile.tell(), name)
-        with open(name, "rb") as saved:
-            os.fsync(saved.fileno())
+        sync_path(name)
         self.index.changed = {}
 
     def report(self) -> None:

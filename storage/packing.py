@@ -42,6 +42,7 @@ from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.records import Generation
 from zeolith.storage.superfluous import remove_blobs
+from zeolith.storage.syncing import sync_path
 from zeolith.storage.tids import Z64, tid_at
 
 logger = logging.getLogger(__name__)
@@ -354,14 +355,8 @@ def clear(path: str) -> None:
         _rename_if_there(index + ".old", index)
     for suffix in (".index.old", ".pack.index", ".pack.removed"):
         _remove(path + suffix)
-    sync_directory(path)
+    sync_path(os.path.dirname(path))
     _remove(path + ".pack")
-
-
-def sync_directory(path: str) -> None:
-    """Have the names in the directory of ``path`` on disk."""
-    with _directory(path) as directory:
-        os.fsync(directory)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,31 +135,52 @@ def test_a_storage_without_a_directory_takes_nothing(tmp_path):
     uploads.close()
 
 
-def test_a_slow_server_is_waited_for_while_its_session_lives():
-    """The socket's own time limit passes again and again."""
+class Socket:
+    """A socket that counts how often nothing was taken for its time limit."""
+
+    def __init__(self, sock: socket.socket):
+        self._socket = sock
+        self.stalls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def send(self, data: Any) -> int:
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            self.stalls += 1
+            raise
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[Any, Background, socket.socket]]:
+    """A channel, what sends over it for longer than its time limit, the far end."""
     near, far = socket.socketpair()
     with far:
         limit_silence(near, 0.01)
-        channel = Channel_(near, Connection(Role.CLIENT, 0.0))
+        counting: Any = Socket(near)
+        channel = Channel_(counting, Connection(Role.CLIENT, 0.0))
         sending = Background(channel.send_patiently, bytes(10 * 2**20))
-        wait_until(lambda: channel.stalls > 3, "some time limits to pass")
-        received = 0
-        while received < 10 * 2**20:
-            received += len(far.recv(2**20))
-        sending.result()
+        wait_until(lambda: counting.stalls > 3, "some time limits to pass")
+        yield channel, sending, far
         channel.close()
 
 
-def test_the_end_of_the_session_ends_the_wait():
-    near, far = socket.socketpair()
-    with far:
-        limit_silence(near, 0.01)
-        channel = Channel_(near, Connection(Role.CLIENT, 0.0))
-        sending = Background(channel.send_patiently, bytes(10 * 2**20))
-        wait_until(lambda: channel.stalls > 3, "some time limits to pass")
-        channel.shut()
-        with pytest.raises(ChannelLost):
-            sending.result()
+def test_a_slow_server_is_waited_for_while_its_session_lives(slow):
+    """The socket's own time limit passes again and again."""
+    _channel, sending, far = slow
+    received = 0
+    while received < 10 * 2**20:
+        received += len(far.recv(2**20))
+    sending.result()
+
+
+def test_the_end_of_the_session_ends_the_wait(slow):
+    channel, sending, _far = slow
+    channel.shut()
+    with pytest.raises(ChannelLost):
+        sending.result()
 
 
 # Where
