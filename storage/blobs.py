@@ -213,7 +213,7 @@ class Upload:
                 if number != self._number:
                     self._open(number)
                 assert self._file is not None
-                self._file.write(data)
+                _write_all(self._file, data)
 
     def flush(self) -> None:
         """Bring what was written so far to the disk, while more is written.
@@ -297,3 +297,13 @@ class Upload:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise StorageTransactionError(f"{name!r:.100} is no file")
         sync_path(path)
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    """Write all of ``data``; an unbuffered file may write less, on a disk nearly full.
+
+    What is in the way then, the next write says.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,6 +247,20 @@ def test_two_new_blobs_of_one_oid_are_a_conflict_though_their_records_are_equal(
         served.commit(store_blob(A, 0), _0=b"second")
     assert served.blob(A, tid) == b"first"
     assert not temporary_files(served)
+
+
+def test_a_disk_that_takes_half_of_a_chunk_does_not_lose_the_rest(served):
+    """The kernel then says how much it took, and only the next time what is wrong."""
+    upload = served.database.uploads.begin()
+    upload.write([(0, bytes(100_000))])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            upload.write([(0, bytes(100_000))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    upload.discard()
 
 
 def test_a_full_disk_is_an_error_of_the_write(served, monkeypatch):
