@@ -8,7 +8,6 @@ from ZODB.POSException import POSKeyError
 from zeolith.client import DB
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import MAX_TID, Z64, following
-from zeolith.storage.database import Finished
 from zeolith.storage.filestore import FileStore
 
 from ..support.gates import Background, Gate
@@ -52,12 +51,7 @@ def test_of_two_who_make_the_root_both_get_the_same(server, gate, monkeypatch):
 
 def test_a_root_that_is_in_use_already_is_not_made_anew(server, gate, monkeypatch):
     """The other one has even written into it: a conflict, and not the end."""
-    vote = ClientStorage.tpc_vote
-
-    def vote_late(storage: ClientStorage, transaction: object) -> object:
-        gate.pass_through()
-        return vote(storage, transaction)
-
+    vote_late = gate.before(ClientStorage.tpc_vote)
     monkeypatch.setattr(ClientStorage, "tpc_vote", vote_late)
     gate.shut()
     opening = Background(DB, server.address)
@@ -103,14 +97,7 @@ def test_a_root_that_is_on_disk_and_not_announced_is_not_in_the_way(
     server, gate, monkeypatch
 ):
     """However often somebody tries meanwhile, it is not there, and then a conflict."""
-    finish = FileStore.finish
-
-    def announced_late(database: FileStore) -> Finished:
-        finished = finish(database)
-        gate.pass_through()
-        return finished
-
-    monkeypatch.setattr(FileStore, "finish", announced_late)
+    monkeypatch.setattr(FileStore, "finish", gate.after(FileStore.finish))
     gate.shut()
     opening = Background(DB, server.address)
     gate.wait_until_reached()
@@ -119,13 +106,8 @@ def test_a_root_that_is_on_disk_and_not_announced_is_not_in_the_way(
             with pytest.raises(POSKeyError):
                 storage.loadBefore(Z64, before)
         voted = Gate()
-        vote = ClientStorage.tpc_vote
-
-        def vote_told(storage: ClientStorage, transaction: object) -> object:
-            voted.pass_through()
-            return vote(storage, transaction)
-
-        monkeypatch.setattr(ClientStorage, "tpc_vote", vote_told)
+        vote = voted.before(ClientStorage.tpc_vote)
+        monkeypatch.setattr(ClientStorage, "tpc_vote", vote)
         voted.shut()
         late = Background(DB, server.address)
         # It has found no root, and will make one.

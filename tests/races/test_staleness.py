@@ -435,16 +435,19 @@ def everything(storage: ClientStorage, oid: bytes) -> Any:
     iterated = [r.data for t in storage.iterator() for r in t if r.oid == oid]
     assert iterated[::-1] == loaded
     assert len(storage.undoLog(0, 10)) == len(list(storage.iterator()))
-    assert storage.record_iternext()[:3] == (oid, tids[0], loaded[0])
+    found = storage.record_iternext(oid)
+    assert found[:3] == (oid, tids[0], loaded[0])
     return loaded
 
 
 def test_what_an_aborted_transaction_wrote_is_read_by_nobody(server, writer, reader):
     """Its bytes were in the file, behind the last record, where the next ones come."""
+    far = commit(writer, far=bytes(200_000))
     commit(writer, x=b"first")
     for n in range(3):
         aborted = vote(writer, x=b"given up " * 50, y=b"given up " * 50)
-        # Whoever reads ahead has some of them now.
+        # Whoever reads ahead was elsewhere, comes here, and has some of them now.
+        reader.loadSerial(oid_of("far"), far)
         before = everything(reader, X)
         writer.tpc_abort(aborted)
         tid = commit(writer, x=b"committed %d" % n)
