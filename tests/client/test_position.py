@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -728,6 +729,7 @@ class Clients(RuleBasedStateMachine):
         self.asked: list[tuple[Feed, bytes, bytes]] = []
         self.answers: list[dict[str, Any]] = []
         self.syncs: list[dict[str, Any]] = []
+        self.numbers = count(1)
         # Streams that are joined: what is on its way, in order.
         self.feed: Feed | None = None
         self.old_feeds: list[tuple[Feed, list[Change]]] = []
@@ -881,6 +883,8 @@ class Clients(RuleBasedStateMachine):
         assert at is not None
         self.syncs.append(
             {
+                # Two that ask for the same are two.
+                "number": next(self.numbers),
                 "feed": self.feed,
                 "last_tid": self.log[-1].tid,
                 "changes": self.since(at),
