@@ -11,8 +11,9 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import dataset, servers, table
@@ -30,8 +31,11 @@ def main() -> int:
     wanted = _wanted(options.rows, scale)
     rows = [row for trial in wanted for row in trial.rows]
     began_s = time.monotonic()
-    figures = _measure(peers, wanted, scale, options.directory)
-    print(table.markdown(rows, peers, figures))
+    with ExitStack() as stack:
+        stand = stack.enter_context(_stand(options.directory))
+        ready = _start(stack, stand, peers)
+        figures = _measure(stand, ready, wanted, scale)
+    print(table.markdown(rows, list(ready), figures))
     print(f"\n{table.machine()}; medians; interleaved rounds: {scale.rounds}")
     _say(f"{time.monotonic() - began_s:.0f} s")
     if options.json:
@@ -52,7 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         metavar="PEER,...",
-        default="zeo,zeolith,filestorage,socket",
+        default="zeo,zeolith,relstorage,filestorage,socket",
         help=f"some of {', '.join(servers.PEERS)}; default %(default)s",
     )
     parser.add_argument(
@@ -78,10 +82,11 @@ def _peers(options: argparse.Namespace) -> list[str]:
     asked = _listed(options.peers)
     if options.zeo_msgpack and "zeo-msgpack" not in asked:
         asked.insert(1, "zeo-msgpack")
-    missing = [peer for peer in asked if not servers.is_installed(peer)]
-    if missing:
-        _say(f"not installed, left out: {', '.join(missing)}")
-    return [peer for peer in asked if peer not in missing]
+    lacking = {peer: servers.missing(peer) for peer in asked}
+    for peer, what in lacking.items():
+        if what:
+            _say(f"{peer} is left out, here is not: {what}")
+    return [peer for peer in asked if not lacking[peer]]
 
 
 def _wanted(keys: str, scale: Scale) -> list[Trial]:
@@ -93,35 +98,62 @@ def _wanted(keys: str, scale: Scale) -> list[Trial]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Stand:
+    """Where peers get their folders and their data from."""
+
+    folder: Path
+    data: Path
+
+    @contextmanager
+    def fresh(self, peer: str) -> Iterator[Running]:
+        """A server that has served nobody yet."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as own:
+            servers.let_pass(Path(own))
+            with servers.running(peer, Path(own) / peer, self.data) as running:
+                yield running
+
+
+@contextmanager
+def _stand(directory: str | None) -> Iterator[_Stand]:
+    with tempfile.TemporaryDirectory("-bench", dir=directory) as folder:
+        servers.let_pass(Path(folder))
+        data = Path(folder) / "made.fs"
+        dataset.make(data)
+        yield _Stand(Path(folder), data)
+
+
+def _start(stack: ExitStack, stand: _Stand, peers: list[str]) -> dict[str, Running]:
+    """Those of the peers that start, by name."""
+    ready = {}
+    for peer in peers:
+        try:
+            ready[peer] = stack.enter_context(stand.fresh(peer))
+        except servers.CannotRun as error:
+            _say(f"{peer} is left out, it does not run here: {error}")
+    return ready
+
+
 def _measure(
-    peers: list[str], wanted: list[Trial], scale: Scale, directory: str | None
+    stand: _Stand, ready: dict[str, Running], wanted: list[Trial], scale: Scale
 ) -> table.Figures:
     figures: table.Figures = {row.key: {} for trial in wanted for row in trial.rows}
-    with ExitStack() as stack:
-        folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory("-bench", dir=directory))
-        )
-        data = folder / "made.fs"
-        dataset.make(data)
-        ready = {
-            peer: stack.enter_context(servers.running(peer, folder / peer, data))
-            for peer in peers
-        }
-        for number in range(scale.rounds):
-            for trial in wanted:
-                for at in range(len(peers)):
-                    peer = peers[(number + at) % len(peers)]
-                    _run(trial, ready[peer], scale, figures)
-            _say(f"round {number + 1} of {scale.rounds}")
+    peers = list(ready)
+    for number in range(scale.rounds):
+        for trial in wanted:
+            for at in range(len(peers)):
+                peer = peers[(number + at) % len(peers)]
+                if peer not in trial.peers:
+                    continue
+                fresh = (
+                    stand.fresh(peer) if trial.is_fresh else nullcontext(ready[peer])
+                )
+                with fresh as running:
+                    found = trial.run(running, scale)
+                for row, figure in zip(trial.rows, found, strict=True):
+                    figures[row.key].setdefault(peer, []).append(figure)
+        _say(f"round {number + 1} of {scale.rounds}")
     return figures
-
-
-def _run(trial: Trial, running: Running, scale: Scale, figures: table.Figures) -> None:
-    if running.endpoint.peer not in trial.peers:
-        return
-    found = trial.run(running, scale)
-    for row, figure in zip(trial.rows, found, strict=True):
-        figures[row.key].setdefault(running.endpoint.peer, []).append(figure)
 
 
 def _say(text: str) -> None:

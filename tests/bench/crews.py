@@ -8,10 +8,14 @@ import logging
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
+from . import costs
+from .costs import Cost
 from .servers import Running
 from .workloads import Work, Workload, combined
 
@@ -22,15 +26,59 @@ READY, GO = "ready", "go"
 _context = multiprocessing.get_context("fork")
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a crew did, by member, and what it cost."""
+
+    works: list[Work]
+    server: Cost
+    clients: Cost
+
+    @property
+    def work(self) -> Work:
+        """What the members did together."""
+        return combined(self.works)
+
+
+class Crew:
+    """Processes that are prepared, have their storages open, and wait."""
+
+    def __init__(self, running: Running, pipes: list[Pipe]) -> None:
+        self._running = running
+        self._pipes = pipes
+
+    def go(self) -> Measured:
+        """Let them do at the same time what is measured."""
+        with self._running.observer.watch(self._running):
+            before = self._running.cost()
+            for pipe in self._pipes:
+                pipe.send(GO)
+            answers = [_answer(pipe) for pipe in self._pipes]
+            server = self._running.cost().since(before)
+        clients = sum((cost for _work, cost in answers), Cost())
+        measured = Measured([work for work, _cost in answers], server, clients)
+        self._running.observer.saw(measured)
+        return measured
+
+
 def measure(
+    running: Running, workload: Callable[..., Workload], **how: Any
+) -> Measured:
+    """What a crew did that does nothing but this; arguments as those of a crew."""
+    with prepared(running, workload, **how) as crew:
+        return crew.go()
+
+
+@contextmanager
+def prepared(
     running: Running,
     workload: Callable[..., Workload],
     *,
     members: int = 1,
     placement: str = "",
     **options: int,
-) -> tuple[Work, float]:
-    """What ``members`` processes did together, and the server's processor seconds.
+) -> Iterator[Crew]:
+    """A crew of ``members`` processes, each of which does ``workload``.
 
     ``placement`` says on which core they are, as seen from the server. A round trip
     between two cores includes waking one of them, and may take five times as long;
@@ -46,16 +94,11 @@ def measure(
         # One after the other: a ZEO client that connects while others commit may be
         # told of a commit twice, and starts over.
         _answer(crew[-1][0])
-    cpu_before_s = running.cpu_s()
-    for pipe, _process in crew:
-        pipe.send(GO)
-    works = [_answer(pipe) for pipe, _process in crew]
-    cpu_s = running.cpu_s() - cpu_before_s
+    yield Crew(running, [pipe for pipe, _process in crew])
     for pipe, process in crew:
         pipe.send(GO)
         process.join(ANSWER_S)
         pipe.close()
-    return combined(works), cpu_s
 
 
 def _start(
@@ -64,7 +107,7 @@ def _start(
     share: int,
     options: dict[str, int],
     cores: set[int],
-) -> tuple[Pipe, Any]:
+) -> tuple[Pipe, multiprocessing.process.BaseProcess]:
     ours, theirs = _context.Pipe()
     process = _context.Process(
         target=_member,
@@ -92,7 +135,9 @@ def _member(
         next(steps)
         pipe.send(READY)
         pipe.recv()
-        pipe.send(next(steps))
+        before = costs.own()
+        work = next(steps)
+        pipe.send((work, costs.own().since(before)))
         # Closing is not part of what others still measure.
         pipe.recv()
         next(steps, None)

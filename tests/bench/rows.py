@@ -10,16 +10,24 @@ from functools import partial
 from statistics import median
 
 from . import crews, workloads
-from .crews import OTHER_CORE, SAME_CORE
+from .crews import OTHER_CORE, SAME_CORE, Measured
 from .servers import Running
+from .workloads import Moment, Work
 
-SERVED = ("zeo", "zeo-msgpack", "zeolith")
+# They tell their clients of changes; those of RelStorage ask.
+PUSHING = ("zeo", "zeo-msgpack", "zeolith")
+SERVED = (*PUSHING, "relstorage")
 STORAGES = (*SERVED, "filestorage")
 ALL = (*STORAGES, "socket")
 
 PROCESSES_LOADING = 16
 PROCESSES_COMMITTING = 8
+PROCESSES_COMMITTING_MANY = 32
+PROCESSES_IN_ONE_TREE = 8
 THREADS_LOADING = 16
+LISTENERS = 200
+LISTENING_PROCESSES = 4
+IDLE_PROCESSES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +37,44 @@ class Scale:
     rounds: int
     loads: int
     loads_each: int
+    loads_beside: int
     commits: int
     commits_each: int
+    commits_each_of_many: int
     commits_of_100: int
     commits_of_1000: int
+    commits_heard: int
     inserted: int
+    idle: int
 
 
 FULL = Scale(
     rounds=5,
     loads=3000,
     loads_each=1000,
+    loads_beside=200,
     commits=400,
     commits_each=100,
+    commits_each_of_many=50,
     commits_of_100=40,
     commits_of_1000=8,
+    commits_heard=40,
     inserted=100_000,
+    idle=500,
 )
 QUICK = Scale(
     rounds=3,
     loads=800,
     loads_each=500,
+    loads_beside=60,
     commits=100,
     commits_each=40,
+    commits_each_of_many=20,
     commits_of_100=10,
     commits_of_1000=4,
+    commits_heard=15,
     inserted=5_000,
+    idle=500,
 )
 INSERTED_PER_TRANSACTION = 1000
 
@@ -77,123 +97,221 @@ class Trial:
     run: Callable[[Running, Scale], tuple[float, ...]]
     # Those to whom it means something.
     peers: tuple[str, ...] = STORAGES
+    # It needs a server that has served nobody yet.
+    is_fresh: bool = False
 
 
 def _load(placement: str, running: Running, scale: Scale) -> tuple[float, ...]:
     is_socket = running.endpoint.peer == "socket"
-    work, _cpu_s = crews.measure(
+    found = crews.measure(
         running,
         workloads.exchange if is_socket else workloads.load_from_storage,
         placement=placement,
         loads=scale.loads,
     )
-    return (_p50_us(work),)
+    return (_p50_us(found.work),)
 
 
 def _load_connection(
     placement: str, running: Running, scale: Scale
 ) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
+    found = crews.measure(
         running, workloads.load_objects, placement=placement, loads=scale.loads
     )
-    return _p50_us(work), _rate(work)
+    return _p50_us(found.work), _rate(found.work)
 
 
 def _load_processes(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, cpu_s = crews.measure(
+    found = crews.measure(
         running,
         workloads.load_objects,
         members=PROCESSES_LOADING,
         loads=scale.loads_each,
     )
-    return _rate(work), cpu_s / work.operations * 1e6
+    return _rate(found.work), _server_cpu_us(found)
 
 
 def _load_threads(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
+    found = crews.measure(
         running,
         workloads.load_in_threads,
         threads=THREADS_LOADING,
         loads=scale.loads_each,
     )
-    return (_rate(work),)
+    return (_rate(found.work),)
+
+
+def _load_beside(running: Running, scale: Scale) -> tuple[float, ...]:
+    alone, beside = (
+        crews.measure(
+            running,
+            workloads.load_beside,
+            computing=computing,
+            loads=scale.loads_beside,
+        ).work
+        for computing in (0, 1)
+    )
+    return (
+        (_p50_us(beside) - _p50_us(alone)) / 1000,
+        _p99_ms(beside) - _p99_ms(alone),
+    )
 
 
 def _commit(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
-        running, workloads.commit_to_storage, commits=scale.commits
-    )
-    return (_p50_us(work),)
+    found = crews.measure(running, workloads.commit_to_storage, commits=scale.commits)
+    return (_p50_us(found.work),)
 
 
 def _commit_connection(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
+    found = crews.measure(
         running, workloads.commit_objects, commits=scale.commits, objects=1
     )
-    return (_p50_us(work),)
+    return (_p50_us(found.work),)
 
 
 def _commit_100(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
+    found = crews.measure(
         running, workloads.commit_objects, commits=scale.commits_of_100, objects=100
     )
-    return (_p50_us(work) / 1000,)
+    return (_p50_us(found.work) / 1000,)
 
 
 def _commit_1000(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
+    found = crews.measure(
         running, workloads.commit_objects, commits=scale.commits_of_1000, objects=1000
     )
-    return (_p50_us(work) / 1000,)
+    return (_p50_us(found.work) / 1000,)
 
 
 def _insert(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, _cpu_s = crews.measure(
+    found = crews.measure(
         running,
         workloads.insert_objects,
         transactions=scale.inserted // INSERTED_PER_TRANSACTION,
         objects=INSERTED_PER_TRANSACTION,
     )
-    return (_rate(work) * INSERTED_PER_TRANSACTION,)
+    return (_rate(found.work) * INSERTED_PER_TRANSACTION,)
 
 
 def _commit_processes(running: Running, scale: Scale) -> tuple[float, ...]:
-    work, cpu_s = crews.measure(
+    found = crews.measure(
         running,
         workloads.commit_objects,
         members=PROCESSES_COMMITTING,
         commits=scale.commits_each,
         objects=1,
     )
-    return _rate(work), cpu_s / work.operations * 1e6
+    return _rate(found.work), _server_cpu_us(found)
 
 
-def _p50_us(work: workloads.Work) -> float:
+def _commit_many_processes(running: Running, scale: Scale) -> tuple[float, ...]:
+    found = crews.measure(
+        running,
+        workloads.commit_objects,
+        members=PROCESSES_COMMITTING_MANY,
+        commits=scale.commits_each_of_many,
+        objects=1,
+    )
+    return _rate(found.work), _p99_ms(found.work), _server_cpu_us(found)
+
+
+def _commit_hot(running: Running, scale: Scale) -> tuple[float, ...]:
+    found = crews.measure(
+        running,
+        workloads.commit_to_hot_tree,
+        members=PROCESSES_IN_ONE_TREE,
+        commits=scale.commits_each,
+    )
+    return (_rate(found.work),)
+
+
+def _commit_heard(running: Running, scale: Scale) -> tuple[float, ...]:
+    found = crews.measure(
+        running,
+        workloads.commit_and_hear,
+        members=1 + LISTENING_PROCESSES,
+        commits=scale.commits_heard,
+        listeners=LISTENERS // LISTENING_PROCESSES,
+    )
+    committer, *listening = found.works
+    heard = [each for work in listening for each in work.moments]
+    return (
+        _p50_us(committer) / 1000,
+        median(until_all_heard_s(committer.moments[0], heard)) * 1000,
+    )
+
+
+def _stay_idle(running: Running, scale: Scale) -> tuple[float, ...]:
+    with crews.prepared(running, workloads.stay_idle, clients=1) as first:
+        before_bytes = running.memory_bytes()
+        with crews.prepared(
+            running,
+            workloads.stay_idle,
+            members=IDLE_PROCESSES,
+            clients=scale.idle // IDLE_PROCESSES,
+        ) as crew:
+            crew.go()
+            grown_bytes = running.memory_bytes() - before_bytes
+        first.go()
+    return (grown_bytes / scale.idle / 1000,)
+
+
+def until_all_heard_s(
+    began: list[Moment], heard: list[list[Moment]]
+) -> Iterator[float]:
+    """For each commit, the time from its begin till the last listener knew it.
+
+    Who hears of a later transaction knows the earlier ones too.
+    """
+    for tid, began_s in began:
+        moments_s = [
+            next(moment_s for heard_tid, moment_s in each if heard_tid >= tid)
+            for each in heard
+        ]
+        yield max(moments_s) - began_s
+
+
+def _p50_us(work: Work) -> float:
     return median(work.latencies_s) * 1e6
 
 
-def _rate(work: workloads.Work) -> float:
+def _p99_ms(work: Work) -> float:
+    return sorted(work.latencies_s)[int(len(work.latencies_s) * 0.99)] * 1000
+
+
+def _rate(work: Work) -> float:
     return work.operations / (work.ended_s - work.started_s)
+
+
+def _server_cpu_us(found: Measured) -> float:
+    return found.server.cpu_s / found.work.operations * 1e6
 
 
 def trials(scale: Scale) -> tuple[Trial, ...]:
     """Every trial, in the order of the table."""
-    return (*_loading(), *_loading_together(), *_committing(scale))
+    return (
+        *_loading(),
+        *_loading_together(),
+        *_committing(scale),
+        *_committing_together(),
+        *_with_many_clients(scale),
+    )
 
 
 def _loading() -> Iterator[Trial]:
     for at, suffix in ((SAME_CORE, ""), (OTHER_CORE, "-apart")):
+        title = "load latency, cold, storage level, p50"
         yield Trial(
-            (Row(f"load{suffix}", f"load, cold, storage level, p50, {at}", "us"),),
+            (Row(f"load{suffix}", f"{title}, {at}", "us"),),
             partial(_load, at),
             ALL,
         )
     for at, suffix in ((SAME_CORE, ""), (OTHER_CORE, "-apart")):
-        title = "load through a Connection, p50"
+        title = "load latency through Connection, p50"
         yield Trial(
             (
                 Row(f"load-connection{suffix}", f"{title}, {at}", "us"),
-                Row(f"loads{suffix}", f"loads, 1 process, {at}", "/s", True),
+                Row(f"loads{suffix}", f"loads/s, 1 process, {at}", "/s", True),
             ),
             partial(_load_connection, at),
         )
@@ -203,20 +321,25 @@ def _loading_together() -> Iterator[Trial]:
     crowd = f"{PROCESSES_LOADING} processes"
     yield Trial(
         (
-            Row("loads-16p", f"loads, {crowd}", "/s", True),
-            Row("cpu-load", f"server CPU a load, {crowd}", "us"),
+            Row("loads-16p", f"loads/s, {crowd}", "/s", True),
+            Row("cpu-load", f"server CPU per load, {crowd}", "us"),
         ),
         _load_processes,
         SERVED,
     )
+    threads = f"{THREADS_LOADING} threads of one process"
+    yield Trial((Row("loads-16t", f"loads/s, {threads}", "/s", True),), _load_threads)
+    beside = "added to a load by a computing thread beside it"
     yield Trial(
-        (Row("loads-16t", f"loads, {THREADS_LOADING} threads", "/s", True),),
-        _load_threads,
+        (
+            Row("gil", f"{beside}, p50", "ms"),
+            Row("gil-p99", f"{beside}, p99", "ms"),
+        ),
+        _load_beside,
     )
 
 
 def _committing(scale: Scale) -> Iterator[Trial]:
-    crowd = f"{PROCESSES_COMMITTING} processes"
     yield Trial(
         (Row("commit", "commit of 1 object, storage level, p50", "us"),), _commit
     )
@@ -228,15 +351,43 @@ def _committing(scale: Scale) -> Iterator[Trial]:
     yield Trial(
         (Row("commit-1000", "commit of 1000 objects, p50", "ms"),), _commit_1000
     )
-    yield Trial(
-        (Row("insert", f"insert of {scale.inserted:,} objects", "objects/s", True),),
-        _insert,
-    )
+    title = f"bulk insert of {scale.inserted:,} objects"
+    yield Trial((Row("insert", title, "objects/s", True),), _insert)
+
+
+def _committing_together() -> Iterator[Trial]:
+    few, many = PROCESSES_COMMITTING, PROCESSES_COMMITTING_MANY
+    disjoint = "committing processes, disjoint objects"
     yield Trial(
         (
-            Row("commits-8p", f"commits, {crowd}, disjoint", "/s", True),
-            Row("cpu-commit", f"server CPU a commit, {crowd}", "us"),
+            Row("commits-8p", f"commits/s, {few} {disjoint}", "/s", True),
+            Row("cpu-commit", f"server CPU per commit, {few} processes", "us"),
         ),
         _commit_processes,
         SERVED,
     )
+    yield Trial(
+        (
+            Row("commits-32p", f"commits/s, {many} {disjoint}", "/s", True),
+            Row("commit-32p-p99", f"p99 commit with {many} committers", "ms"),
+            Row("cpu-commit-32p", f"server CPU per commit, {many} processes", "us"),
+        ),
+        _commit_many_processes,
+        SERVED,
+    )
+    title = f"commits/s, {PROCESSES_IN_ONE_TREE} committers in one hot BTree"
+    yield Trial((Row("commits-hot", title, "/s", True),), _commit_hot, SERVED)
+
+
+def _with_many_clients(scale: Scale) -> Iterator[Trial]:
+    crowd = f"{LISTENERS} connected clients"
+    yield Trial(
+        (
+            Row("commit-200c", f"{crowd}: commit, p50", "ms"),
+            Row("heard-200c", f"{crowd}: until the last has heard, p50", "ms"),
+        ),
+        _commit_heard,
+        PUSHING,
+    )
+    title = f"{scale.idle} idle clients: server memory per client"
+    yield Trial((Row("idle", title, "kB"),), _stay_idle, PUSHING, is_fresh=True)

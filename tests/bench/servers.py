@@ -3,25 +3,30 @@
 A ``Running`` server is a process of its own; in-process FileStorage has none, and its
 clients open the file themselves. ``Endpoint`` is what a client process is told. The
 peer ``socket`` is no storage but the floor for all that have a server: see echo.py.
+RelStorage's server is PostgreSQL: see postgres.py.
 """
 
 import importlib
 import importlib.util
-import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import costs, postgres
+from .postgres import CannotRun as CannotRun
+
 START_S = 30
 STOP_S = 60
+LOG_LINES_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +41,41 @@ class Endpoint:
         return _client(self.peer)(self.place, **options)
 
 
+class Observer:
+    """Who looks at a server while a crew is measured; this one does not look."""
+
+    def watch(self, running: "Running") -> AbstractContextManager[object]:
+        """Entered just before the crew starts, left when all have answered."""
+        return nullcontext()
+
+    def saw(self, measured: Any) -> None:
+        """Called with what came out, a crews.Measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A peer that is ready for clients."""
 
     endpoint: Endpoint
     process: subprocess.Popen[str] | None = None
+    observer: Observer = field(default_factory=Observer)
 
-    def cpu_s(self) -> float:
-        """The processor time that the server has used."""
+    def cost(self) -> costs.Cost:
+        """What the server has cost since it started."""
         if self.process is None:
-            return 0.0
-        # The clock of another process, as clock_getcpuclockid(3) numbers it.
-        return time.clock_gettime((~self.process.pid << 3) | 2)
+            return costs.Cost()
+        return costs.of_family(self.process.pid)
+
+    def memory_bytes(self) -> int:
+        """The memory that the server has now."""
+        return costs.memory_bytes(self._pids())
 
     def keep_to(self, cores: set[int]) -> None:
         """Let every thread of the server run on ``cores`` only."""
-        if self.process is not None:
-            for thread in os.listdir(f"/proc/{self.process.pid}/task"):
-                os.sched_setaffinity(int(thread), cores)
+        costs.keep_to(self._pids(), cores)
+
+    def _pids(self) -> list[int]:
+        return [] if self.process is None else costs.family(self.process.pid)
 
 
 # Where each peer's client is: module and class.
@@ -62,6 +83,7 @@ _CLIENTS = {
     "zeolith": ("zeolith.client.storage", "ClientStorage"),
     "zeo": ("ZEO.ClientStorage", "ClientStorage"),
     "zeo-msgpack": ("ZEO.ClientStorage", "ClientStorage"),
+    "relstorage": ("relstorage.storage", "RelStorage"),
     "filestorage": ("ZODB.FileStorage.FileStorage", "FileStorage"),
     "socket": ("socket", "create_connection"),
 }
@@ -101,7 +123,7 @@ def _zeo(
     )
     command = [sys.executable, "-m", "ZEO.runzeo", "-C", str(conf)]
     with _process(command, folder, stdout=subprocess.DEVNULL) as process:
-        _wait_until_accepting(address, process)
+        _wait_until(lambda: _is_accepting(address), process)
         peer = "zeo-msgpack" if msgpack else "zeo"
         yield Running(Endpoint(peer, address), process)
 
@@ -127,10 +149,27 @@ def _socket(folder: Path) -> Iterator[Running]:
         yield Running(Endpoint("socket", ("127.0.0.1", port)), process)
 
 
+@contextmanager
+def _relstorage(folder: Path) -> Iterator[Running]:
+    owner = postgres.owner()
+    with (folder / "log").open("a") as log:
+        postgres.make_cluster(folder, owner, log)
+    command = postgres.command(folder)
+    # SIGINT is PostgreSQL's fast shutdown: it does not wait for clients to go.
+    with _process(
+        command, folder, subprocess.DEVNULL, stop=signal.SIGINT, user=owner
+    ) as process:
+        _wait_until(lambda: postgres.is_ready(folder), process)
+        dsn = postgres.dsn(folder)
+        postgres.fill(dsn, folder / "Data.fs")
+        yield Running(Endpoint("relstorage", dsn), process)
+
+
 _STARTERS: dict[str, Callable[[Path], Any]] = {
     "zeolith": _zeolith,
     "zeo": _zeo,
     "zeo-msgpack": _zeo_msgpack,
+    "relstorage": _relstorage,
     "filestorage": _filestorage,
     "socket": _socket,
 }
@@ -146,18 +185,32 @@ def title(peer: str) -> str:
         return "bare round trip"
     if peer.startswith("zeo-") or peer == "zeo":
         return f"ZEO {version('ZEO')}{peer.removeprefix('zeo').replace('-', ', ')}"
+    if peer == "relstorage":
+        return f"RelStorage {version('RelStorage')}"
     return peer
 
 
-def is_installed(peer: str) -> bool:
-    """Whether this environment has ``peer``; if so, its client is imported."""
+def missing(peer: str) -> str:
+    """What this machine lacks for ``peer``; if nothing, its client is imported."""
     package = _CLIENTS[peer][0].partition(".")[0]
-    return importlib.util.find_spec(package) is not None and bool(_client(peer))
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package}"
+    if peer == "relstorage" and (lack := postgres.missing()):
+        return lack
+    _client(peer)
+    return ""
 
 
 def _client(peer: str) -> Any:
+    if peer == "relstorage":
+        return postgres.open_storage
     module, name = _CLIENTS[peer]
     return getattr(importlib.import_module(module), name)
+
+
+def let_pass(folder: Path) -> None:
+    """Let a server of another user reach what is in a folder of ours."""
+    folder.chmod(0o711)
 
 
 @contextmanager
@@ -180,19 +233,24 @@ def running_with_blobs(peer: str, folder: Path) -> Iterator[Running]:
 
 @contextmanager
 def _process(
-    command: list[str], folder: Path, stdout: int
+    command: list[str],
+    folder: Path,
+    stdout: int,
+    stop: signal.Signals = signal.SIGTERM,
+    user: str | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("a") as log:
         process = subprocess.Popen(
-            command, stdout=stdout, stderr=log, text=True, cwd=folder
+            command, stdout=stdout, stderr=log, text=True, cwd=folder, user=user
         )
     try:
         yield process
     except Exception as error:
-        error.add_note((folder / "log").read_text())
+        lines = (folder / "log").read_text().splitlines()
+        error.add_note("\n".join(lines[-LOG_LINES_SHOWN:]))
         raise
     finally:
-        process.terminate()
+        process.send_signal(stop)
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -207,12 +265,16 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_until_accepting(
-    address: tuple[str, int], process: subprocess.Popen[str]
-) -> None:
+def _wait_until(is_ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
-        with suppress(OSError), socket.create_connection(address, 1):
+        if is_ready():
             return
         time.sleep(0.05)
     raise RuntimeError("the server accepts nobody")
+
+
+def _is_accepting(address: tuple[str, int]) -> bool:
+    with suppress(OSError), socket.create_connection(address, 1):
+        return True
+    return False

@@ -54,7 +54,7 @@ def ratios(row: Row, measured: list[float], reference: list[float]) -> list[floa
 def machine() -> str:
     """One line that says when, with what and on what."""
     now = datetime.now().strftime("%Y-%m-%d %H:%M")
-    packages = ", ".join(_versions("ZODB", "ZEO", "uvloop", "msgpack"))
+    packages = ", ".join(_versions("ZODB", "ZEO", "uvloop", "msgpack", "RelStorage"))
     return (
         f"{now}, {platform.system()} {platform.machine()}, {cpu_count()} cores,"
         f" Python {platform.python_version()}, {packages}"

@@ -14,16 +14,31 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import transaction
+from BTrees.IOBTree import IOBTree
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
+from ZODB.mvccadapter import MVCCAdapter
+from ZODB.POSException import ConflictError
 from ZODB.utils import maxtid
 
 from . import dataset, echo
 from .servers import Endpoint
+
+# What is rung when a committer has done all it had to; the item of that number.
+BELL = 0
+HEARING_S = 120
+# Between two commits that others must hear of: one is over before the next begins.
+PAUSE_S = 0.05
+# The hot tree: some buckets, and keys enough to find a new one at once.
+HOT_KEYS = 1000
+KEY_MAX = 2**31 - 1
+
+# A transaction, and a moment of the machine's monotonic clock.
+Moment = tuple[bytes, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +49,8 @@ class Work:
     operations: int
     started_s: float
     ended_s: float
+    # When a committer began each transaction, or each listener heard of it.
+    moments: list[list[Moment]] = field(default_factory=list)
 
 
 Workload = Iterator[Work | None]
@@ -122,6 +139,33 @@ def load_in_threads(
     db.close()
 
 
+def load_beside(endpoint: Endpoint, share: int, computing: int, loads: int) -> Workload:
+    """Load records while ``computing`` threads of this process compute."""
+    is_over = threading.Event()
+    crew = [
+        threading.Thread(target=_compute, args=(is_over,)) for _ in range(computing)
+    ]
+    steps = load_from_storage(endpoint, share, loads)
+    next(steps)
+    yield None
+    for thread in crew:
+        thread.start()
+    work = next(steps)
+    is_over.set()
+    for thread in crew:
+        thread.join()
+    yield work
+    next(steps, None)
+
+
+def _compute(is_over: threading.Event) -> None:
+    """Nothing but Python: it gives the GIL back when another thread asks for it."""
+    total = 0
+    while not is_over.is_set():
+        for number in range(1000):
+            total += number * number
+
+
 def commit_to_storage(endpoint: Endpoint, share: int, commits: int) -> Workload:
     """Store a new revision of one record again and again, without a connection."""
     db = open_db(endpoint)
@@ -185,6 +229,119 @@ def insert_objects(
     db.close()
 
 
+def commit_to_hot_tree(endpoint: Endpoint, share: int, commits: int) -> Workload:
+    """Add keys to a BTree to which others add theirs; a conflict is tried again.
+
+    Its time counts for the commit that succeeds. Share 0 makes the tree: a new one
+    every time, so that it is as hot as the last time.
+    """
+    db = open_db(endpoint)
+    root = db.open().root()
+    chance = random.Random(share)
+    if share == 0:
+        keys = (chance.randrange(KEY_MAX) for _ in range(HOT_KEYS))
+        root["hot"] = IOBTree(dict.fromkeys(keys, 0))
+        transaction.commit()
+    tree = root["hot"]
+
+    def add(_number: int) -> None:
+        key = chance.randrange(KEY_MAX)
+        while True:
+            try:
+                tree[key] = share
+                transaction.commit()
+                return
+            except ConflictError:
+                transaction.abort()
+
+    tree.get(0)
+    transaction.abort()
+    yield None
+    yield timed(commits, add)
+    transaction.abort()
+    db.close()
+
+
+def commit_and_hear(
+    endpoint: Endpoint, share: int, commits: int, listeners: int
+) -> Workload:
+    """Share 0 commits; every other one has storages that hear of it."""
+    return (_hear if share else _announce)(endpoint, commits, listeners)
+
+
+def _announce(endpoint: Endpoint, commits: int, _listeners: int) -> Workload:
+    db = open_db(endpoint)
+    bell, *items = dataset.shelf(db.open(), BELL)
+    began: list[Moment] = []
+    latencies_s = []
+
+    def commit(item: Any) -> None:
+        item["data"] = dataset.payload()
+        transaction.commit()
+
+    for item in (bell, items[0]):
+        item._p_activate()
+    commit(items[0])
+    yield None
+    started_s = time.monotonic()
+    for _ in range(commits):
+        time.sleep(PAUSE_S)
+        before_s = time.monotonic()
+        commit(items[0])
+        latencies_s.append(time.monotonic() - before_s)
+        began.append((items[0]._p_serial, before_s))
+    time.sleep(PAUSE_S)
+    commit(bell)
+    yield Work(latencies_s, commits, started_s, time.monotonic(), [began])
+    db.close()
+
+
+def _hear(endpoint: Endpoint, _commits: int, listeners: int) -> Workload:
+    db = open_db(endpoint)
+    bell = dataset.shelf(db.open(), BELL)[0]._p_oid
+    db.close()
+    crew = [_Listener(endpoint.open(), bell) for _ in range(listeners)]
+    yield None
+    started_s = time.monotonic()
+    for each in crew:
+        if not each.has_heard_bell.wait(HEARING_S):
+            raise TimeoutError(f"a listener heard of {len(each.heard)} commits only")
+    heard = [each.heard for each in crew]
+    yield Work([], 0, started_s, time.monotonic(), heard)
+    for each in crew:
+        each.close()
+
+
+class _Listener(MVCCAdapter):
+    """What stands between a storage and the ZODB connections of its database."""
+
+    def __init__(self, storage: Any, bell: bytes) -> None:
+        self.heard: list[Moment] = []
+        self.has_heard_bell = threading.Event()
+        self._bell = bell
+        super().__init__(storage)
+        self.new_instance()
+
+    def invalidate(self, transaction_id: bytes, oids: Any) -> None:
+        oids = list(oids)
+        super().invalidate(transaction_id, oids)
+        self.heard.append((transaction_id, time.monotonic()))
+        if self._bell in oids:
+            self.has_heard_bell.set()
+
+
+def stay_idle(endpoint: Endpoint, share: int, clients: int) -> Workload:
+    """Have databases open, each with a storage and a ZODB connection of its own."""
+    dbs = [open_db(endpoint) for _ in range(clients)]
+    for db in dbs:
+        len(db.open(transaction.TransactionManager()).root()["inserted"])
+    yield None
+    now_s = time.monotonic()
+    yield Work([], clients, now_s, now_s)
+    for db in dbs:
+        db.close()
+
+
 def shuffled_items(connection: Any, share: int, count: int) -> list[Any]:
     """``count`` ghosts, the first of them from the shelf of this share."""
     items: list[Any] = []
@@ -203,4 +360,5 @@ def combined(works: list[Work]) -> Work:
         operations=sum(work.operations for work in works),
         started_s=min(work.started_s for work in works),
         ended_s=max(work.ended_s for work in works),
+        moments=[each for work in works for each in work.moments],
     )
