@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import dataset, servers, table
+from . import dataset, profiling, servers, table
 from .rows import FULL, QUICK, Scale, Trial, trials
 from .servers import Running
 
@@ -28,11 +28,13 @@ def main() -> int:
     if options.rounds:
         scale = replace(scale, rounds=options.rounds)
     peers = _peers(options)
-    wanted = _wanted(options.rows, scale)
+    wanted = _wanted(options.profile or options.rows, scale)
+    if options.profile is not None:
+        return _profile(peers, wanted, scale, options.directory)
     rows = [row for trial in wanted for row in trial.rows]
     began_s = time.monotonic()
     with ExitStack() as stack:
-        stand = stack.enter_context(_stand(options.directory))
+        stand = stack.enter_context(standing(options.directory))
         ready = _start(stack, stand, peers)
         figures = _measure(stand, ready, wanted, scale)
     print(table.markdown(rows, list(ready), figures))
@@ -60,6 +62,13 @@ def _options() -> argparse.Namespace:
         help=f"some of {', '.join(servers.PEERS)}; default %(default)s",
     )
     parser.add_argument(
+        "--profile",
+        metavar="KEY,...",
+        nargs="?",
+        const="",
+        help="say where the time goes in these rows, or in those of --rows, instead",
+    )
+    parser.add_argument(
         "--zeo-msgpack", action="store_true", help="also ZEO with msgpack"
     )
     parser.add_argument("--rounds", type=int, help="how often each row is measured")
@@ -67,7 +76,8 @@ def _options() -> argparse.Namespace:
         "--directory", help="where the data is; on a disk whose fsync is what you mean"
     )
     options = parser.parse_args()
-    unknown = [key for key in _listed(options.rows) if key not in keys]
+    asked = _listed(options.rows) + _listed(options.profile or "")
+    unknown = [key for key in asked if key not in keys]
     unknown += [peer for peer in _listed(options.peers) if peer not in servers.PEERS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
@@ -99,31 +109,33 @@ def _wanted(keys: str, scale: Scale) -> list[Trial]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stand:
+class Stand:
     """Where peers get their folders and their data from."""
 
     folder: Path
     data: Path
 
     @contextmanager
-    def fresh(self, peer: str) -> Iterator[Running]:
-        """A server that has served nobody yet."""
+    def fresh(self, peer: str, profile: Path | None = None) -> Iterator[Running]:
+        """A server that has served nobody yet; ``profile`` as for servers.running."""
         with tempfile.TemporaryDirectory(dir=self.folder) as own:
             servers.let_pass(Path(own))
-            with servers.running(peer, Path(own) / peer, self.data) as running:
+            folder = Path(own) / peer
+            with servers.running(peer, folder, self.data, profile) as running:
                 yield running
 
 
 @contextmanager
-def _stand(directory: str | None) -> Iterator[_Stand]:
+def standing(directory: str | None) -> Iterator[Stand]:
+    """The data set in a folder of its own, below ``directory`` if there is one."""
     with tempfile.TemporaryDirectory("-bench", dir=directory) as folder:
         servers.let_pass(Path(folder))
         data = Path(folder) / "made.fs"
         dataset.make(data)
-        yield _Stand(Path(folder), data)
+        yield Stand(Path(folder), data)
 
 
-def _start(stack: ExitStack, stand: _Stand, peers: list[str]) -> dict[str, Running]:
+def _start(stack: ExitStack, stand: Stand, peers: list[str]) -> dict[str, Running]:
     """Those of the peers that start, by name."""
     ready = {}
     for peer in peers:
@@ -135,7 +147,7 @@ def _start(stack: ExitStack, stand: _Stand, peers: list[str]) -> dict[str, Runni
 
 
 def _measure(
-    stand: _Stand, ready: dict[str, Running], wanted: list[Trial], scale: Scale
+    stand: Stand, ready: dict[str, Running], wanted: list[Trial], scale: Scale
 ) -> table.Figures:
     figures: table.Figures = {row.key: {} for trial in wanted for row in trial.rows}
     peers = list(ready)
@@ -154,6 +166,18 @@ def _measure(
                     figures[row.key].setdefault(peer, []).append(figure)
         _say(f"round {number + 1} of {scale.rounds}")
     return figures
+
+
+def _profile(
+    peers: list[str], wanted: list[Trial], scale: Scale, directory: str | None
+) -> int:
+    served = [peer for peer in peers if peer not in table.BOUNDS]
+    with standing(directory) as stand:
+        for trial in wanted:
+            print(profiling.markdown(trial, served, scale, stand.fresh, stand.folder))
+            print(flush=True)
+    print(table.machine())
+    return 0
 
 
 def _say(text: str) -> None:

@@ -89,9 +89,19 @@ _CLIENTS = {
 }
 
 
+def _python(module: str, profile: Path | None) -> list[str]:
+    """How a module is run as a program, below cProfile if there is a file for it."""
+    if profile is None:
+        return [sys.executable, "-m", module]
+    program = Path(__file__).with_name("profiled.py")
+    return [sys.executable, "-P", str(program), str(profile), module]
+
+
 @contextmanager
-def _zeolith(folder: Path, blob_dir: Path | None = None) -> Iterator[Running]:
-    command = [sys.executable, "-m", "zeolith.server", "serve"]
+def _zeolith(
+    folder: Path, blob_dir: Path | None = None, profile: Path | None = None
+) -> Iterator[Running]:
+    command = [*_python("zeolith.server", profile), "serve"]
     command += ["--address", "127.0.0.1:0", "--path", str(folder / "Data.fs")]
     if blob_dir is not None:
         command += ["--blob-dir", str(blob_dir)]
@@ -111,7 +121,10 @@ def _zeolith(folder: Path, blob_dir: Path | None = None) -> Iterator[Running]:
 
 @contextmanager
 def _zeo(
-    folder: Path, msgpack: bool = False, blob_dir: Path | None = None
+    folder: Path,
+    msgpack: bool = False,
+    blob_dir: Path | None = None,
+    profile: Path | None = None,
 ) -> Iterator[Running]:
     blobs = "" if blob_dir is None else f" blob-dir {blob_dir}\n"
     address = "127.0.0.1", _free_port()
@@ -121,7 +134,7 @@ def _zeo(
         f" msgpack {'true' if msgpack else 'false'}\n</zeo>\n"
         f"<filestorage 1>\n path {folder / 'Data.fs'}\n{blobs}</filestorage>\n"
     )
-    command = [sys.executable, "-m", "ZEO.runzeo", "-C", str(conf)]
+    command = [*_python("ZEO.runzeo", profile), "-C", str(conf)]
     with _process(command, folder, stdout=subprocess.DEVNULL) as process:
         _wait_until(lambda: _is_accepting(address), process)
         peer = "zeo-msgpack" if msgpack else "zeo"
@@ -174,7 +187,9 @@ _STARTERS: dict[str, Callable[[Path], Any]] = {
     "socket": _socket,
 }
 PEERS = tuple(_STARTERS)
-_WITH_BLOBS: dict[str, Callable[..., Any]] = {"zeolith": _zeolith, "zeo": _zeo}
+# Those whose server is a Python program.
+PROFILED: dict[str, Callable[..., Any]] = {"zeolith": _zeolith, "zeo": _zeo}
+_WITH_BLOBS = PROFILED
 
 
 def title(peer: str) -> str:
@@ -214,13 +229,23 @@ def let_pass(folder: Path) -> None:
 
 
 @contextmanager
-def running(peer: str, folder: Path, data: Path) -> Iterator[Running]:
-    """``peer`` with a copy of ``data`` in ``folder`` of its own."""
+def running(
+    peer: str, folder: Path, data: Path, profile: Path | None = None
+) -> Iterator[Running]:
+    """``peer`` with a copy of ``data`` in ``folder`` of its own.
+
+    With a file for its profile, the server is one that profiled.py runs.
+    """
     folder.mkdir()
     for each in data.parent.iterdir():
         if each.name.startswith(data.name) and not each.name.endswith(".lock"):
             shutil.copy(each, folder / each.name.replace(data.name, "Data.fs"))
-    with _STARTERS[peer](folder) as found:
+    starting = (
+        _STARTERS[peer](folder)
+        if profile is None
+        else PROFILED[peer](folder, profile=profile)
+    )
+    with starting as found:
         yield found
 
 

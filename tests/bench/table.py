@@ -6,7 +6,7 @@ table shows the median of the rounds with their extremes.
 
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from os import cpu_count
@@ -30,7 +30,7 @@ def markdown(rows: Iterable[Row], peers: list[str], figures: Figures) -> str:
         header.append(title(peer))
         if _has_ratio(peer, peers):
             header.append("times better")
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    lines = [header]
     for row in rows:
         line = [row.title, row.unit]
         for peer in peers:
@@ -39,8 +39,16 @@ def markdown(rows: Iterable[Row], peers: list[str], figures: Figures) -> str:
             if _has_ratio(peer, peers):
                 line.append(_ratio(row, measured, figures[row.key].get(REFERENCE, [])))
         lines.append(line)
-    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    return "\n".join(_line(line, widths) for line in lines)
+    return aligned(lines, words=2)
+
+
+def aligned(lines: Sequence[Sequence[str]], words: int) -> str:
+    """A markdown table: a header and lines, the first ``words`` cells of each words."""
+    header, *others = lines
+    numbers = len(header) - words
+    every = [header, ["---"] * words + ["---:"] * numbers, *others]
+    widths = [max(len(line[at]) for line in every) for at in range(len(header))]
+    return "\n".join(_line(line, widths, words) for line in every)
 
 
 def ratios(row: Row, measured: list[float], reference: list[float]) -> list[float]:
@@ -96,10 +104,10 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
+def _line(cells: Sequence[str], widths: list[int], words: int) -> str:
     # Words to the left, numbers to the right, as the header's colons have it.
     padded = [
-        cell.ljust(width) if at < 2 else cell.rjust(width)
+        cell.ljust(width) if at < words else cell.rjust(width)
         for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return f"| {' | '.join(padded)} |"
