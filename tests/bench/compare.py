@@ -81,6 +81,8 @@ def _options() -> argparse.Namespace:
     unknown += [peer for peer in _listed(options.peers) if peer not in servers.PEERS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
+    if options.profile is not None and options.json:
+        parser.error("a profile is not written as JSON")
     return options
 
 

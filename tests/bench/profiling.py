@@ -23,6 +23,7 @@ from .servers import PROFILED, Observer, Running, title
 
 FUNCTIONS_SHOWN = 15
 CALLS_SHOWN = 6
+CALLS = "system calls of the server"
 # How long a program that looks at a server may take to begin or to end.
 TOOL_S = 30
 
@@ -75,7 +76,7 @@ def _profile(
             trial.run(replace(running, observer=tracing), scale)
         figures |= _calls_per_operation(tracing.calls(), tracing.measured)
     else:
-        figures["system calls of the server"] = "no strace here"
+        figures[CALLS] = "no strace here"
     if peer not in PROFILED:
         return Profile(figures)
     with fresh(peer, file) as running:
@@ -101,8 +102,10 @@ def _per_operation(measured: Measured) -> dict[str, str]:
 
 def _calls_per_operation(calls: dict[str, int], measured: Measured) -> dict[str, str]:
     count = measured.work.operations
+    if not calls:
+        return {CALLS: "strace saw none"}
     often = sorted(calls.items(), key=lambda each: -each[1])[:CALLS_SHOWN]
-    found = {"system calls of the server": f"{sum(calls.values()) / count:.2f}"}
+    found = {CALLS: f"{sum(calls.values()) / count:.2f}"}
     for name, number in often:
         if number / count >= 0.01:
             found[f"- {name}"] = f"{number / count:.2f}"
@@ -175,7 +178,7 @@ class _Tracing(_Looking):
 
     def calls(self) -> dict[str, int]:
         """How many calls were counted, by name; none if strace was not allowed to."""
-        return parsed_calls(self._file.read_text())
+        return parsed_calls(self._file.read_text()) if self._file.exists() else {}
 
 
 def parsed_calls(text: str) -> dict[str, int]:

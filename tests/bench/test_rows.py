@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from . import dataset, servers
-from .rows import FULL, QUICK, Scale, Trial, trials, until_all_heard_s
+from . import crews, dataset, servers, workloads
+from .rows import (
+    FULL,
+    PROCESSES_IN_ONE_TREE,
+    QUICK,
+    Scale,
+    Trial,
+    trials,
+    until_all_heard_s,
+)
 
 SMALLEST = Scale(
     rounds=1,
@@ -71,3 +79,23 @@ def test_every_row_measures_zeolith(tmp_path, data, trial: Trial):
     for row, figure in zip(trial.rows, figures, strict=True):
         # Ten clients may find place in memory that was free already.
         assert figure > 0 or row.key == "idle", row.key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["zeolith", "zeo"])
+def test_what_counts_as_a_commit_in_the_hot_tree_is_in_it(tmp_path, data, peer):
+    """However often each was tried."""
+    commits_each = 10
+    with servers.running(peer, tmp_path / peer, data) as running:
+        found = crews.measure(
+            running,
+            workloads.commit_to_hot_tree,
+            members=PROCESSES_IN_ONE_TREE,
+            commits=commits_each,
+        )
+        db = workloads.open_db(running.endpoint)
+        keys = len(db.open().root()["hot"])
+        db.close()
+
+    assert found.work.operations == PROCESSES_IN_ONE_TREE * commits_each
+    assert keys == workloads.HOT_KEYS + found.work.operations
