@@ -18,7 +18,8 @@ from ZODB.DB import DB
 from ZODB.FileStorage.FileStorage import FileStorage
 
 ITEMS_PER_SHELF = 1000
-SHELVES = 24
+# One for each process of the largest crew that commits.
+SHELVES = 32
 PAYLOAD_BYTES = 430
 
 

@@ -8,6 +8,8 @@ import pytest
 from . import crews, dataset, servers, workloads
 from .rows import (
     FULL,
+    PROCESSES_COMMITTING,
+    PROCESSES_COMMITTING_MANY,
     PROCESSES_IN_ONE_TREE,
     QUICK,
     Scale,
@@ -42,6 +44,13 @@ def test_a_row_has_a_key_and_a_title_of_its_own():
 def test_less_of_everything_is_not_more_of_anything():
     for each in fields(Scale):
         assert getattr(QUICK, each.name) <= getattr(FULL, each.name), each.name
+
+
+def test_committing_processes_have_a_shelf_each():
+    """Else they would conflict, now and then."""
+    crews_of = PROCESSES_COMMITTING, PROCESSES_COMMITTING_MANY
+
+    assert max(crews_of) <= dataset.SHELVES
 
 
 def test_a_commit_is_heard_when_the_last_has_heard_it():
