@@ -176,6 +176,9 @@ def _profile(
     served = [peer for peer in peers if peer not in table.BOUNDS]
     with standing(directory) as stand:
         for trial in wanted:
+            if trial.is_fresh:
+                _say(f"no operation to look at: {trial.rows[0].title}")
+                continue
             print(profiling.markdown(trial, served, scale, stand.fresh, stand.folder))
             print(flush=True)
     print(table.machine())

@@ -54,10 +54,10 @@ FULL = Scale(
     loads=3000,
     loads_each=1000,
     loads_beside=200,
-    commits=400,
+    commits=300,
     commits_each=100,
     commits_each_of_many=50,
-    commits_of_100=40,
+    commits_of_100=30,
     commits_of_1000=8,
     commits_heard=40,
     inserted=100_000,
@@ -65,17 +65,17 @@ FULL = Scale(
 )
 QUICK = Scale(
     rounds=3,
-    loads=800,
+    loads=600,
     loads_each=500,
     loads_beside=60,
-    commits=100,
+    commits=80,
     commits_each=40,
-    commits_each_of_many=20,
+    commits_each_of_many=15,
     commits_of_100=10,
     commits_of_1000=4,
     commits_heard=15,
     inserted=5_000,
-    idle=500,
+    idle=300,
 )
 INSERTED_PER_TRANSACTION = 1000
 
