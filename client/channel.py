@@ -18,11 +18,11 @@ from itertools import islice
 from typing import Any
 
 from zeolith.client.errors import ChannelLost, ClientDisconnected
+from zeolith.client.round_trip import RECEIVE_BYTES, RoundTrip
 from zeolith.protocol import errors
 from zeolith.protocol.connection import Connection
 from zeolith.protocol.messages import Failure, Message, Reply
 
-RECEIVE_BYTES = 64 * 1024
 _SILENT = (errno.EAGAIN, errno.EWOULDBLOCK)
 
 _monotonic = time.monotonic
@@ -51,6 +51,7 @@ class Channel:
     def __init__(self, sock: socket.socket, connection: Connection):
         self._socket = sock
         self._connection = connection
+        self._round_trip = RoundTrip(sock)
         self.is_lost = False
 
     @property
@@ -70,11 +71,20 @@ class Channel:
             # A goodbye came right behind the last answer.
             raise self._lost(connection.error)
         data = connection.request(method, list(args), _monotonic())
+        # What ask and answer do, spelled out, for this is the hot path.
         try:
-            self._socket.sendall(data)
+            received = self._round_trip(data)
+            while received:
+                for message in connection.receive_data(received, _monotonic()):
+                    if type(message) is Reply:
+                        return message.value
+                    self._look_at(message)
+                if connection.is_closed:
+                    break
+                received = self._socket.recv(RECEIVE_BYTES)
         except OSError as error:
             raise self._lost(error) from error
-        return self.answer()
+        raise self._lost(connection.error)
 
     def answers(
         self, method: str, calls: Iterable[Sequence[Any]], ahead: int
@@ -109,19 +119,9 @@ class Channel:
 
     def answer(self) -> Any:
         """What was asked for; raises as ``call`` does."""
-        # What _replies does, spelled out, for this is the hot path.
-        connection = self._connection
-        try:
-            while received := self._socket.recv(RECEIVE_BYTES):
-                for message in connection.receive_data(received, _monotonic()):
-                    if type(message) is Reply:
-                        return message.value
-                    self._look_at(message)
-                if connection.is_closed:
-                    break
-        except OSError as error:
-            raise self._lost(error) from error
-        raise self._lost(connection.error)
+        while True:
+            for reply in self._replies():
+                return reply.value
 
     def _replies(self) -> list[Reply]:
         """What comes next, which may be nothing; raises as ``call`` does."""

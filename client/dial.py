@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence
+from zeolith.client.channel import Channel, limit_silence
+from zeolith.client.round_trip import RECEIVE_BYTES
 from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role

@@ -13,10 +13,11 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-from zeolith.client.channel import RECEIVE_BYTES, Channel, limit_silence, shut_down
+from zeolith.client.channel import Channel, limit_silence, shut_down
 from zeolith.client.dial import Reached, dial_channel
 from zeolith.client.errors import ChannelLost
 from zeolith.client.position import Change, Position
+from zeolith.client.round_trip import RECEIVE_BYTES
 from zeolith.protocol.connection import Connection
 from zeolith.protocol.errors import ZeolithError
 from zeolith.protocol.limits import Limits

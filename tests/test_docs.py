@@ -17,6 +17,7 @@ import ZConfig
 from zodburi import resolve_uri
 
 from zeolith.client import errors, uri
+from zeolith.client.round_trip import SWITCH
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
 from zeolith.server import config
@@ -133,6 +134,10 @@ def test_the_options_of_the_program_are_in_the_reference():
     }
     assert {"--help", "-h"} <= options
     assert all(f"`zeolith {option}`" in text for option in options)
+
+
+def test_the_switch_for_the_compiled_half_is_in_the_reference():
+    assert f"`{SWITCH}=0`" in section("## What a ClientStorage can do")
 
 
 def test_every_key_of_the_server_is_in_the_reference_with_its_default():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -18,6 +19,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("client", "protocol", "server", "storage")
 MAKE = shutil.which("make")
+# Whether setuptools can compile here.
+COMPILES = bool(
+    shutil.which(str(sysconfig.get_config_var("CC") or "cc").split()[0])
+    and Path(sysconfig.get_path("include"), "Python.h").is_file()
+)
 
 
 def packaged_files() -> set[str]:
@@ -26,23 +32,39 @@ def packaged_files() -> set[str]:
         str(path.relative_to(ROOT))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix not in (".pyc", ".so")
     }
+
+
+def built_from(tree: Path, *options: str, **environment: str) -> Path:
+    """The folder with what is built of a copy of the project in ``tree``."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tree / package, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = [sys.executable, "-m", "build", "--no-isolation", *options]
+    build += ["--outdir", "dist", "."]
+    done = subprocess.run(
+        build,
+        cwd=tree,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tree / "dist"
+
+
+def compiled_in(wheel: zipfile.ZipFile) -> list[str]:
+    """The compiled modules of a wheel, without the name of their platform."""
+    return [n.partition(".")[0] for n in wheel.namelist() if n.endswith(".so")]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A folder with the sdist, and the wheel that was built from it."""
-    tree = tmp_path_factory.mktemp("tree")
-    ignored = shutil.ignore_patterns("__pycache__")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, tree / package, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
-    done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return tree / "dist"
+    return built_from(tmp_path_factory.mktemp("tree"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +81,21 @@ def in_the_metadata(wheel: zipfile.ZipFile, name: str) -> str:
 
 def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
     held = {n for n in wheel.namelist() if ".dist-info/" not in n}
-    assert held == {f"zeolith/{name}" for name in packaged_files()}
+    held -= {n for n in held if n.endswith(".so")}
+    sources = {name for name in packaged_files() if name.endswith(".c")}
+    assert held == {f"zeolith/{name}" for name in packaged_files() - sources}
+
+
+@pytest.mark.skipif(not COMPILES, reason="there is no C compiler, or no Python.h")
+def test_the_wheel_holds_what_was_compiled(wheel):
+    assert compiled_in(wheel) == ["zeolith/client/_round_trip"]
+
+
+def test_a_wheel_is_built_without_a_compiler(tmp_path):
+    (path,) = built_from(tmp_path, "--wheel", CC="false").glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        assert compiled_in(wheel) == []
+        assert "zeolith/client/round_trip.py" in wheel.namelist()
 
 
 def test_the_wheel_holds_the_licence(wheel):

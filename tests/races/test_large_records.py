@@ -12,7 +12,7 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.POSException import StorageError, StorageTransactionError
 
-from zeolith.client.channel import RECEIVE_BYTES
+from zeolith.client.round_trip import RECEIVE_BYTES
 from zeolith.client.stores import Stores
 from zeolith.client.tids import MAX_TID
 from zeolith.protocol.codec import encode

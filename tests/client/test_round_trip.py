@@ -1,0 +1,404 @@
+"""A round trip on a socket, with both halves: the compiled one and its twin."""
+
+import errno
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from zeolith.client import round_trip
+from zeolith.client.channel import limit_silence, shut_down
+from zeolith.client.round_trip import DEAR_NS, LOOKS_MAX, RoundTrip
+from zeolith.protocol.frames import frame
+
+from ..support.gates import Background
+
+COMPILED = round_trip.compiled()
+REQUEST = frame(b"request")
+ANSWER = frame(b"answer")
+# More than a socket's buffers take.
+MUCH = bytes(range(256)) * 2**16
+
+
+needs_compiled = pytest.mark.skipif(
+    COMPILED is None, reason="there is no compiled module"
+)
+# Long enough for an answer that is there, or comes from another thread.
+LOOK_NS = 20_000_000
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((round_trip.exchange, 0), id="twin"),
+        pytest.param((COMPILED, 0), id="compiled", marks=needs_compiled),
+        pytest.param((COMPILED, LOOK_NS), id="looking", marks=needs_compiled),
+    ]
+)
+def exchange(request: pytest.FixtureRequest) -> Callable[[Any, Any], bytes]:
+    function, look_ns = request.param
+    return lambda sock, data: function(sock, data, look_ns)[0]
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection; the first has a channel's time limits."""
+    near, far = socket.socketpair()
+    far.settimeout(30)
+    limit_silence(near, 30)
+    with near, far:
+        yield near, far
+
+
+def received_by(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        data += sock.recv(2**20)
+    return data
+
+
+def test_what_is_sent_arrives_and_what_came_is_returned(exchange, ends):
+    near, far = ends
+    far.sendall(ANSWER)
+    assert exchange(near, REQUEST) == ANSWER
+    assert far.recv(100) == REQUEST
+
+
+def test_more_than_the_buffers_take_is_sent(exchange, ends):
+    near, far = ends
+    calling = Background(exchange, near, MUCH)
+    assert received_by(far, len(MUCH)) == MUCH
+    assert not calling.returns_soon()
+    far.sendall(ANSWER)
+    assert calling.result() == ANSWER
+
+
+def test_other_threads_run_meanwhile(exchange, ends):
+    near, far = ends
+    calling = Background(exchange, near, REQUEST)
+    # This thread does not get so far, if the other one keeps the interpreter.
+    assert far.recv(100) == REQUEST
+    far.sendall(ANSWER)
+    assert calling.result() == ANSWER
+
+
+def test_several_frames_come_together(exchange, ends):
+    near, far = ends
+    far.sendall(ANSWER + ANSWER + ANSWER[:2])
+    assert exchange(near, REQUEST) == ANSWER + ANSWER + ANSWER[:2]
+
+
+def test_the_beginning_of_a_large_frame_is_returned(exchange, ends):
+    near, far = ends
+    large = frame(bytes(2**20))
+    sending = Background(far.sendall, large)
+    received = exchange(near, REQUEST)
+    assert 0 < len(received) < len(large)
+    received += received_by(near, len(large) - len(received))
+    assert received == large
+    sending.result()
+
+
+@needs_compiled
+@pytest.mark.parametrize("look_ns", [0, LOOK_NS])
+@pytest.mark.parametrize("cut_at", range(1, len(ANSWER)))
+def test_the_compiled_one_returns_whole_frames(ends, cut_at, look_ns):
+    near, far = ends
+    assert COMPILED is not None
+    far.sendall(ANSWER[:cut_at])
+    calling = Background(COMPILED, near, REQUEST, look_ns)
+    assert far.recv(100) == REQUEST
+    far.sendall(ANSWER[cut_at:])
+    received, _regain_ns = calling.result()
+    assert received == ANSWER
+
+
+@pytest.mark.parametrize("length", [0, 2**32 - 1])
+def test_a_frame_of_no_possible_length_is_not_waited_for(exchange, ends, length):
+    near, far = ends
+    far.sendall(length.to_bytes(4, "big"))
+    assert exchange(near, REQUEST) == length.to_bytes(4, "big")
+
+
+# The end
+
+
+def test_the_end_is_nothing(exchange, ends):
+    near, far = ends
+    far.shutdown(socket.SHUT_WR)
+    assert exchange(near, REQUEST) == b""
+
+
+def test_what_came_before_the_end_is_returned(exchange, ends):
+    near, far = ends
+    far.sendall(ANSWER[:5])
+    far.shutdown(socket.SHUT_WR)
+    assert exchange(near, REQUEST) == ANSWER[:5]
+
+
+def test_nobody_at_the_other_end_is_an_error_and_no_signal(exchange, ends):
+    near, far = ends
+    far.close()
+    with pytest.raises(BrokenPipeError):
+        exchange(near, REQUEST)
+
+
+def test_a_socket_that_is_closed_is_an_error(exchange, ends):
+    near, _far = ends
+    near.close()
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        exchange(near, REQUEST)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_another_thread_can_end_the_waiting(exchange, ends):
+    near, far = ends
+    calling = Background(exchange, near, REQUEST)
+    assert far.recv(100) == REQUEST
+    shut_down(near)
+    assert calling.result() == b""
+
+
+@pytest.mark.parametrize("begins", [b"", ANSWER[:6]])
+def test_silence_is_what_it_is_for_a_socket(ends, exchange, begins):
+    near, far = ends
+    far.sendall(begins)
+    limit_silence(near, 0.05)
+
+    def exchange_for_ever() -> None:
+        while True:
+            # The twin returns what there is of a frame.
+            exchange(near, b"x")
+
+    with pytest.raises(BlockingIOError):
+        exchange_for_ever()
+
+
+def test_a_peer_that_reads_nothing_is_not_waited_for(exchange, ends):
+    near, _far = ends
+    limit_silence(near, 0.05)
+    with pytest.raises(BlockingIOError):
+        exchange(near, MUCH)
+
+
+# Signals
+
+
+class Signals:
+    """What the handler of a signal does, the first time it is called."""
+
+    def __init__(self) -> None:
+        self.then: Any = None
+        self._was_handled = threading.Event()
+
+    def handle(self, _number: int, _frame: Any) -> None:
+        if not self._was_handled.is_set():
+            self._was_handled.set()
+            self.then()
+
+    def disturb(self) -> None:
+        """Signal to the main thread until it has noticed.
+
+        One that comes right before the thread goes to sleep does not wake it.
+        """
+        main = threading.main_thread().ident
+        assert main is not None
+        while not self._was_handled.wait(0.01):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+
+@pytest.fixture
+def signals() -> Iterator[Signals]:
+    signals = Signals()
+    before = signal.signal(signal.SIGUSR1, signals.handle)
+    yield signals
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_is_handled_while_the_answer_is_waited_for(exchange, ends, signals):
+    near, far = ends
+    signals.then = lambda: far.sendall(ANSWER)
+    disturbing = Background(signals.disturb)
+    assert exchange(near, REQUEST) == ANSWER
+    disturbing.result()
+    assert far.recv(100) == REQUEST
+
+
+def test_a_handler_that_raises_ends_the_waiting(exchange, ends, signals):
+    near, far = ends
+
+    def interrupt() -> None:
+        raise InterruptedError
+
+    def disturb() -> bytes:
+        data = far.recv(100)
+        signals.disturb()
+        return data
+
+    signals.then = interrupt
+    disturbing = Background(disturb)
+    with pytest.raises(InterruptedError):
+        exchange(near, REQUEST)
+    assert disturbing.result() == REQUEST
+    # Nothing is sent again, and the answer is still to come.
+    far.sendall(ANSWER)
+    far.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        far.recv(1)
+    assert near.recv(100) == ANSWER
+
+
+def test_a_signal_in_the_middle_of_sending_repeats_nothing(exchange, ends, signals):
+    near, far = ends
+
+    def disturb() -> bytes:
+        began = far.recv(1000)
+        signals.disturb()
+        data = began + received_by(far, len(MUCH) - len(began))
+        far.sendall(ANSWER)
+        return data
+
+    signals.then = lambda: None
+    disturbing = Background(disturb)
+    assert exchange(near, MUCH) == ANSWER
+    assert disturbing.result() == MUCH
+
+
+# Whether the interpreter is let go of
+
+
+@needs_compiled
+def test_an_answer_that_is_there_is_found_by_looking(ends):
+    near, far = ends
+    assert COMPILED is not None
+    far.sendall(ANSWER)
+    assert COMPILED(near, REQUEST, LOOK_NS) == (ANSWER, -1)
+    far.sendall(ANSWER)
+    received, regain_ns = COMPILED(near, REQUEST, 0)
+    assert received == ANSWER
+    assert regain_ns >= 0
+
+
+@needs_compiled
+def test_no_other_thread_runs_while_an_answer_is_looked_for(ends):
+    """Nor does it run at all, unless the main thread lets go of the interpreter."""
+    near, far = ends
+    assert COMPILED is not None
+    before_s = sys.getswitchinterval()
+    # Nobody takes the interpreter from a thread that does not give it.
+    sys.setswitchinterval(1000)
+    try:
+        echoing = threading.Thread(target=lambda: far.sendall(far.recv(100) and ANSWER))
+        echoing.start()
+        received, regain_ns = COMPILED(near, REQUEST, LOOK_NS)
+    finally:
+        sys.setswitchinterval(before_s)
+    echoing.join()
+    assert received == ANSWER
+    assert regain_ns >= 0, "it was found while it was looked for"
+
+
+class Exchanges:
+    """An exchange that tells what the test wants, and writes down what is asked."""
+
+    def __init__(self) -> None:
+        self.regain_ns = 0
+        self.looks: list[int] = []
+
+    def __call__(self, _sock: Any, _data: bytes, look_ns: int) -> tuple[bytes, int]:
+        self.looks.append(look_ns)
+        return ANSWER, self.regain_ns
+
+
+@pytest.fixture
+def exchanges() -> Exchanges:
+    return Exchanges()
+
+
+@pytest.fixture
+def trip(exchanges: Exchanges) -> RoundTrip:
+    return RoundTrip(socket.socket.__new__(socket.socket), exchanges)
+
+
+def test_as_long_as_it_is_cheap_to_let_go_nobody_looks(exchanges, trip):
+    for regain_ns in (0, 1, DEAR_NS, 0):
+        exchanges.regain_ns = regain_ns
+        assert trip(REQUEST) == ANSWER
+    assert exchanges.looks == [0] * 4
+
+
+def test_once_it_was_dear_answers_are_looked_for(exchanges, trip):
+    exchanges.regain_ns = DEAR_NS + 1
+    for _ in range(3):
+        trip(REQUEST)
+    assert exchanges.looks == [0, round_trip.LOOK_NS, round_trip.LOOK_NS]
+
+
+def test_that_ends_when_it_was_cheap_again(exchanges, trip):
+    for regain_ns in (DEAR_NS + 1, 0, 0):
+        exchanges.regain_ns = regain_ns
+        trip(REQUEST)
+    assert exchanges.looks == [0, round_trip.LOOK_NS, 0]
+
+
+def test_after_many_that_were_found_it_is_tried_again(exchanges, trip):
+    exchanges.regain_ns = DEAR_NS + 1
+    trip(REQUEST)
+    exchanges.regain_ns = -1
+    for _ in range(LOOKS_MAX + 1):
+        trip(REQUEST)
+    assert exchanges.looks == [0, *[round_trip.LOOK_NS] * LOOKS_MAX, 0]
+
+
+# Which one
+
+
+def test_what_is_no_socket_or_no_bytes_is_refused(exchange, ends):
+    near, _far = ends
+    with pytest.raises((TypeError, AttributeError)):
+        exchange(object(), REQUEST)
+    with pytest.raises(TypeError):
+        exchange(near, "text")
+
+
+class Counting(socket.socket):
+    """More than a socket."""
+
+
+def test_only_plain_sockets_are_used_without_their_methods():
+    context = ssl.create_default_context()
+    with (
+        socket.socket() as plain,
+        Counting() as counting,
+        context.wrap_socket(socket.socket(), server_hostname="x") as encrypted,
+    ):
+        assert round_trip.exchange_for(plain) is (COMPILED or round_trip.exchange)
+        assert round_trip.exchange_for(counting) is round_trip.exchange
+        assert round_trip.exchange_for(encrypted) is round_trip.exchange
+
+
+@pytest.mark.parametrize(("value", "is_used"), [("0", False), ("1", True), ("", True)])
+def test_the_environment_switches_the_compiled_one_off(monkeypatch, value, is_used):
+    monkeypatch.setenv(round_trip.SWITCH, value)
+    assert round_trip.compiled() is (COMPILED if is_used else None)
+
+
+def test_without_the_module_the_twin_is_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zeolith.client._round_trip", None)
+    monkeypatch.delattr("zeolith.client._round_trip", raising=False)
+    assert round_trip.compiled() is None
+
+
+def test_a_program_with_the_switch_uses_the_twin():
+    script = (
+        "from zeolith.client import round_trip, storage;"
+        "assert round_trip._compiled is None"
+    )
+    environment = {**os.environ, round_trip.SWITCH: "0"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
