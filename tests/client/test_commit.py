@@ -24,6 +24,7 @@ from ZODB.utils import p64
 from zeolith.client.channel import Channel
 from zeolith.client.commit import Phase
 from zeolith.client.errors import ClientDisconnected, CommitOutcomeUnknown
+from zeolith.client.round_trip import RoundTrip
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import Z64, following
 from zeolith.protocol.codec import encode
@@ -483,7 +484,7 @@ def test_an_interrupted_vote_waits_for_nothing(server, storage, monkeypatch):
 
     def interrupted(channel: Channel, method: str, *args: Any) -> Any:
         if method == "vote":
-            channel._socket = Interrupted(channel._socket)  # type: ignore[assignment]
+            channel._round_trip = RoundTrip(Interrupted(channel._socket))  # type: ignore[arg-type]
         return call(channel, method, *args)
 
     monkeypatch.setattr(Channel, "call", interrupted)

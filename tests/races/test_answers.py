@@ -7,6 +7,7 @@ import pytest
 from ZODB.Connection import TransactionMetaData
 
 from zeolith.client.errors import CommitOutcomeUnknown
+from zeolith.client.round_trip import RoundTrip
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.limits import Limits
 from zeolith.server.peer import Peer
@@ -292,7 +293,8 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next_one(
         channel: Any = session.borrow()
         session.give_back(channel)
         with monkeypatch.context() as interrupted:
-            interrupted.setattr(channel, "_socket", InterruptedSocket(channel._socket))
+            trip: Any = RoundTrip(InterruptedSocket(channel._socket))  # type: ignore[arg-type]
+            interrupted.setattr(channel, "_round_trip", trip)
             with pytest.raises(Interrupted):
                 storage.load(X)
         assert storage.load(Y) == (b"other", tid)
