@@ -99,9 +99,12 @@ class Channel:
         # The server answers in the order in which it is ready.
         came: dict[int, Any] = {}
         while True:
+            requests = []
             for args in islice(calls, ahead - len(expected)):
-                self.ask(method, *args)
+                requests.append(self._request(method, args))
                 expected.append(self._connection.last_request)
+            if requests:
+                self.send(b"".join(requests))
             if not expected:
                 return
             while expected[0] not in came:
@@ -111,11 +114,13 @@ class Channel:
 
     def ask(self, method: str, *args: Any) -> None:
         """Ask for ``method`` without waiting; ``answer`` must follow."""
+        self.send(self._request(method, args))
+
+    def _request(self, method: str, args: Sequence[Any]) -> bytes:
         connection = self._connection
         if connection.is_closed:
             raise self._lost(connection.error)
-        data = connection.request(method, list(args), _monotonic())
-        self.send(data)
+        return connection.request(method, list(args), _monotonic())
 
     def answer(self) -> Any:
         """What was asked for; raises as ``call`` does."""

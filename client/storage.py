@@ -20,7 +20,7 @@ from ZODB.POSException import (
 )
 from zope.interface import alsoProvides, implementer
 
-from zeolith.client import forks, iteration, packing, uploads
+from zeolith.client import forks, iteration, loading, packing, uploads
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
 from zeolith.client.commit import Commit, Phase
@@ -333,34 +333,23 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
 
     def load_many(
         self, oids: Iterable[bytes], before: bytes
-    ) -> dict[bytes, tuple[bytes, bytes, bytes | None]]:
-        """``loadBefore`` for many oids, in one round trip for a megabyte.
+    ) -> dict[bytes, loading.Found]:
+        """``loadBefore`` for many oids, without waiting for each answer.
 
         What is not there is not in the result.
         """
-        loaded = {}
-        wanted = []
-        for oid in dict.fromkeys(oids):
-            found = self.cache.load(oid, before)
-            if found is None:
-                wanted.append(oid)
-            else:
-                loaded[oid] = found
-        while wanted:
-            batch = wanted[: self.limits.load_many_max]
-            history = self.cache.history
-            as_of, revisions = self.call("load_many", batch, before)
-            for oid, revision in zip(batch, revisions, strict=False):
-                if revision is not None:
-                    data, start, end = revision
-                    self.cache.store(oid, start, end, data, as_of, history)
-                    loaded[oid] = data, start, end
-            del wanted[: len(revisions)]
+        loaded: dict[bytes, loading.Found] = {}
+        self._load_many(oids, before, loaded.__setitem__)
         return loaded
 
     def prefetch(self, oids: Iterable[bytes], tid: bytes) -> None:
         """Have the revisions of ``oids`` in the cache."""
-        self.load_many(oids, tid)
+        self._load_many(oids, tid, lambda _oid, _found: None)
+
+    def _load_many(
+        self, oids: Iterable[bytes], before: bytes, take: Callable[..., object]
+    ) -> None:
+        loading.load_many(self.converse, self.cache, oids, before, self.limits, take)
 
     def loadSerial(self, oid: bytes, serial: bytes) -> bytes:
         """The record that transaction ``serial`` wrote."""

@@ -396,6 +396,17 @@ def test_no_more_than_so_many_questions_are_on_their_way(ends):
     assert len(ends.requests()) == 1
 
 
+def test_questions_that_need_not_wait_leave_together(ends):
+    """Nothing was answered yet when the last of them is on its way."""
+    calling = Background(list, serials(ends, 5, 5))
+    asked = ends.requests()
+    assert [request.args[0] for request in asked] == [p64(n) for n in range(5)]
+    assert ends.socket.sent == 1
+    for number in range(1, 6):
+        ends.answer(number, number)
+    assert calling.result() == [1, 2, 3, 4, 5]
+
+
 def test_no_question_has_no_answer(ends):
     assert list(serials(ends, 0, 3)) == []
     assert not ends.channel.is_busy

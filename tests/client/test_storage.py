@@ -28,6 +28,7 @@ from zope.interface.verify import verifyObject
 
 from zeolith.client import connector as connector_module
 from zeolith.client.errors import ClientDisconnected, NotSupportedYet
+from zeolith.client.loading import REQUEST_OIDS, REQUESTS_AHEAD
 from zeolith.client.storage import NEW_OIDS, ClientStorage
 from zeolith.client.tids import MAX_TID, Z64
 from zeolith.protocol.errors import HelloRefused, LocalProtocolError
@@ -306,6 +307,24 @@ def test_many_are_loaded_in_one_round_trip(server, storage):
     loaded = storage.load_many([C, A, B, C], T2)
     assert loaded == {B: (b"of " + B, T1, None), C: (b"of " + C, T1, None)}
     assert server.asked("load_many") == [[[C, A, B], T2]]
+
+
+def test_very_many_are_asked_for_before_anything_is_answered(server, storage):
+    """No request waits for the answer to the one before it."""
+    go_on = threading.Event()
+    server.answers["load_many"] = Held(
+        go_on, [T1, [[b"data", T1, None]] * REQUEST_OIDS]
+    )
+    oids = [p64(number) for number in range(REQUESTS_AHEAD * REQUEST_OIDS)]
+    loading = Background(storage.load_many, oids, T2)
+    server.wait_for("load_many")
+    (channel,) = server.channels()
+    wait_until(
+        lambda: len(channel.connection.open_requests) == REQUESTS_AHEAD, "every request"
+    )
+    assert len(server.asked("load_many")) == 1
+    go_on.set()
+    assert list(loading.result()) == oids
 
 
 def test_of_many_only_those_are_asked_for_that_are_not_here(server, storage):

@@ -644,14 +644,14 @@ def test_many_objects_come_through_in_one_request(server, relay, writer, near):
     tid = commit(writer, **{name: name.encode() for name in names})
     wait_for_position(near, tid)
     asked: list[str] = []
-    upstream: Any = upstream_of(relay)
-    ask = upstream.call
+    session: Any = upstream_of(relay).current_session
+    ask = session.call
 
     def call(method: str, *args: Any) -> Any:
         asked.append(method)
         return ask(method, *args)
 
-    upstream.call = call
+    session.call = call
     loaded = near.load_many(map(oid_of, names), following(tid))
     assert len(loaded) == 100
     assert asked == ["load_many"]
