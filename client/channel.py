@@ -59,6 +59,11 @@ class Channel:
         """Whether an answer is still to come: the call was interrupted."""
         return bool(self._connection.open_requests)
 
+    @property
+    def used_at(self) -> float:
+        """When something was sent last."""
+        return self._connection.sent_at
+
     def call(self, method: str, *args: Any) -> Any:
         """The value of ``method``.
 

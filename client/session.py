@@ -16,6 +16,7 @@ from typing import Any
 from zeolith.client.channel import Channel, limit_silence, shut_down
 from zeolith.client.dial import Reached, dial_channel
 from zeolith.client.errors import ChannelLost
+from zeolith.client.pool import Pool
 from zeolith.client.position import Change, Position
 from zeolith.client.round_trip import RECEIVE_BYTES
 from zeolith.protocol.connection import Connection
@@ -41,10 +42,11 @@ class Session:
         self._stream = reached.socket
         self._connection: Connection = reached.connection
         self._early = reached.early
+        # For the stream, and the end.
         self._lock = threading.Lock()
-        # The channels nobody uses now; list.append and list.pop are atomic.
-        self._idle: list[Channel] = []
-        self._channels: set[Channel] = set()
+        self._pool = Pool(self._dial_channel, limits)
+        # For the hot path.
+        self._idle, self._waiting = self._pool.idle, self._pool.waiting
         limit_silence(self._stream, limits.heartbeat_interval_s / 2)
 
     @property
@@ -55,22 +57,17 @@ class Session:
     # Channels, for any thread
 
     def borrow(self) -> Channel:
-        """A channel for the calling thread alone; raises ChannelLost."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._open_channel()
+        """A channel for the calling thread alone, for longer than a call.
+
+        Raises ChannelLost.
+        """
+        return self._pool.lend()
 
     def give_back(self, channel: Channel) -> None:
         """The calling thread needs ``channel`` no more."""
-        if channel.is_lost or channel.is_busy:
-            # An interrupted call left an answer behind, which the next one would get.
-            self._drop(channel)
-        else:
+        if not (channel.is_lost or channel.is_busy):
             self.has_answered = True
-            self._idle.append(channel)
-            if self.ended is not None:
-                self._drop_idle()
+        self._pool.give_back(channel)
 
     def call(self, method: str, *args: Any) -> Any:
         """One call on any channel; see Channel.call."""
@@ -78,7 +75,7 @@ class Session:
         try:
             channel = self._idle.pop()
         except IndexError:
-            channel = self._open_channel()
+            channel = self._pool.take()
         try:
             value = channel.call(method, *args)
         except ChannelLost as error:
@@ -89,15 +86,17 @@ class Session:
             raise
         self.has_answered = True
         self._idle.append(channel)
+        if self._waiting:
+            self._pool.serve()
         if self.ended is not None:
-            self._drop_idle()
+            self._pool.drop_idle()
         return value
 
     def answers(
         self, method: str, calls: Iterable[Sequence[Any]], ahead: int
     ) -> Generator[Any, None, None]:
         """Several calls on one channel, until it is closed; see Channel.answers."""
-        channel = self.borrow()
+        channel = self._pool.take()
         try:
             yield from channel.answers(method, calls, ahead)
         except ChannelLost as error:
@@ -109,34 +108,12 @@ class Session:
         """``error``, or why the session ended if that is the reason for it."""
         return error if self.ended is None else ChannelLost(self.ended)
 
-    def _open_channel(self) -> Channel:
-        if self.ended is not None:
-            raise ChannelLost(self.ended)
+    def _dial_channel(self) -> Channel:
         try:
-            channel = dial_channel(self.address, self._token, self._limits)
+            return dial_channel(self.address, self._token, self._limits)
         except (OSError, ZeolithError) as error:
             self.close(str(error))
             raise ChannelLost(str(error)) from error
-        with self._lock:
-            self._channels.add(channel)
-            is_late = self.ended is not None
-        if is_late:
-            self._drop(channel)
-            raise ChannelLost(self.ended)
-        return channel
-
-    def _drop_idle(self) -> None:
-        while True:
-            try:
-                channel = self._idle.pop()
-            except IndexError:
-                return
-            self._drop(channel)
-
-    def _drop(self, channel: Channel) -> None:
-        with self._lock:
-            self._channels.discard(channel)
-        channel.close()
 
     # The stream, for the connector's thread
 
@@ -173,7 +150,9 @@ class Session:
             position.receive(self, changes)
 
     def _beat(self) -> None:
-        due = self._connection.tick(time.monotonic())
+        now = time.monotonic()
+        self._pool.trim(now)
+        due = self._connection.tick(now)
         if self._connection.is_closed:
             self.close(str(self._connection.error))
         elif due:
@@ -190,11 +169,10 @@ class Session:
             if self.ended is not None:
                 return
             self.ended = reason
-            channels = tuple(self._channels)
             shut_down(self._stream)
-        for channel in channels:
+        for channel in self._pool.end(reason):
             channel.shut()
-        self._drop_idle()
+        self._pool.drop_idle()
 
     def discard(self, reason: str) -> None:
         """End a session that nobody listens to; ``listen`` would close its stream."""
@@ -206,5 +184,4 @@ class Session:
         self.ended = "the process was forked"
         self._lock = threading.Lock()
         self._stream.close()
-        for channel in self._channels:
-            channel.close()
+        self._pool.forget(self.ended)

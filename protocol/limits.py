@@ -41,6 +41,11 @@ class Limits:
     heartbeat_interval_s: float = 5.0
     # A peer that was silent for so long is gone.
     heartbeat_timeout_s: float = 20.0
+    # Channels of one session that a client uses for calls at once; a thread that needs
+    # one more waits. Those of transactions in a commit do not count.
+    channels_max: int = 100
+    # A client closes a channel that it did not need for so long.
+    channel_idle_s: float = 60.0
     # Oids handed out by one request.
     new_oids_max: int = 10_000
     # Records loaded, and transactions listed, by one request.

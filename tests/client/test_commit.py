@@ -348,7 +348,7 @@ def test_an_abort_that_is_not_answered_is_one(server):
         transaction = voted(storage)
         storage.tpc_abort(transaction)
         assert storage.tpc_transaction() is None
-        assert session._channels == set()
+        assert session._pool.channels == set()
 
 
 @pytest.mark.parametrize("error", [StorageTransactionError("gone"), POSKeyError(A)])

@@ -105,6 +105,52 @@ def test_threads_do_not_wait_for_each_other(server, session):
     assert len(server.channels()) == 5
 
 
+def test_channels_that_are_not_needed_any_more_are_closed():
+    """By the thread that listens; one is kept."""
+    limits = Limits(
+        heartbeat_interval_s=0.1, heartbeat_timeout_s=30, channel_idle_s=0.2
+    )
+    go_on = threading.Event()
+    with scripted() as server, session_of(server, limits) as session:
+        server.answers["ping"] = Held(go_on)
+        calling = [Background(session.call, "ping") for _ in range(5)]
+        server.wait_for("ping", times=5)
+        _heard, listening = hear(session)
+        assert len(server.channels()) == 5
+        go_on.set()
+        for each in calling:
+            each.result()
+        wait_until(lambda: len(server.channels()) == 1, "the end of four channels")
+        session.call("ping")
+        assert len(server.hellos) == 6
+        session.close("enough")
+        listening.result()
+
+
+def test_more_threads_than_there_may_be_channels_take_turns(server):
+    go_on = threading.Event()
+    server.answers["ping"] = Held(go_on, b"pong")
+    with session_of(server, Limits(channels_max=2)) as session:
+        calling = [Background(session.call, "ping") for _ in range(6)]
+        server.wait_for("ping", times=2)
+        wait_until(lambda: len(session._pool.waiting) == 4, "four who wait")
+        channel = session.borrow()
+        assert channel.call("new_oids", 0) is None, "a commit does not wait"
+        session.give_back(channel)
+        go_on.set()
+        assert [each.result() for each in calling] == [b"pong"] * 6
+        assert len(server.hellos) <= 4
+
+
+def test_those_who_wait_for_a_channel_are_told_of_the_end(server):
+    server.answers["ping"] = Act.SILENCE
+    with session_of(server, Limits(channels_max=1)) as session:
+        calling = [Background(session.call, "ping") for _ in range(3)]
+        wait_until(lambda: len(session._pool.waiting) == 2, "two who wait")
+        session.close("enough")
+        assert [str(each.error()) for each in calling] == ["enough"] * 3
+
+
 def test_a_borrowed_channel_is_used_by_nobody_else(server, session):
     channel = session.borrow()
     session.call("ping")
@@ -197,7 +243,7 @@ def test_a_busy_channel_is_not_taken_back(server, session):
     channel._connection.request("ping", [], 0)
     session.give_back(channel)
     assert channel.is_lost
-    assert channel not in session._channels
+    assert channel not in session._pool.channels
     assert session._idle == []
 
 
@@ -206,7 +252,7 @@ def test_a_lost_channel_is_not_taken_back(server, session):
     channel.close()
     session.give_back(channel)
     assert session._idle == []
-    assert session._channels == set()
+    assert session._pool.channels == set()
 
 
 def test_a_server_that_knows_the_session_no_more_ends_it(server, session):
@@ -413,7 +459,7 @@ def test_a_call_that_ends_with_the_session_keeps_no_channel(
     monkeypatch.setattr(Channel, "call", answered)
     session.call("ping")
     assert session._idle == []
-    assert session._channels == set()
+    assert session._pool.channels == set()
 
 
 def test_a_session_that_nobody_listens_to_can_be_let_go(server, session):
@@ -427,7 +473,7 @@ def test_a_session_that_nobody_listens_to_can_be_let_go(server, session):
 def test_a_forked_child_lets_go_of_the_sockets_and_says_nothing(server, session):
     """The parent, with copies of them, goes on."""
     session.call("ping")
-    (channel,) = session._channels
+    (channel,) = session._pool.channels
     parents = [session._stream.dup(), channel._socket.dup()]
     with session._lock:
         session.forget()
