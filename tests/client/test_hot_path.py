@@ -1,0 +1,166 @@
+"""What a load costs: one send, one receive, no lock that others hold, nobody woken."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ZODB.utils import p64
+
+from zeolith.client import round_trip
+from zeolith.client.round_trip import RoundTrip
+from zeolith.client.storage import ClientStorage
+from zeolith.client.tids import MAX_TID
+
+from ..support.script import tid
+from ..support.serving import ServerProcess
+
+LOADS = 300
+OIDS = [p64(number) for number in range(1, LOADS + 1)]
+# A program that loads absent objects, of which no answer is kept, between two calls
+# that stand out in a list of its system calls.
+PROGRAM = f"""
+import os, sys
+from ZODB.POSException import POSKeyError
+from zeolith.client.storage import ClientStorage
+from zeolith.client.tids import MAX_TID
+
+storage = ClientStorage(sys.argv[1])
+storage.ping()
+os.getpgid(0)
+for number in range({LOADS}):
+    try:
+        storage.loadBefore(b"absentee", MAX_TID)
+    except POSKeyError:
+        pass
+os.getpgid(0)
+storage.close()
+"""
+# Of memory, and of time where the kernel does not give it without a call.
+UNRELATED = {"brk", "mmap", "munmap", "mremap", "madvise", "clock_gettime"}
+SENDING = {"send", "sendto"}
+RECEIVING = {"recv", "recvfrom"}
+
+
+class Counting:
+    """A socket that counts what is asked of it."""
+
+    def __init__(self, sock: Any):
+        self._sock = sock
+        self.asked: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked[name] += 1
+        return getattr(self._sock, name)
+
+
+class Untouchable:
+    """A lock, or a condition, that nobody may take."""
+
+    def __enter__(self) -> None:
+        raise AssertionError("a lock was taken")
+
+    def __exit__(self, *_error: object) -> None:
+        raise AssertionError("a lock was released")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} of a lock")
+
+
+def test_a_load_is_one_send_and_one_receive_and_takes_no_lock_of_the_connection(
+    server, monkeypatch
+):
+    server.answers["load"] = [b"data", tid(1), None, tid(1)]
+    storage = ClientStorage(server.address)
+    storage.ping()
+    session = storage.current_session
+    assert session is not None
+    (channel,) = session._pool.channels
+    counting: Any = Counting(channel._socket)
+    opened = len(server.hellos)
+    with monkeypatch.context() as patched:
+        patched.setattr(channel, "_socket", counting)
+        patched.setattr(channel, "_round_trip", RoundTrip(counting))
+        patched.setattr(session, "_lock", Untouchable())
+        patched.setattr(session._pool, "_lock", Untouchable())
+        patched.setattr(storage.position, "_condition", Untouchable())
+        patched.setattr(storage._connector, "_changed", Untouchable())
+        for oid in OIDS:
+            assert storage.loadBefore(oid, MAX_TID) == (b"data", tid(1), None)
+    storage.close()
+    assert counting.asked == {"sendall": LOADS, "recv": LOADS}
+    assert len(server.hellos) == opened
+
+
+# In a process of its own
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Iterator[str]:
+    with ServerProcess(tmp_path) as server:
+        yield server.listening[0]
+
+
+def sleeps_of_others() -> int:
+    """How often the other threads of this process fell asleep until now."""
+    count = 0
+    for thread in Path("/proc/self/task").iterdir():
+        if int(thread.name) != threading.get_native_id():
+            status = (thread / "status").read_text()
+            count += int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    return count
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="there is no /proc of Linux"
+)
+def test_no_other_thread_is_woken_by_a_load(endpoint, nothing_left_behind):
+    storage = ClientStorage(endpoint)
+    storage.ping()
+    before = sleeps_of_others()
+    for _ in range(LOADS):
+        # Which is a round trip as a load is, and needs no object.
+        storage.ping()
+    woken = sleeps_of_others() - before
+    assert before > 0, "there is no other thread"
+    storage.close()
+    # A heartbeat may come meanwhile.
+    assert woken < LOADS / 50
+
+
+@pytest.fixture
+def strace() -> str:
+    """The program that lists system calls, if it may."""
+    found = shutil.which("strace")
+    if found is None:
+        pytest.skip("there is no strace")
+    if subprocess.run([found, "-f", "true"], capture_output=True).returncode != 0:
+        pytest.skip("strace may not look at processes here")
+    return found
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_a_load_is_two_system_calls(endpoint, strace, tmp_path, switch):
+    """In all threads together, with either half of the round trip."""
+    if switch == "1" and round_trip.compiled() is None:
+        pytest.skip("there is no compiled module")
+    listed = tmp_path / "calls"
+    subprocess.run(
+        [strace, "-f", "-o", listed, sys.executable, "-c", PROGRAM, endpoint],
+        env={**os.environ, round_trip.SWITCH: switch},
+        check=True,
+    )
+    _before, between, _after = listed.read_text().split("getpgid(0)")
+    calls = Counter(re.findall(r"^\d+ +(\w+)\(", between, re.MULTILINE))
+    related = {name: count for name, count in calls.items() if name not in UNRELATED}
+    assert related.keys() <= SENDING | RECEIVING
+    # A heartbeat of the other thread's may be among them.
+    for names in (SENDING, RECEIVING):
+        assert LOADS <= sum(related.get(name, 0) for name in names) <= LOADS + 2
