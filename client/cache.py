@@ -157,16 +157,14 @@ class MemoryCache:
                     return
                 if self._recent.get(oid, Z64) > as_of:
                     return
-            have = self._by_oid.get(oid, ())
-            if any(entry.tid == tid for entry in have):
+            have = self._by_oid.get(oid)
+            if have is not None and any(entry.tid == tid for entry in have):
                 return
             entry = Entry(oid, tid, end, data)
-            entries = sorted((*have, entry), key=_tid_of, reverse=True)
             self._entries[entry] = None
             self._used_bytes += size
-            if len(entries) > REVISIONS_MAX:
-                self._remove(entries.pop())
-            self._by_oid[oid] = tuple(entries)
+            # Most objects that are stored were not known.
+            self._by_oid[oid] = (entry,) if have is None else self._with(have, entry)
             if self._used_bytes > self.cache_bytes:
                 self._evict()
 
@@ -200,6 +198,13 @@ class MemoryCache:
         """See Cache.reset."""
         self._lock = threading.Lock()
         self.forget_all(valid_through)
+
+    def _with(self, have: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
+        """``have`` and one more, without the oldest if they are too many."""
+        entries = sorted((*have, entry), key=_tid_of, reverse=True)
+        if len(entries) > REVISIONS_MAX:
+            self._remove(entries.pop())
+        return tuple(entries)
 
     def _remember(self, tid: bytes, oids: list[bytes]) -> None:
         if len(self._recent) + len(oids) > RECENT_OIDS_MAX:
