@@ -5,7 +5,8 @@ A thread that lets go of the interpreter while another one computes waits for up
 call. The compiled ``exchange`` of ``_round_trip`` does so once for sending and
 receiving, in however many pieces the answer comes; and where that turned out to be dear
 it looks for the answer first, for a moment in which no other thread runs. (To look
-always was tried: threads that only load get in each other's way.)
+always was tried: threads that only load get in each other's way.) Where the server is
+too far away, or has to share a busy core, it looks in vain, and soon hardly ever.
 
 ``exchange`` below is its twin, for sockets that are more than a socket and for
 installations without the compiled module. A ``RoundTrip`` belongs to a channel, and so
@@ -21,10 +22,14 @@ RECEIVE_BYTES = 64 * 1024
 # what it costs to let go when this is done at all.
 LOOK_NS = 200_000
 # To wait longer than this for the interpreter is dear: somebody computes. Threads that
-# only load get it back sooner.
+# only load get it back sooner, but for one whose core was taken by another process, so
+# it must have been dear twice.
 DEAR_NS = 2_500_000
+DEAR_TIMES = 2
 # After so many answers that were found by looking it is tried whether it is still dear.
-LOOKS_MAX = 100
+FOUND_MAX = 200
+# How many answers at most are not looked for after it was in vain again and again.
+SKIPPED_MAX = 15
 # "0" in the environment, for a diagnosis: use the twin.
 SWITCH = "ZEOLITH_COMPILED"
 
@@ -65,23 +70,36 @@ def exchange_for(sock: socket.socket) -> Exchange:
 class RoundTrip:
     """Round trips on ``sock``; call it with what is to be sent."""
 
-    __slots__ = ("_exchange", "_looks", "_socket")
+    __slots__ = ("_dear", "_exchange", "_found", "_pause", "_skip", "_socket")
 
     def __init__(self, sock: socket.socket, exchange: Exchange | None = None):
         self._socket = sock
         self._exchange = exchange or exchange_for(sock)
-        # How often the answer will be looked for.
-        self._looks = 0
+        # How often it was dear in a row, and how many answers were found meanwhile.
+        self._dear = self._found = 0
+        # How many are not looked for now, and when it is in vain the next time.
+        self._skip = self._pause = 0
 
     def __call__(self, data: bytes) -> bytes:
         """What came after ``data`` was sent; nothing if the peer has ended.
 
         Raises OSError, and what a signal's handler raises.
         """
-        look_ns = LOOK_NS if self._looks else 0
+        look_ns = 0
+        if self._dear >= DEAR_TIMES:
+            if self._skip:
+                self._skip -= 1
+            else:
+                look_ns = LOOK_NS
         received, regain_ns = self._exchange(self._socket, data, look_ns)
         if regain_ns >= 0:
-            self._looks = LOOKS_MAX if regain_ns > DEAR_NS else 0
+            self._dear = self._dear + 1 if regain_ns > DEAR_NS else 0
+            if look_ns:
+                self._skip = self._pause
+                self._pause = min(2 * self._pause + 1, SKIPPED_MAX)
         elif look_ns:
-            self._looks -= 1
+            self._pause = 0
+            self._found += 1
+            if self._found == FOUND_MAX:
+                self._found, self._skip = 0, 1
         return received

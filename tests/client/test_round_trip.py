@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from zeolith.client import round_trip
 from zeolith.client.channel import limit_silence, shut_down
-from zeolith.client.round_trip import DEAR_NS, LOOKS_MAX, RoundTrip
+from zeolith.client.round_trip import DEAR_NS, FOUND_MAX, SKIPPED_MAX, RoundTrip
 from zeolith.protocol.frames import frame
 
 from ..support.gates import Background
@@ -326,34 +327,60 @@ def trip(exchanges: Exchanges) -> RoundTrip:
     return RoundTrip(socket.socket.__new__(socket.socket), exchanges)
 
 
-def test_as_long_as_it_is_cheap_to_let_go_nobody_looks(exchanges, trip):
-    for regain_ns in (0, 1, DEAR_NS, 0):
+DEAR, CHEAP, FOUND = DEAR_NS + 1, DEAR_NS, -1
+
+
+def looked(exchanges: Exchanges, trip: RoundTrip, *regains_ns: int) -> list[bool]:
+    """In which of some calls, with these outcomes, the answer was looked for."""
+    exchanges.looks.clear()
+    for regain_ns in regains_ns:
         exchanges.regain_ns = regain_ns
         assert trip(REQUEST) == ANSWER
-    assert exchanges.looks == [0] * 4
+    assert set(exchanges.looks) <= {0, round_trip.LOOK_NS}
+    return [look_ns > 0 for look_ns in exchanges.looks]
 
 
-def test_once_it_was_dear_answers_are_looked_for(exchanges, trip):
-    exchanges.regain_ns = DEAR_NS + 1
-    for _ in range(3):
-        trip(REQUEST)
-    assert exchanges.looks == [0, round_trip.LOOK_NS, round_trip.LOOK_NS]
+def test_as_long_as_it_is_cheap_to_let_go_nobody_looks(exchanges, trip):
+    regains_ns = (0, CHEAP, FOUND, DEAR, CHEAP, DEAR, CHEAP)
+    assert not any(looked(exchanges, trip, *regains_ns))
+
+
+def test_once_it_was_dear_twice_answers_are_looked_for(exchanges, trip):
+    assert looked(exchanges, trip, DEAR, DEAR, FOUND, FOUND) == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_that_ends_when_it_was_cheap_again(exchanges, trip):
-    for regain_ns in (DEAR_NS + 1, 0, 0):
-        exchanges.regain_ns = regain_ns
-        trip(REQUEST)
-    assert exchanges.looks == [0, round_trip.LOOK_NS, 0]
+    looked(exchanges, trip, DEAR, DEAR)
+    assert looked(exchanges, trip, FOUND, CHEAP, 0, DEAR) == [True, True, False, False]
 
 
 def test_after_many_that_were_found_it_is_tried_again(exchanges, trip):
-    exchanges.regain_ns = DEAR_NS + 1
-    trip(REQUEST)
-    exchanges.regain_ns = -1
-    for _ in range(LOOKS_MAX + 1):
-        trip(REQUEST)
-    assert exchanges.looks == [0, *[round_trip.LOOK_NS] * LOOKS_MAX, 0]
+    looked(exchanges, trip, DEAR, DEAR)
+    assert all(looked(exchanges, trip, *[FOUND] * FOUND_MAX))
+    assert looked(exchanges, trip, DEAR, FOUND) == [False, True]
+    assert all(looked(exchanges, trip, *[FOUND] * (FOUND_MAX - 1)))
+    assert looked(exchanges, trip, CHEAP, CHEAP) == [False, False]
+
+
+def test_who_looks_in_vain_looks_less_and_less_often(exchanges, trip):
+    """The server is far away, or waits for a core; each time is time for nobody."""
+    calls = looked(exchanges, trip, *[DEAR] * 200)
+    looks = [number for number, is_look in enumerate(calls) if is_look]
+    skipped = [after - before - 1 for before, after in pairwise(looks)]
+    assert looks[0] == 2
+    assert skipped[:5] == [0, 1, 3, 7, SKIPPED_MAX]
+    assert set(skipped[5:]) == {SKIPPED_MAX}
+
+
+def test_one_that_is_found_makes_up_for_those_in_vain(exchanges, trip):
+    looked(exchanges, trip, DEAR, DEAR)
+    assert looked(exchanges, trip, DEAR, DEAR, DEAR) == [True, True, False]
+    assert looked(exchanges, trip, FOUND, DEAR, DEAR) == [True] * 3
 
 
 # Which one
