@@ -12,6 +12,7 @@ From the bottom up:
 * ``frames``      length-prefixed frames, reassembled in linear time
 * ``messages``    the eight kinds of message
 * ``codec``       a message as msgpack and back
+* ``loads``       the same for a load and its answer, faster
 * ``methods``     the table of everything that can be asked
 * ``connection``  one socket's conversation: states, open requests, heartbeats
 * ``addresses``   how an address is spelled

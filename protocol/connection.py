@@ -19,6 +19,7 @@ and what is not in the tables is a protocol error, the peer's or ours.
                         CLOSED <----------------'
 """
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -27,6 +28,12 @@ from zeolith.protocol.codec import decode, encode
 from zeolith.protocol.errors import LocalProtocolError, RemoteProtocolError
 from zeolith.protocol.frames import FrameReader
 from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.loads import (
+    decode_load,
+    decode_loaded,
+    encode_load,
+    encode_loaded,
+)
 from zeolith.protocol.messages import (
     Failure,
     Goodbye,
@@ -136,6 +143,12 @@ class Connection:
         )
         self._receiving = RECEIVING[role]
         self._sending = SENDING[role]
+        # For a frame with its prefix, so a little less than is allowed.
+        self._known_bytes_max = limits.frame_bytes_max
+        # For loads, and only on a channel: whether this end asks or answers, and how
+        # it recognises the frame that the other end makes of one.
+        self._asks_loads = self._answers_loads = False
+        self._recognise: Callable[[bytes], Request | Reply | None] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -151,6 +164,10 @@ class Connection:
         was and ``is_closed`` is true: the owner sends ``farewell()`` and hangs up.
         """
         self.rcvd_at = now
+        if self._recognise is not None and not self._reader.is_inside_frame:
+            known = self._recognise(data)
+            if known is not None and self._accept_known(known, len(data)):
+                return [known]
         if self.state is State.CLOSED:
             return []
         received: list[Message] = []
@@ -192,6 +209,28 @@ class Connection:
             self.goodbye_rcvd = message  # type: ignore[assignment]
             self.error = RemoteProtocolError(f"{message.reason}: {message.text}")  # type: ignore[union-attr]
         self._enter(state)
+
+    def _accept_known(self, message: Request | Reply, size: int) -> bool:
+        """Accept a frame that was recognised; false if it must be looked at again.
+
+        What ``_accept`` does for a load and its answer, but for errors: these are the
+        general way's, which finds the same.
+        """
+        number = message[0]
+        if size > self._known_bytes_max:
+            return False
+        if self._asks_loads:
+            if number not in self.open_requests:
+                return False
+            self.open_requests.discard(number)
+            return True
+        if number <= self._last_request:
+            return False
+        if len(self.open_requests) >= self.limits.requests_open_max:
+            return False
+        self._last_request = number
+        self.open_requests.add(number)
+        return True
 
     def _accept_answer(self, answer: Reply | Failure) -> None:
         if self.state is State.GREETED:
@@ -241,11 +280,21 @@ class Connection:
             assert self.kind is not None
             state = _OPENED[self.kind]
             self._reader.frame_bytes_max = self.limits.frame_bytes_max
-        self.state = state
+        if state is not self.state:
+            self._turn_to(state)
 
     def _fail(self, error: Exception) -> None:
         self.error = error
-        self.state = State.CLOSED
+        self._turn_to(State.CLOSED)
+
+    def _turn_to(self, state: State) -> None:
+        self.state = state
+        is_channel = state is State.CHANNEL
+        self._asks_loads = is_channel and self.role is Role.CLIENT
+        self._answers_loads = is_channel and self.role is Role.SERVER
+        self._recognise = None
+        if is_channel:
+            self._recognise = decode_loaded if self._asks_loads else decode_load
 
     # Sending: each method returns the bytes to send, and nothing else is sent
 
@@ -265,7 +314,12 @@ class Connection:
     def request(self, method: str, args: list[Any], now: float) -> bytes:
         """Client: ask; the answer carries the id in ``last_request``."""
         number = self._last_request + 1
-        sent = self._send(Request(number, method, args), now)
+        sent = None
+        if method == "load" and self._asks_loads:
+            sent = encode_load(number, args)
+        if sent is None or len(sent) > self._known_bytes_max:
+            sent = self._send(Request(number, method, args), now)
+        self.sent_at = now
         self._last_request = number
         if not self.open_requests:
             # A channel may have been silent, for nobody waited; from now on it counts.
@@ -280,7 +334,10 @@ class Connection:
 
     def reply(self, number: int, value: Any, now: float) -> bytes:
         """Server: the value of request ``number``."""
-        sent = self._send(Reply(number, value), now)
+        sent = encode_loaded(number, value) if self._answers_loads else None
+        if sent is None or len(sent) > self._known_bytes_max:
+            sent = self._send(Reply(number, value), now)
+        self.sent_at = now
         self.open_requests.discard(number)
         return sent
 
@@ -301,7 +358,7 @@ class Connection:
     def goodbye(self, reason: str, text: str, now: float) -> bytes:
         """The last words; empty if the state knows none. The conversation is over."""
         if Goodbye not in self._sending[self.state]:
-            self.state = State.CLOSED
+            self._turn_to(State.CLOSED)
             return b""
         return self._send(Goodbye(reason, text), now)
 

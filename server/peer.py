@@ -11,7 +11,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, cast
 
-from zeolith.protocol.connection import Connection, Role
+from zeolith.protocol.connection import Connection, Role, State
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request
 from zeolith.server.sessions import ChannelTransactions, Session
@@ -29,8 +29,8 @@ class Peer(asyncio.Protocol):
     def __init__(self, service: "Service", limits: Limits):
         self._service = service
         self._limits = limits
-        self._loop = asyncio.get_running_loop()
-        self.connection = Connection(Role.SERVER, self._loop.time(), limits)
+        self._now = asyncio.get_running_loop().time
+        self.connection = Connection(Role.SERVER, self._now(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
         self.transactions = ChannelTransactions(limits)
@@ -57,11 +57,16 @@ class Peer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Some bytes have come."""
         connection = self.connection
-        self._batch = []
-        for message in connection.receive_data(data, self._loop.time()):
-            self._dispatch(message)
-        self._flush()
-        if connection.is_closed:
+        messages = connection.receive_data(data, self._now())
+        if len(messages) == 1:
+            # Nothing to gather, and nearly always so.
+            self._dispatch(messages[0])
+        elif messages:
+            self._batch = []
+            for message in messages:
+                self._dispatch(message)
+            self._flush()
+        if connection.state is State.CLOSED:
             self._give_up()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -71,13 +76,14 @@ class Peer(asyncio.Protocol):
 
     def reply(self, number: int, value: Any) -> None:
         """Answer request ``number``; harmless when the socket is gone."""
-        if self.connection.is_open:
-            self.send(self.connection.reply(number, value, self._loop.time()))
+        connection = self.connection
+        if connection.is_open:
+            self.send(connection.reply(number, value, self._now()))
 
     def fail(self, number: int, error: BaseException) -> None:
         """Answer request ``number`` with an error."""
         if self.connection.is_open:
-            self.send(self.connection.failure(number, error, self._loop.time()))
+            self.send(self.connection.failure(number, error, self._now()))
 
     def send(self, data: bytes) -> None:
         """Send bytes that the connection made."""
@@ -92,7 +98,7 @@ class Peer(asyncio.Protocol):
 
     def send_shared(self, data: bytes) -> None:
         """Send bytes that were made once for many peers."""
-        self.connection.sent_shared(self._loop.time())
+        self.connection.sent_shared(self._now())
         self._write(data)
 
     def tick(self, now: float) -> None:
@@ -138,7 +144,7 @@ class Peer(asyncio.Protocol):
         transport = self._transport
         if transport is not None and not transport.is_closing():
             self._flush()
-            now = self._loop.time()
+            now = self._now()
             self._write(self.connection.goodbye(reason, text or reason, now))
             transport.close()
 
@@ -159,7 +165,7 @@ class Peer(asyncio.Protocol):
         transport = self._transport
         if self._holds == 0 and transport is not None and not transport.is_closing():
             # It was not the client that was silent.
-            self.connection.rcvd_at = self._loop.time()
+            self.connection.rcvd_at = self._now()
             transport.resume_reading()
 
     def cut_off(self) -> None:

@@ -38,7 +38,7 @@ from zeolith.storage.iteration import current_in_file, iterate_file
 from zeolith.storage.log import LogReader
 from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.packing import FilePack, clean_up, finish_leftovers
-from zeolith.storage.records import NOWAIT, Generation
+from zeolith.storage.records import Generation
 from zeolith.storage.tids import Z64, advanced, tid_at
 from zeolith.storage.undoing import UndoConflicts
 from zeolith.storage.wrapping import PLAIN, Form
@@ -190,7 +190,8 @@ class FileStore(AdaptedStorage):
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """See Database.load_nowait."""
-        return self._generation.load(oid, before, NOWAIT)
+        # Without the property, for this is the hot path.
+        return self._file.generation.load_nowait(oid, before)  # type: ignore[union-attr]
 
     @property
     def _generation(self) -> Generation:

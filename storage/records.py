@@ -17,11 +17,12 @@ The layout of a record (ZODB.FileStorage.format)::
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Any, NamedTuple
 
 from ZODB.FileStorage.format import CorruptedDataError
+from ZODB.fsIndex import fsIndex
 from ZODB.POSException import POSKeyError
 
 from zeolith.storage.database import Revision, WouldBlock
@@ -56,7 +57,11 @@ class Generation:
     def __init__(self, path: str, index: Any):
         self.index = index
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._find = index.get
+        self._find = _finder(index)
+        # The loop's, for a read that keeps nothing of it.
+        self._buffer = bytearray(_READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._buffers = [self._buffer]
 
     def duplicate(self) -> int:
         """A descriptor of the same file, for the caller to close."""
@@ -88,6 +93,28 @@ class Generation:
         if end is None:
             raise POSKeyError(oid)
         return None
+
+    def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
+        """See Database.load_nowait; on the loop only.
+
+        For what nearly every load asks for, a current record of no more than one read,
+        it is ``load`` without its generality; anything else is left to it.
+        """
+        position = self._find(oid) if NOWAIT else None
+        if position:
+            try:
+                have = os.preadv(self._fd, self._buffers, position, NOWAIT)
+            except OSError:
+                # See _pread.
+                raise WouldBlock from None
+            if have > HEADER_BYTES:
+                known, tid, _previous, _start, _version, size = parse_header(
+                    self._buffer
+                )
+                end = HEADER_BYTES + size
+                if known == oid and tid < before and HEADER_BYTES < end <= have:
+                    return Revision(bytes(self._view[HEADER_BYTES:end]), tid, None)
+        return self.load(oid, before, NOWAIT)
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """See Database.load_serial."""
@@ -190,6 +217,23 @@ class Generation:
             # An error of the disk comes again, in the reader thread.
             raise WouldBlock from None
         return bytes(buffer[:got]) if got < size else bytes(buffer)
+
+
+def _finder(index: Any) -> Callable[[bytes], int | None]:
+    """How the positions of objects are found: what ``index.get`` does, in one call."""
+    if type(index) is not fsIndex:
+        find: Callable[[bytes], int | None] = index.get
+        return find
+    bucket_of = index._data.get
+
+    def position_of(oid: bytes) -> int | None:
+        bucket = bucket_of(oid[:6])
+        if bucket is None:
+            return None
+        position = bucket.get(oid[6:])
+        return None if position is None else int.from_bytes(position, "big")
+
+    return position_of
 
 
 def _position_in(start: bytes) -> int:

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def test_any_history_reads_as_file_storage_reads_it(tmp_path_factory, history):
             for moment in moments(tids):
                 read = outcome(generation.load, oid, moment)
                 assert read == outcome(storage.loadBefore, oid, moment)
+                with suppress(WouldBlock):
+                    assert outcome(generation.load_nowait, oid, moment) == read
             for tid in (Z64, *tids, MAX_TID):
                 read = outcome(generation.load_serial, oid, tid)
                 assert read == outcome(storage.loadSerial, oid, tid)
@@ -228,14 +231,77 @@ def test_the_loop_asks_the_kernel_and_gets_an_answer_or_would_block(make):
     assert revision == generation.load(OID, MAX_TID)
 
 
+def test_what_is_near_is_read_at_once_and_kept(make, page_cache, monkeypatch):
+    monkeypatch.setattr(records, "NOWAIT", FLAG)
+    reads: list[int] = []
+
+    def whole(position: int, size: int) -> int:
+        reads.append(position)
+        return size
+
+    page_cache(whole)
+    generation, tids = make([*one_record(10, 20), *one_record(2 * READ_BYTES)])
+    second = generation.load_nowait(OIDS[1], MAX_TID)
+    assert reads == [generation.index[OIDS[1]]]
+    assert second == generation.load(OIDS[1], MAX_TID)
+    # The buffer is used again, for a longer record and for an older one.
+    for moment in (MAX_TID, tids[2], tids[0]):
+        assert generation.load_nowait(OID, moment) == generation.load(OID, moment)
+    assert second == generation.load(OIDS[1], MAX_TID)
+    assert type(second.data) is bytes
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EOPNOTSUPP, errno.EIO])
+def test_what_is_not_near_would_block(make, page_cache, monkeypatch, error):
+    monkeypatch.setattr(records, "NOWAIT", FLAG)
+
+    def refuse(_position: int, _size: int) -> int:
+        raise OSError(error, os.strerror(error))
+
+    page_cache(refuse)
+    generation, _tids = make(one_record(10))
+    with pytest.raises(WouldBlock):
+        generation.load_nowait(OID, MAX_TID)
+
+
+@pytest.mark.parametrize("near", [0, 10, HEADER_BYTES, HEADER_BYTES + 50])
+def test_what_is_near_in_part_is_read_whole(make, page_cache, monkeypatch, near):
+    monkeypatch.setattr(records, "NOWAIT", FLAG)
+    pieces = iter([near])
+    page_cache(lambda _position, size: next(pieces, size))
+    generation, _tids = make(one_record(100))
+    assert generation.load_nowait(OID, MAX_TID) == generation.load(OID, MAX_TID)
+
+
+def test_without_that_flag_a_load_reads_as_any(make, monkeypatch):
+    monkeypatch.setattr(records, "NOWAIT", 0)
+    monkeypatch.setattr(os, "preadv", None)
+    generation, _tids = make(one_record(100))
+    assert generation.load_nowait(OID, MAX_TID) == generation.load(OID, MAX_TID)
+
+
+def test_objects_are_found_as_the_index_finds_them(make):
+    generation, _tids = make(one_record(10, 20))
+    index = generation.index
+    for far in (b"\0" * 5 + b"\1\0\0", b"\xff" * 8):
+        # In a bucket that is new since the file was opened.
+        index[far] = 2**48 - 1
+        assert generation._find(far) == index.get(far)
+    for oid in (*OIDS, MISSING):
+        assert generation._find(oid) == index.get(oid)
+    del index[OID]
+    assert generation._find(OID) is None
+
+
 # Damage
 
 
 def test_a_record_of_another_object_is_damage(make, storage):
     generation, _tids = make(one_record(10, 10))
     wrong = {OID: storage._index[OIDS[1]]}
-    with pytest.raises(CorruptedDataError):
-        Generation(storage._file_name, wrong).load(OID, MAX_TID)
+    for load in ("load", "load_nowait"):
+        with pytest.raises(CorruptedDataError):
+            getattr(Generation(storage._file_name, wrong), load)(OID, MAX_TID)
     assert generation.load(OID, MAX_TID)
 
 
@@ -246,8 +312,9 @@ def test_a_file_that_ends_in_a_record_is_damage(make, tmp_path, left):
     whole = Path(tmp_path / "Data.fs").read_bytes()
     path.write_bytes(whole[: generation.index[OID] + left])
     cut = Generation(str(path), generation.index)
-    with pytest.raises(CorruptedDataError):
-        cut.load(OID, MAX_TID)
+    for load in (cut.load, cut.load_nowait):
+        with pytest.raises(CorruptedDataError):
+            load(OID, MAX_TID)
     cut.close()
 
 
@@ -257,8 +324,9 @@ def test_a_large_record_that_is_cut_is_damage(make, tmp_path):
     whole = Path(tmp_path / "Data.fs").read_bytes()
     path.write_bytes(whole[: generation.index[OID] + 2 * READ_BYTES])
     cut = Generation(str(path), generation.index)
-    with pytest.raises(CorruptedDataError):
-        cut.load(OID, MAX_TID)
+    for load in (cut.load, cut.load_nowait):
+        with pytest.raises(CorruptedDataError):
+            load(OID, MAX_TID)
     cut.close()
 
 
