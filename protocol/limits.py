@@ -37,6 +37,11 @@ class Limits:
     blob_backlog_bytes_max: int = 4 * 1024 * 1024
     # What may wait for a peer that does not read before it is disconnected.
     output_bytes_max: int = 64 * 1024 * 1024
+    # What may wait for a session's stream before changes are not sent to it one by one:
+    # they are gathered, and what has come together goes when it has read.
+    lag_bytes_max: int = 64 * 1024
+    # Changes are told in notices of about so many oids.
+    notice_oids_max: int = 50_000
     # Each end says something at least this often on a socket that has reason to live.
     heartbeat_interval_s: float = 5.0
     # A peer that was silent for so long is gone.

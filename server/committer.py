@@ -266,7 +266,7 @@ class Committer:
             self._end(commit, _ENDED)
             self._answer(commit, done.result(), None)
             if change is not None:
-                self._served.announce(change)
+                self._served.announce([change])
         elif self._database.tells_own and not isinstance(error, BrokenDatabase):
             # The upstream's affair: it may go on at once, and so may we.
             self._served.counters.aborts += 1

@@ -44,6 +44,8 @@ class Peer(asyncio.Protocol):
         self._batch_bytes = 0
         # Whether it was closing at the last tick already.
         self._is_lingering = False
+        # Whether more waits for it than the limit says; the transport tells.
+        self.is_lagging = False
         # How many want nothing to be read now.
         self._holds = 0
 
@@ -51,6 +53,10 @@ class Peer(asyncio.Protocol):
         """The socket is accepted."""
         # uvloop's transports are of no class of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        limits = self._limits
+        self._transport.set_write_buffer_limits(
+            high=min(limits.lag_bytes_max, limits.output_bytes_max)
+        )
         self.address = _address_of(self._transport)
         self._service.peers.add(self)
 
@@ -68,6 +74,17 @@ class Peer(asyncio.Protocol):
             self._flush()
         if connection.state is State.CLOSED:
             self._give_up()
+
+    def pause_writing(self) -> None:
+        """It does not read as fast as it is written to."""
+        self.is_lagging = True
+
+    def resume_writing(self) -> None:
+        """It has read most of what waited for it."""
+        self.is_lagging = False
+        if self.session is not None:
+            # A channel has missed nothing.
+            self.session.served.catch_up(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone, for whatever reason."""
@@ -100,6 +117,12 @@ class Peer(asyncio.Protocol):
         """Send bytes that were made once for many peers."""
         self.connection.sent_shared(self._now())
         self._write(data)
+
+    def fall_behind(self) -> None:
+        """A stream that cannot be told any more what it has missed: hang up."""
+        reason = "it reads too slowly, and what it missed is too long ago"
+        logger.warning("%s is disconnected: %s", self.address, reason)
+        self.hang_up("behind", reason)
 
     def tick(self, now: float) -> None:
         """Send a heartbeat if one is due; give up a peer that was silent too long."""
@@ -202,7 +225,10 @@ class Peer(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing() or not data:
             return
-        if transport.get_write_buffer_size() > self._limits.output_bytes_max:
+        if (
+            self.is_lagging
+            and transport.get_write_buffer_size() > self._limits.output_bytes_max
+        ):
             logger.warning(
                 "%s is disconnected: it does not read, %d bytes wait for it",
                 self.address,

@@ -63,7 +63,7 @@ class Relay:
         # One that was told twice, or that the storage knew when it was opened.
         if told.tid > self._served.changes.last_tid:
             change = self._served.append(told.tid, told.oids, told.transaction)
-            self._served.announce(change)
+            self._served.announce([change])
 
     def _start_afresh(self) -> None:
         logger.warning(

@@ -7,12 +7,17 @@ Everything here belongs to the loop. Two invariants carry the design:
    every load.
 2. Following the changes and reading the last tid are one step (``follow``), so no
    change can fall between them.
+3. A follower is sent every change once and in order. One that does not keep up is
+   sent nothing more; where it stands is kept (``_behind``), and when it has read, it is
+   sent all that it missed, together. When that is not known any more, it must go.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from zeolith.protocol.codec import encode
+from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Notice
 from zeolith.server.committer import Committer
 from zeolith.server.workers import Workers
@@ -25,8 +30,14 @@ from zeolith.storage.tids import following
 class Follower(Protocol):
     """Whoever is sent the changes of a database."""
 
+    # Whether more waits for it than it should be sent.
+    is_lagging: bool
+
     def send_shared(self, data: bytes) -> None:
         """Send ``data``, which was encoded once for all followers."""
+
+    def fall_behind(self) -> None:
+        """It cannot be told any more what it has missed."""
 
 
 @dataclass
@@ -53,6 +64,7 @@ class Served:
         *,
         info: tuple[int, int],
         is_read_only: bool,
+        limits: Limits = DEFAULT,
     ):
         self.name = database.name
         self.database = database
@@ -65,6 +77,11 @@ class Served:
         self.size, self.length = info
         self.counters = Counters()
         self.followers: set[Follower] = set()
+        self._limits = limits
+        # The last change that was sent to those who do not keep up.
+        self._behind: dict[Follower, bytes] = {}
+        # The last notice that was made for one of them: what it follows, leads to, is.
+        self._gathered: tuple[bytes, bytes, bytes] | None = None
         # The first tid that clients have not heard of is at or after this.
         self.horizon = following(changes.last_tid)
         # The pack under way, if there is one.
@@ -82,6 +99,7 @@ class Served:
         self.database.epoch = standing.epoch
         self.changes = Changes(standing.last_tid)
         self.horizon = following(standing.last_tid)
+        self._gathered = None
         self.is_starting_afresh = False
 
     def follow(self, follower: Follower) -> bytes:
@@ -92,6 +110,7 @@ class Served:
     def unfollow(self, follower: Follower) -> None:
         """Send ``follower`` no more; harmless if it does not follow."""
         self.followers.discard(follower)
+        self._behind.pop(follower, None)
 
     def append(
         self, tid: bytes, oids: list[bytes], transaction: bytes | None
@@ -102,13 +121,69 @@ class Served:
         self.horizon = following(tid)
         return change
 
-    def announce(self, change: Change) -> None:
-        """Announce the change that was just appended.
+    def announce(self, changes: Sequence[Change]) -> None:
+        """Announce the changes that were just appended, in their order.
 
-        The bytes are the same for everybody, the committer included: it knows its
-        own transaction by the id.
+        The bytes are the same for everybody, the committers included: they know their
+        own transactions by the id.
         """
-        data = encode(Notice("changes", [[change]]))
+        for piece in _pieces(changes, self._limits.notice_oids_max):
+            self._announce(piece)
+
+    def _announce(self, changes: list[Change]) -> None:
+        data = encode(Notice("changes", [changes]))
         # A follower whose output is full leaves the set meanwhile.
         for follower in tuple(self.followers):
+            if follower in self._behind:
+                self._check(follower)
+            elif not follower.is_lagging:
+                follower.send_shared(data)
+            elif follower in self.followers:
+                self._behind[follower] = changes[0].since
+
+    def _check(self, follower: Follower) -> None:
+        """Let go of ``follower`` if what it missed is not known any more."""
+        if not self.changes.remembers(self._behind[follower]):
+            self.unfollow(follower)
+            follower.fall_behind()
+
+    def catch_up(self, follower: Follower) -> None:
+        """Send ``follower``, which reads again, what it missed, or a part of it."""
+        position = self._behind.pop(follower, None)
+        if position is None:
+            return
+        while position != self.changes.last_tid and follower in self.followers:
+            if follower.is_lagging:
+                self._behind[follower] = position
+                return
+            position, data = self._gather(position)
             follower.send_shared(data)
+        if not self._behind:
+            self._gathered = None
+
+    def _gather(self, position: bytes) -> tuple[bytes, bytes]:
+        """One notice of what comes after ``position``, and the tid it leads to."""
+        known = self._gathered
+        if known is not None and known[0] == position:
+            # Others lag alike. If there is more by now, that comes next.
+            return known[1:]
+        missed = self.changes.since(position)
+        assert missed, "whoever is behind has been checked"
+        piece = next(_pieces(missed, self._limits.notice_oids_max))
+        data = encode(Notice("changes", [piece]))
+        self._gathered = position, piece[-1].tid, data
+        return piece[-1].tid, data
+
+
+def _pieces(changes: Sequence[Change], oids_max: int) -> Iterator[list[Change]]:
+    """``changes`` in pieces of about ``oids_max`` oids; a change is not divided."""
+    piece: list[Change] = []
+    oids = 0
+    for change in changes:
+        if piece and oids + len(change.oids) > oids_max:
+            yield piece
+            piece, oids = [], 0
+        piece.append(change)
+        oids += len(change.oids)
+    if piece:
+        yield piece

@@ -72,6 +72,12 @@ class Changes:
             return None
         return [changes[index] for index in range(start, len(changes))]
 
+    def remembers(self, position: bytes) -> bool:
+        """Whether all after ``position``, which was the last tid once, is here."""
+        return position == self.last_tid or (
+            bool(self._changes) and self._changes[0].since <= position
+        )
+
     def tid_of(self, transaction: bytes) -> bytes | None:
         """The tid under which ``transaction`` was committed, if that was lately."""
         for change in reversed(self._changes):

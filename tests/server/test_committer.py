@@ -66,12 +66,17 @@ class Client:
 
 
 class Follower:
+    is_lagging = False
+
     def __init__(self, phases: Callable[[], list[Phase]]):
         self._phases = phases
         self.phases_at_announcement: list[list[Phase]] = []
 
     def send_shared(self, data: bytes) -> None:
         self.phases_at_announcement.append(self._phases())
+
+    def fall_behind(self) -> None:
+        raise AssertionError("it does not lag")
 
 
 @pytest.fixture
@@ -169,14 +174,14 @@ async def test_a_commit_is_appended_answered_and_announced_in_one_step(server):
     client = await voted(server)
     seen: list[tuple[str, bytes]] = []
 
-    class Follower:
+    class Announced(Follower):
         def send_shared(self, data: bytes) -> None:
             see("announced")
 
     def see(what: str) -> None:
         seen.append((what, server.served.changes.last_tid))
 
-    server.served.follow(Follower())
+    server.served.follow(Announced(list))
     server.committer.finish(client.commit, lambda _value, _error: see("answered"))
     server.committer.settle(transaction_id(0), lambda: see("settled"))
     assert not seen

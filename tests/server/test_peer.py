@@ -21,6 +21,7 @@ from zeolith.protocol.messages import (
 )
 from zeolith.server.listener import Listener
 from zeolith.server.peer import Peer
+from zeolith.storage.changes import Changes
 
 from ..support.ids import number, transaction_id
 from ..support.memory import MemoryClient, MemorySession, hello_fields
@@ -31,6 +32,7 @@ LIMITS = replace(
     DEFAULT,
     frame_bytes_max=64 * 1024,
     batch_bytes_max=32 * 1024,
+    lag_bytes_max=8 * 1024,
     output_bytes_max=16 * 1024,
     requests_open_max=4,
 )
@@ -386,23 +388,89 @@ async def test_last_words_are_not_cut_off_before_they_can_be_read(server, sessio
 # Output
 
 
-async def test_a_slow_reader_is_disconnected_when_too_much_waits_for_it(
+async def test_changes_for_a_slow_reader_are_gathered_not_heaped_up(server, session):
+    other = MemorySession(server.service, LIMITS)
+    transport = session.stream.transport
+    transport.stop_reading()
+    tids = []
+    while not session.stream.peer.is_lagging:
+        tids.append(server.commit(OID, b"more"))
+    size, writes = transport.get_write_buffer_size(), transport.writes
+    assert LIMITS.lag_bytes_max < size < LIMITS.lag_bytes_max + 1024
+    tids += [server.commit(OID, b"more") for _ in range(300)]
+    assert transport.get_write_buffer_size() == size
+    transport.read_on()
+    assert transport.writes == writes + 1
+    tids.append(server.commit(OID, b"more"))
+    assert transport.writes == writes + 2
+    for each in (session, other):
+        changes = each.stream.changes()
+        assert [change[1] for change in changes] == tids
+        assert [change[0] for change in changes[1:]] == tids[:-1]
+
+
+async def test_a_slow_reader_that_stops_again_is_told_the_rest_in_the_end(server):
+    session = MemorySession(server.service, LIMITS)
+    transport = session.stream.transport
+    transport.stop_reading()
+    tids = []
+    for _ in range(5):
+        tids += [server.commit(OID, b"more") for _ in range(200)]
+        assert session.stream.peer.is_lagging
+        transport.read_once()
+    transport.read_on()
+    assert not session.stream.peer.is_lagging
+    assert [change[1] for change in session.stream.changes()] == tids
+
+
+async def test_a_reader_that_is_too_slow_is_disconnected_with_a_reason(
     server, session, caplog
 ):
+    server.served.changes = Changes(server.served.changes.last_tid, changes_max=100)
     other = MemorySession(server.service, LIMITS)
+    channel = session.channel()
     session.stream.transport.stop_reading()
     tids = []
     while server.served.followers == {session.stream.peer, other.stream.peer}:
-        size = session.stream.transport.get_write_buffer_size()
-        assert size <= LIMITS.output_bytes_max + 1024
         tids.append(server.commit(OID, b"more"))
-        await asyncio.sleep(0)
-    assert "it does not read" in caplog.text
-    assert session.stream.transport.is_lost
+        assert len(tids) < 1000
+    assert "it reads too slowly" in caplog.text
+    session.stream.transport.read_on()
+    last_words = session.stream.goodbye()
+    assert last_words.reason == "behind"
+    assert "too slowly" in last_words.text
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
     assert session.stream.peer not in server.service.peers
+    assert channel.transport.is_lost
     assert len(server.service.sessions) == 1
     # Nobody else has missed anything.
     assert [change[1] for change in other.stream.changes()] == tids
+
+
+async def test_a_reader_that_never_reads_is_cut_off(server, session):
+    server.served.changes = Changes(server.served.changes.last_tid, changes_max=10)
+    session.stream.transport.stop_reading()
+    while server.served.followers:
+        server.commit(OID, b"more")
+    server.service.tick(now())
+    server.service.tick(now())
+    await asyncio.sleep(0)
+    assert session.stream.transport.is_lost
+    assert not server.service.sessions
+
+
+async def test_an_answer_on_a_channel_that_lags_is_not_a_change(server, session):
+    server.commit(OID, bytes(12 * 1024))
+    channel = session.channel()
+    channel.transport.stop_reading()
+    first = channel.ask("load", OID, number(9))
+    assert channel.peer.is_lagging
+    tid = server.commit(OID, b"more")
+    channel.transport.read_on()
+    assert len(channel.value(first)[0]) == 12 * 1024
+    assert not channel.received()
+    assert [change[1] for change in session.stream.changes()] == [number(2), tid]
 
 
 async def test_a_slow_reader_may_catch_up(server, session):

@@ -1,9 +1,11 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from zeolith.protocol.codec import decode
 from zeolith.protocol.frames import FrameReader
+from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Notice
 from zeolith.server.served import Served
 from zeolith.storage.changes import Changes
@@ -17,9 +19,14 @@ class Listener:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
+        self.is_lagging = False
+        self.has_fallen_behind = False
 
     def send_shared(self, data: bytes) -> None:
         self.sent.append(data)
+
+    def fall_behind(self) -> None:
+        self.has_fallen_behind = True
 
     def tids(self) -> list[Any]:
         return [tid for data in self.sent for _since, tid, *_ in changes_in(data)]
@@ -107,6 +114,186 @@ async def test_a_follower_may_take_others_along(served):
     publish(served, number(6), [number(1)])
     assert served.followers == {others[0]}
     assert others[0].tids() == [number(6)]
+
+
+# Those who do not keep up
+
+
+def contiguous(listener: Listener, after: bytes) -> None:
+    """Each change that was sent names the one before it."""
+    for data in listener.sent:
+        for since, tid, *_ in changes_in(data):
+            assert since == after
+            after = tid
+
+
+async def test_who_lags_is_sent_what_it_missed_together(served):
+    slow, quick = Listener(), Listener()
+    for each in (slow, quick):
+        served.follow(each)
+    publish(served, number(6), [number(1)])
+    slow.is_lagging = True
+    for tid in (7, 8, 9):
+        publish(served, number(tid), [number(tid)], transaction_id(tid))
+    assert slow.tids() == [number(6)]
+    slow.is_lagging = False
+    served.catch_up(slow)
+    publish(served, number(10), [])
+    assert slow.tids() == quick.tids() == [number(tid) for tid in range(6, 11)]
+    assert [len(changes_in(data)) for data in slow.sent] == [1, 3, 1]
+    assert changes_in(slow.sent[1])[2] == [
+        number(8),
+        number(9),
+        [number(9)],
+        transaction_id(9),
+    ]
+    contiguous(slow, number(5))
+
+
+async def test_who_lags_from_its_first_moment_misses_nothing(served):
+    slow = Listener()
+    slow.is_lagging = True
+    assert served.follow(slow) == number(5)
+    publish(served, number(6), [])
+    publish(served, number(7), [])
+    slow.is_lagging = False
+    served.catch_up(slow)
+    assert slow.tids() == [number(6), number(7)]
+    contiguous(slow, number(5))
+
+
+async def test_who_has_missed_nothing_is_sent_nothing(served):
+    follower = Listener()
+    served.follow(follower)
+    publish(served, number(6), [])
+    follower.is_lagging = True
+    follower.is_lagging = False
+    served.catch_up(follower)
+    served.catch_up(Listener())
+    assert follower.tids() == [number(6)]
+
+
+async def test_those_who_lag_alike_are_sent_the_same_bytes(served):
+    early, late, other = followers = [Listener() for _ in range(3)]
+    for each in (early, late):
+        served.follow(each)
+        each.is_lagging = True
+    publish(served, number(6), [number(1)])
+    publish(served, number(7), [number(2)])
+    served.follow(other)
+    other.is_lagging = True
+    publish(served, number(8), [number(3)])
+    for each in followers:
+        each.is_lagging = False
+        served.catch_up(each)
+    assert early.sent[0] is late.sent[0]
+    assert early.tids() == late.tids() == [number(6), number(7), number(8)]
+    assert other.tids() == [number(8)]
+    # Nothing is kept for nobody.
+    assert served._gathered is None
+
+
+async def test_what_comes_between_two_who_lag_alike_is_not_lost(served):
+    early, late = followers = Listener(), Listener()
+    for each in followers:
+        served.follow(each)
+        each.is_lagging = True
+    publish(served, number(6), [])
+    early.is_lagging = False
+    served.catch_up(early)
+    publish(served, number(7), [])
+    late.is_lagging = False
+    served.catch_up(late)
+    for each in followers:
+        assert each.tids() == [number(6), number(7)]
+        contiguous(each, number(5))
+
+
+async def test_who_takes_only_a_part_is_sent_the_rest_later():
+    class Sipping(Listener):
+        def send_shared(self, data: bytes) -> None:
+            super().send_shared(data)
+            self.is_lagging = True
+
+    served = Served(
+        ModelDatabase(),
+        HandWorkers(),
+        Changes(number(5)),
+        info=(7, 3),
+        is_read_only=False,
+        limits=replace(DEFAULT, notice_oids_max=4),
+    )
+    follower = Sipping()
+    served.follow(follower)
+    oids = [[number(n) for n in range(size)] for size in (1, 2, 2, 9, 1, 1)]
+    for tid, changed in enumerate(oids, 6):
+        publish(served, number(tid), changed)
+    assert follower.tids() == [number(6)]
+    sizes = []
+    for _ in range(5):
+        follower.is_lagging = False
+        served.catch_up(follower)
+        sizes.append([len(change[2]) for change in changes_in(follower.sent[-1])])
+    # Four oids each, but a change is never divided; and nothing twice.
+    assert sizes == [[2, 2], [9], [1, 1], [1, 1], [1, 1]]
+    assert len(follower.sent) == 4
+    contiguous(follower, number(5))
+
+
+async def test_many_changes_that_come_together_are_announced_together(served):
+    follower = Listener()
+    served.follow(follower)
+    changes = [served.append(number(tid), [number(1)], None) for tid in (6, 7, 8)]
+    served.announce(changes)
+    served.announce([])
+    assert [len(changes_in(data)) for data in follower.sent] == [3]
+    contiguous(follower, number(5))
+
+
+async def test_who_is_too_far_behind_must_go(served):
+    served.changes = Changes(number(5), changes_max=3)
+    slow, quick = Listener(), Listener()
+    for each in (slow, quick):
+        served.follow(each)
+    slow.is_lagging = True
+    for tid in (6, 7, 8):
+        publish(served, number(tid), [])
+        assert not slow.has_fallen_behind
+    publish(served, number(9), [])
+    assert slow.has_fallen_behind
+    assert served.followers == {quick}
+    # It reads after all, or its end comes: neither brings it back.
+    slow.is_lagging = False
+    served.catch_up(slow)
+    served.unfollow(slow)
+    assert not slow.sent
+    assert len(quick.tids()) == 4
+
+
+async def test_who_leaves_while_it_lags_is_forgotten(served):
+    slow = Listener()
+    served.follow(slow)
+    slow.is_lagging = True
+    publish(served, number(6), [])
+    served.unfollow(slow)
+    assert not served._behind
+    slow.is_lagging = False
+    served.catch_up(slow)
+    publish(served, number(7), [])
+    assert not slow.sent
+
+
+async def test_who_is_taken_along_while_it_lags_is_forgotten(served):
+    # Nobody knows whose turn comes first.
+    for tid in range(6, 26):
+        others = [Listener() for _ in range(20)]
+        served.follow(Leaver(served, *others))
+        for each in others:
+            served.follow(each)
+            each.is_lagging = True
+        publish(served, number(tid), [])
+        assert not served.followers
+        assert not served._behind
 
 
 async def test_the_horizon_is_just_after_the_last_tid(served):

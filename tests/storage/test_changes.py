@@ -80,6 +80,9 @@ def test_only_so_much_is_remembered_and_that_without_gaps(
     assert remembered == appended[len(appended) - len(remembered) :]
     assert len(remembered) <= changes_max
     assert sum(len(each.oids) for each in remembered) <= oids_max
+    for was_last in (number(10), *(each.tid for each in appended)):
+        known = changes.since(was_last) is not None
+        assert changes.remembers(was_last) is known
     # The oldest goes, and only when there is no room for it.
     forgotten = appended[: len(appended) - len(remembered)]
     if forgotten:

@@ -33,6 +33,8 @@ class MemoryTransport(asyncio.Transport):
         self._is_read = True
         self._is_closing = False
         self._is_lost = False
+        self._high = 64 * 1024
+        self._is_full = False
         # Whether the protocol wants no more data.
         self.is_paused = False
         # How often `write` was called.
@@ -44,6 +46,15 @@ class MemoryTransport(asyncio.Transport):
         assert not self._is_closing, "written after the end"
         self.writes += 1
         (self._arrived if self._is_read else self._unread).append(bytes(data))
+        if not self._is_full and self.get_write_buffer_size() > self._high:
+            self._is_full = True
+            self._protocol.pause_writing()
+
+    def set_write_buffer_limits(
+        self, high: int | None = None, low: int | None = None
+    ) -> None:
+        assert high is not None
+        self._high = high
 
     def get_write_buffer_size(self) -> int:
         return sum(map(len, self._unread))
@@ -76,10 +87,13 @@ class MemoryTransport(asyncio.Transport):
     def read_on(self) -> None:
         """The other end reads what has come meanwhile, and goes on."""
         self._is_read = True
-        self._arrived += self._unread
-        self._unread.clear()
+        self._drain()
         if self._is_closing:
             self._lose_when_read()
+
+    def read_once(self) -> None:
+        """The other end reads what has come, and no more."""
+        self._drain()
 
     def take(self) -> bytes:
         """What the other end has read since the last time."""
@@ -91,6 +105,13 @@ class MemoryTransport(asyncio.Transport):
     def is_lost(self) -> bool:
         """Whether the protocol was told that the connection is lost."""
         return self._is_lost
+
+    def _drain(self) -> None:
+        self._arrived += self._unread
+        self._unread.clear()
+        if self._is_full:
+            self._is_full = False
+            self._protocol.resume_writing()
 
     def _lose_when_read(self) -> None:
         if not self._unread:

@@ -389,6 +389,7 @@ class ModelServer:
             Changes(self.database.last_tid),
             info=(0, 0),
             is_read_only=is_read_only,
+            limits=limits,
         )
         self.committer = self.served.committer
         self.limits = limits
@@ -406,4 +407,4 @@ def publish(
     served: Served, tid: bytes, oids: list[bytes], transaction: bytes | None = None
 ) -> None:
     """What a committer does when a transaction is on disk."""
-    served.announce(served.append(tid, oids, transaction))
+    served.announce([served.append(tid, oids, transaction)])
