@@ -67,7 +67,9 @@ class _Loading:
         self.wanted = wanted
         self._before = before
         self._take = take
-        self._oids_max = min(REQUEST_OIDS, limits.load_many_max)
+        self._oids_max = min(
+            REQUEST_OIDS, limits.load_many_max, limits.load_many_answered_max
+        )
         self._history = cache.history
 
     def begin(self) -> None:

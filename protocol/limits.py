@@ -55,6 +55,9 @@ class Limits:
     new_oids_max: int = 10_000
     # Records loaded, and transactions listed, by one request.
     load_many_max: int = 10_000
+    # Of these, how many are answered: the loop works on them for two milliseconds, in
+    # which nobody else is answered.
+    load_many_answered_max: int = 400
     log_entries_max: int = 1000
 
     @property

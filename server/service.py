@@ -330,6 +330,8 @@ class Service:
         served = _session(peer).served
         if len(oids) > self.limits.load_many_max:
             raise ValueError(f"more than {self.limits.load_many_max} oids at once")
+        # The client asks again for the others; meanwhile it is the others' turn.
+        oids = oids[: self.limits.load_many_answered_max]
         served.counters.loads += len(oids)
         before = min(before, served.horizon)
         as_of = served.changes.last_tid

@@ -346,7 +346,7 @@ def test_a_server_may_answer_for_a_part_and_is_asked_again(server, storage):
 
 def test_no_more_are_asked_for_than_the_limit_allows(server):
     server.answers["load_many"] = revisions
-    with storage_at(server.address, limits=Limits(load_many_max=4)) as storage:
+    with storage_at(server.address, limits=Limits(load_many_answered_max=4)) as storage:
         oids = [p64(number) for number in range(10, 20)]
         assert list(storage.load_many(oids, T2)) == oids
     asked = [len(oids) for oids, _before in server.asked("load_many")]

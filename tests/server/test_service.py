@@ -393,6 +393,30 @@ async def test_many_loads_end_when_the_answer_is_large():
     assert "more than 5 oids" in channel.failure(too_many).text
 
 
+@pytest.mark.parametrize("would_block", [False, True])
+async def test_many_loads_do_not_hold_up_the_loop(would_block):
+    limits = replace(DEFAULT, load_many_max=9, load_many_answered_max=3)
+    server = ModelServer(limits=limits)
+    server.commit(OID, b"data")
+    server.database.would_block = would_block
+    channel = MemorySession(server.service, limits).channel()
+    # What is not there is work, too.
+    oids = [*[number(n) for n in range(7, 15)], OID]
+    loaded: dict[bytes, Any] = {}
+    answers = []
+    while oids:
+        many = channel.ask("load_many", oids, LATEST)
+        await server.workers.work()
+        _as_of, revisions = channel.value(many)
+        answers.append(len(revisions))
+        loaded.update(zip(oids, revisions, strict=False))
+        del oids[: len(revisions)]
+    assert answers == [3, 3, 3]
+    assert loaded.pop(OID) == [b"data", number(1), None]
+    assert set(loaded.values()) == {None}
+    assert server.served.counters.loads == 9
+
+
 @pytest.mark.parametrize("method", ["history", "undo_log"])
 async def test_logs_are_bounded(method):
     limits = replace(DEFAULT, log_entries_max=3)
