@@ -9,6 +9,7 @@ From the outside in:
 * ``cli``        the ``zeolith`` command
 * ``config``     the configuration file, checked
 * ``daemon``     from options to a running server, and back to nothing
+* ``interpreter`` Python's own settings for a loop among threads
 * ``listener``   addresses, and one Peer for each accepted socket
 * ``peer``       bytes of one socket in and out
 * ``sessions``   who the peers are: a stream and its channels

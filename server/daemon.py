@@ -20,6 +20,7 @@ from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT
 from zeolith.server.config import Options
 from zeolith.server.indexing import IndexSaver
+from zeolith.server.interpreter import share_interpreter
 from zeolith.server.listener import Listener, ListenError
 from zeolith.server.memory import keep_freed_memory
 from zeolith.server.peer import Peer
@@ -69,6 +70,7 @@ def run(
     try:
         for name, open_storage in options.storages.items():
             databases[name] = open_storage()
+        share_interpreter()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             all_ended = runner.run(_serve(options, databases, announce, reread))
     except _Stopped:
