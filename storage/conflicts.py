@@ -12,7 +12,7 @@ would run a client's choice of code in the server. Here
 * record size is bounded.
 
 What cannot be resolved so is not lost: the client, which has the classes, gets the
-three states. Called in the writer thread only.
+three states. Called in threads that may take their time, several at once.
 """
 
 from io import BytesIO
@@ -23,9 +23,11 @@ from BTrees.Length import Length
 from ZODB._compat import PersistentPickler, _protocol
 from ZODB.ConflictResolution import PersistentReference
 from ZODB.POSException import ConflictError
+from zodbpickle.fastpickle import Unpickler as FastUnpickler
 from zodbpickle.pickle_3 import DICT, REDUCE, SETITEM, SETITEMS
 from zodbpickle.slowpickle import Unpickler
 
+from zeolith.storage.opcodes import is_simple
 from zeolith.storage.wrapping import PLAIN, Form
 
 # A bucket of a BTree takes a few KiB. More would be a risk rather than a service: with
@@ -168,6 +170,9 @@ class _Reference(PersistentReference):
 
 
 def _load(record: bytes, references: _References) -> tuple[Any, Any]:
+    if is_simple(record):
+        fast = _SimpleUnpickler(record, references.load)
+        return fast.load(), fast.load()
     unpickler = _StateUnpickler(record, references.load)
     loaded = unpickler.load(), unpickler.load()
     _bound_expansion(loaded)
@@ -194,6 +199,17 @@ def _bound_expansion(loaded: Any) -> None:
 
     if size_of(loaded) > PARTS_MAX:
         raise Unresolvable("a state that shares its parts too often")
+
+
+class _SimpleUnpickler(FastUnpickler):
+    """Loads a simple record (see opcodes); every global in it is only a name."""
+
+    def __init__(self, record: bytes, persistent_load: Any):
+        super().__init__(BytesIO(record), errors="bytes")
+        self.persistent_load = persistent_load
+
+    def find_class(self, module: str, name: str) -> Any:
+        return ClassName(module, name)
 
 
 class _StateUnpickler(Unpickler):
