@@ -157,14 +157,18 @@ class MemoryCache:
                     return
                 if self._recent.get(oid, Z64) > as_of:
                     return
-            have = self._by_oid.get(oid)
-            if have is not None and any(entry.tid == tid for entry in have):
+            have = self._by_oid.get(oid, ())
+            # Most that are stored are newer than what was known.
+            is_newest = not have or have[0].tid < tid
+            if not is_newest and any(entry.tid == tid for entry in have):
                 return
             entry = Entry(oid, tid, end, data)
             self._entries[entry] = None
             self._used_bytes += size
-            # Most objects that are stored were not known.
-            self._by_oid[oid] = (entry,) if have is None else self._with(have, entry)
+            if is_newest and len(have) < REVISIONS_MAX:
+                self._by_oid[oid] = (entry, *have)
+            else:
+                self._by_oid[oid] = self._with(have, entry)
             if self._used_bytes > self.cache_bytes:
                 self._evict()
 

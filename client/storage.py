@@ -475,9 +475,12 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         return commit
 
     def _begun(self, transaction: Any) -> Commit:
-        if self.isReadOnly():
-            raise ReadOnlyError("the storage is read-only")
-        commit = self._commit_of(transaction)
+        commit = self._commits.get(transaction)
+        if commit is None:
+            # It could not begin on one that only reads, and that is why.
+            if self.isReadOnly():
+                raise ReadOnlyError("the storage is read-only")
+            raise StorageTransactionError(self, transaction)
         if commit.phase is not Phase.BEGUN:
             raise StorageTransactionError("the transaction has voted")
         return commit

@@ -64,6 +64,16 @@ def _is_id(value: Any) -> bool:
 def _is_operation(value: Any) -> bool:
     if type(value) is not list or not value or type(value[0]) is not str:
         return False
+    if value[0] == "store" and len(value) == 4:
+        # What the table says, for most of what there is to check is this.
+        _name, oid, tid, data = value
+        return (
+            type(oid) is bytes
+            and len(oid) == 8
+            and type(tid) is bytes
+            and len(tid) == 8
+            and type(data) is bytes
+        )
     fields = OPERATIONS.get(value[0])
     return fields is not None and (
         len(value) == len(fields) + 1

@@ -33,6 +33,11 @@ assert _HEADER.size == HEADER_BYTES
 parse_header = _HEADER.unpack_from
 _position = Struct(">Q").unpack_from
 
+# A header, and the place of the data where they are in another record.
+_HEADER_AND_PLACE = HEADER_BYTES + 8
+_LENGTH_AT = HEADER_BYTES - 8
+# A length of zero, and no place either: undo took the object away.
+_REMOVED = bytes(16)
 # One read gets a header and, for most objects, all of the record.
 _READ_BYTES = 4096
 NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
@@ -128,12 +133,16 @@ class Generation:
                 return data
         raise POSKeyError(oid)
 
-    def get_tid(self, oid: bytes) -> bytes:
-        """See Database.get_tid."""
-        for header, _position, start in self.revisions(oid):
-            if header.length or _position_in(start):
-                return header.tid
-            break
+    def get_tid(self, oid: bytes, flags: int = 0) -> bytes:
+        """See Database.get_tid; ``flags`` as for ``load``."""
+        position = self._find(oid)
+        if position:
+            start = self._read_bytes(position, _HEADER_AND_PLACE, flags, HEADER_BYTES)
+            # Without the parts that are not asked for: a vote asks for many.
+            if start[:8] != oid or len(start) < HEADER_BYTES:
+                raise CorruptedDataError(oid, start[:HEADER_BYTES], position)
+            if start[_LENGTH_AT:] != _REMOVED:
+                return start[8:16]
         raise POSKeyError(oid)
 
     def record_at(self, position: int, oid: bytes) -> tuple[bytes | None, bytes]:
@@ -181,7 +190,7 @@ class Generation:
         return have + rest
 
     def _read(self, position: int, oid: bytes, flags: int) -> tuple[Header, bytes]:
-        start = self._read_bytes(position, _READ_BYTES, flags, HEADER_BYTES + 8)
+        start = self._read_bytes(position, _READ_BYTES, flags, _HEADER_AND_PLACE)
         if len(start) < HEADER_BYTES:
             raise CorruptedDataError(oid, start, position)
         header = Header._make(parse_header(start))
