@@ -13,7 +13,10 @@
 * ``opening``    DB() and connection()
 * ``connector``  keeps a session: dials, adopts, listens, begins again
 * ``session``    one presence at one server: a stream and channels
+* ``pool``       as many channels as there are threads that call
 * ``channel``    one socket for calls
+* ``round_trip`` sending a request and receiving the answer, in C or in Python
+* ``loading``    many objects at once
 * ``dial``       addresses and the hello
 * ``position``   the one who applies changes, in order
 * ``commit``     one transaction from begin to its end

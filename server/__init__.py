@@ -14,7 +14,8 @@ From the outside in:
 * ``peer``       bytes of one socket in and out
 * ``sessions``   who the peers are: a stream and its channels
 * ``service``    one function for each method of the wire
-* ``committer``  one transaction at a time from vote to finish
+* ``committer``  transactions from vote to finish, side by side and in groups
+* ``patience``   how long the server waits for a client between vote and finish
 * ``served``     a database as the loop sees it
 * ``workers``    the threads that may wait
 * ``status``     what ``zeolith status`` tells

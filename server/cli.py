@@ -207,14 +207,14 @@ def _lines(state: dict[str, Any]) -> list[str]:
                 f"  being packed: {packing['phase']}, {packing['fraction']:.0%},"
                 f" for {packing['who']}"
             )
-        holder = storage["transaction"]
-        if holder:
-            lines.append(
-                f"  in transaction: {holder['client']} ({holder['phase']},"
-                f" {holder['operations']} operations)"
-            )
         lines += [
-            f"  waiting for it: {waiting['client']}" for waiting in storage["waiting"]
+            f"  in transaction: {holder['client']} ({holder['phase']},"
+            f" {holder['operations']} operations)"
+            for holder in storage["transactions"]
+        ]
+        lines += [
+            f"  waiting for objects of others: {waiting['client']}"
+            for waiting in storage["waiting"]
         ]
         lines += [
             f"  client {client['address']}"

@@ -1,24 +1,29 @@
-r"""One transaction at a time, from vote to finish, without the loop ever waiting.
+r"""Transactions from vote to finish: side by side, and to the disk in groups.
 
-The Committer belongs to the loop. It decides whose turn it is (storage.turn) and hands
-the steps to the writer thread; each step's end comes back to the loop as a callback.
+The Committer belongs to the loop. It decides who may vote (storage.locks) and what the
+writer thread does next; each step's end comes back to the loop as a callback.
 
 ::
 
-    WAITING --turn--> VOTING --voted--> VOTED --finish--> FINISHING --on disk--> ENDED
-                        | \                |                                       ^
-                        |  unresolved ->RESOLVING --resolve--> VOTING              |
-                        |                  |                                       |
-                        `--error-----------+--abandon--> ABORTING -----------------'
+    WAITING --its objects are free--> VOTING --voted--> VOTED --finish--> FINISHING
+       |                               | \                |                   |
+       |                               |  unresolved -> RESOLVING             | on disk
+       |                               |                  | resolve: VOTING   v
+       `-----------error---------------+--abandon--> ABORTING ------------> ENDED
+
+A transaction that shares no object with another never waits for it between vote and
+finish. Those that finish while the disk is busy wait for it together and are the next
+group. A transaction that is *alone* (an undo, say; storage.preparing) begins when all
+before it have ended, and those after it wait for its end.
 
 Invariants:
 
 1. Whatever ends a commit (finish, abort, an error, the channel's end, a timeout), it
-   ends through ``_end``, and ``_end`` gives the turn to the next in line.
-2. Nothing is announced before the writer thread said that it is on disk; and then
-   the change is appended, the turn given on, the committer answered and everybody
-   told in one callback, so nobody can see a part of it.
-3. A commit whose channel is gone while the writer works for it is only marked
+   ends through ``_release``, which lets those go on who waited for its objects.
+2. Nothing is announced before the writer thread said that it is on disk; and then, in
+   one callback and in the order of tids, changes are appended, locks released,
+   committers answered and everybody told, so nobody can see a part of it.
+3. A commit whose channel is gone while a thread works for it is only marked
    (``is_abandoned``); the callback of that step aborts it. A commit that is being
    finished is never aborted.
 4. A database that tells its own commits through ``follow`` (a relay's) has them
@@ -28,6 +33,7 @@ Invariants:
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
@@ -37,25 +43,33 @@ from typing import TYPE_CHECKING, Any
 from ZODB.POSException import ConflictError, StorageSystemError, StorageTransactionError
 
 from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
+from zeolith.server.patience import Patience
 from zeolith.storage.database import (
     BrokenDatabase,
     Finished,
+    NotCommitted,
     OutcomeUnknown,
+    Prepared,
     Transaction,
     Unresolved,
     Voted,
+    WouldBlock,
 )
-from zeolith.storage.turn import Turn
+from zeolith.storage.locks import ALONE, Claim, Locks
 
 if TYPE_CHECKING:
     from zeolith.server.served import Served
 
 logger = logging.getLogger(__name__)
 
+# What more operations claim is found out in a thread: a tenth of a microsecond each.
+CLAIMED_NOWAIT_MAX = 1000
+
 _ENDED = StorageTransactionError("the transaction has ended")
 
 # Called once with a value, or with an error.
 Answer = Callable[[Any, BaseException | None], None]
+_Outcomes = list[Finished | Exception]
 
 
 class Phase(Enum):
@@ -78,6 +92,11 @@ class Commit:
         # Who it is, for status and log.
         self.label = label
         self.phase = Phase.WAITING
+        self.claim: Claim = ALONE
+        # Where it votes beside others.
+        self.prepared: Prepared | None = None
+        # For its client, between vote and finish.
+        self.patience = Patience()
         self.is_abandoned = False
         # Why later requests for it fail; None while it lives.
         self.ended_by: Exception | None = None
@@ -94,7 +113,15 @@ class Committer:
         self._served = served
         self._database = served.database
         self._workers = served.workers
-        self._turn: Turn[Commit] = Turn()
+        self._locks: Locks[Commit] = Locks()
+        # All from vote to end, first come first.
+        self._commits: dict[Commit, None] = {}
+        # Those whose objects are free, and who have not begun to vote.
+        self._ready: deque[Commit] = deque()
+        self._is_starting = False
+        # The next group, which waits for the disk.
+        self._finishing: list[Commit] = []
+        self._is_appending = False
         self._broken: BrokenDatabase | None = None
         self._is_stopping = False
         self._idle: asyncio.Event = asyncio.Event()
@@ -103,17 +130,25 @@ class Committer:
     # What channels ask for
 
     def vote(self, commit: Commit, answer: Answer) -> None:
-        """Get in line; the answer is Voted or Unresolved."""
+        """Claim what it needs, and vote; the answer is Voted or Unresolved."""
         commit.answer = answer
         if self._broken is not None:
             broken = f"nothing is written any more until a restart: {self._broken}"
             self.abandon(commit, StorageSystemError(broken), None)
-        elif self._is_stopping:
+            return
+        if self._is_stopping:
             self.abandon(commit, ShuttingDown("the server is stopping"), None)
-        else:
-            self._idle.clear()
-            if self._turn.request(commit):
-                self._start(commit)
+            return
+        self._idle.clear()
+        self._commits[commit] = None
+        transaction = commit.transaction
+        operations = transaction.operations
+        if type(operations) is list and len(operations) <= CLAIMED_NOWAIT_MAX:
+            self._request(commit, self._database.claim(transaction))
+            return
+        commit.phase = Phase.VOTING
+        claiming = self._workers.vote(self._database.claim, transaction)
+        claiming.add_done_callback(lambda done: self._claimed(commit, done))
 
     def resolve(
         self, commit: Commit, resolutions: dict[bytes, bytes], answer: Answer
@@ -121,15 +156,23 @@ class Committer:
         """Go on with the client's resolutions; the answer is as for vote."""
         if self._expect(commit, Phase.RESOLVING, answer):
             self._step(commit, Phase.VOTING, answer)
-            voting = self._workers.write(self._database.resolve, resolutions)
+            if commit.prepared is None:
+                voting = self._workers.write(self._database.resolve, resolutions)
+            else:
+                voting = self._workers.vote(commit.prepared.vote, resolutions)
             voting.add_done_callback(lambda done: self._voted(commit, done))
 
     def finish(self, commit: Commit, answer: Answer) -> None:
         """Commit for good; the answer is the Finished."""
-        if self._expect(commit, Phase.VOTED, answer):
-            self._step(commit, Phase.FINISHING, answer)
-            finishing = self._workers.write(self._database.finish)
-            finishing.add_done_callback(lambda done: self._finished(commit, done))
+        if not self._expect(commit, Phase.VOTED, answer):
+            return
+        self._step(commit, Phase.FINISHING, answer)
+        if commit.prepared is not None:
+            self._finishing.append(commit)
+            self._append_next()
+            return
+        finishing = self._workers.write(self._database.finish)
+        finishing.add_done_callback(lambda done: self._finished(commit, done))
 
     def abandon(self, commit: Commit, reason: Exception, answer: Answer | None) -> None:
         """Abort ``commit`` in whatever phase it is; ``answer`` when it has ended."""
@@ -139,7 +182,8 @@ class Committer:
             self._served.counters.conflicts += 1
         if commit.phase is Phase.WAITING:
             self._answer(commit, None, reason)
-            self._end(commit, reason)
+            self._release(commit, reason)
+            self._start_ready()
         elif commit.phase in (Phase.RESOLVING, Phase.VOTED):
             self._abort(commit, answer)
             return
@@ -156,8 +200,8 @@ class Committer:
 
         Its client has lost the channel: what is not being finished yet never will be.
         """
-        for commit in (self._turn.holder, *self._turn.waiting):
-            if commit is not None and commit.transaction.id == transaction_id:
+        for commit in self._commits:
+            if commit.transaction.id == transaction_id:
                 commit.when_ended.append(settled)
                 reason = StorageTransactionError("its client gave the transaction up")
                 self.abandon(commit, reason, None)
@@ -167,12 +211,13 @@ class Committer:
     # What the clock asks for
 
     def tick(self, now: float, timeout_s: float) -> None:
-        """Abort a holder for whom the others have waited too long."""
-        expired = self._turn.expired(now, timeout_s)
-        if expired is not None:
+        """Abort those for whom the server has waited too long."""
+        for commit in tuple(self._commits):
+            if not commit.patience.is_over(now, timeout_s):
+                continue
             logger.warning(
                 "the transaction of %s was aborted: voted, and not finished in %g s",
-                expired.label,
+                commit.label,
                 timeout_s,
             )
             self._served.counters.timeouts += 1
@@ -180,149 +225,284 @@ class Committer:
                 f"the transaction was not finished within {timeout_s:g} s after its"
                 " vote (transaction-timeout) and is aborted"
             )
-            self.abandon(expired, reason, None)
+            self.abandon(commit, reason, None)
 
     # What the daemon asks for
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new votes, and wait for those under way, but not for ever."""
         self._is_stopping = True
-        for commit in self._turn.waiting:
+        # The last first: or the end of one would let the next one vote.
+        for commit in reversed(self._locks.waiting):
             self.abandon(commit, ShuttingDown("the server is stopping"), None)
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            holder = self._turn.holder
-            if holder is not None:
+            for commit in tuple(self._commits):
                 logger.warning(
                     "the transaction of %s did not finish in %g s and is aborted",
-                    holder.label,
+                    commit.label,
                     timeout_s,
                 )
-                self.abandon(holder, ShuttingDown("the server is stopping"), None)
-                # It may sit in the writer thread; then the thread is waited for later.
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._idle.wait(), timeout_s)
+                self.abandon(commit, ShuttingDown("the server is stopping"), None)
+            # It may sit in a thread; then the thread is waited for later.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     # What status asks for
 
     @property
-    def holder(self) -> Commit | None:
-        """Whose turn it is."""
-        return self._turn.holder
+    def holders(self) -> tuple[Commit, ...]:
+        """Those who hold objects, from vote to finish."""
+        return self._locks.holders
 
     @property
     def waiting(self) -> tuple[Commit, ...]:
-        """Who stands in line."""
-        return self._turn.waiting
+        """Those who wait for objects of others."""
+        return self._locks.waiting
 
     @property
     def broken(self) -> BrokenDatabase | None:
         """The disaster after which nothing is written any more."""
         return self._broken
 
-    # Steps and their ends
+    # Votes
+
+    def _claimed(self, commit: Commit, done: "asyncio.Future[Claim]") -> None:
+        error = done.exception()
+        if commit.is_abandoned:
+            self._refuse(commit, commit.ended_by or _ENDED)
+        elif error is not None:
+            self._refuse(commit, error)
+        else:
+            self._request(commit, done.result())
+
+    def _request(self, commit: Commit, claim: Claim) -> None:
+        commit.phase = Phase.WAITING
+        commit.claim = claim
+        if self._locks.request(commit, claim):
+            self._ready.append(commit)
+            self._start_ready()
+
+    def _start_ready(self) -> None:
+        """Let those vote whose objects are free.
+
+        One after the other: a vote that fails at once may set the next one free, and
+        the line may be long.
+        """
+        if self._broken is not None:
+            # They are about to hear of it.
+            self._ready.clear()
+        if self._is_starting:
+            return
+        self._is_starting = True
+        try:
+            while self._ready:
+                commit = self._ready.popleft()
+                if commit.phase is Phase.WAITING:
+                    self._start(commit)
+        finally:
+            self._is_starting = False
 
     def _start(self, commit: Commit) -> None:
         commit.phase = Phase.VOTING
-        voting = self._workers.write(self._database.vote, commit.transaction)
+        if commit.claim.is_alone:
+            voting = self._workers.write(self._database.vote, commit.transaction)
+        else:
+            try:
+                prepared = self._database.prepare(commit.transaction)
+                commit.prepared = prepared
+                voted = prepared.vote_nowait()
+            except WouldBlock:
+                voting = self._workers.vote(prepared.vote, {})
+            except Exception as error:  # noqa: BLE001 - every error is an answer
+                self._refuse(commit, error)
+                return
+            else:
+                self._has_voted(commit, voted)
+                return
         voting.add_done_callback(lambda done: self._voted(commit, done))
 
     def _voted(
         self, commit: Commit, done: "asyncio.Future[Voted | Unresolved]"
     ) -> None:
-        counters = self._served.counters
         error = done.exception()
         if error is not None:
-            if isinstance(error, ConflictError):
-                counters.conflicts += 1
-            counters.aborts += 1
-            # The turn first: nothing about the answer may hold the others up.
-            self._end(commit, StorageTransactionError("the vote failed"))
-            self._answer(commit, None, error)
+            self._refuse(commit, error)
         elif commit.is_abandoned:
             self._answer(commit, None, commit.ended_by)
             self._abort(commit, None)
         else:
-            result = done.result()
-            if isinstance(result, Voted):
-                commit.phase = Phase.VOTED
-                counters.conflicts_resolved += len(result.resolved)
+            self._has_voted(commit, done.result())
+
+    def _has_voted(self, commit: Commit, result: Voted | Unresolved) -> None:
+        if isinstance(result, Voted):
+            commit.phase = Phase.VOTED
+            self._served.counters.conflicts_resolved += len(result.resolved)
+        else:
+            commit.phase = Phase.RESOLVING
+        commit.patience.begins(asyncio.get_running_loop().time())
+        self._answer(commit, result, None)
+
+    def _refuse(self, commit: Commit, error: BaseException) -> None:
+        """The vote has failed, and left nothing behind."""
+        counters = self._served.counters
+        if isinstance(error, ConflictError):
+            counters.conflicts += 1
+        counters.aborts += 1
+        # The locks first: nothing about the answer may hold the others up.
+        self._release(commit, StorageTransactionError("the vote failed"))
+        self._answer(commit, None, error)
+        self._start_ready()
+
+    # Finishing in groups
+
+    def _append_next(self) -> None:
+        """Hand all that wait for the disk to the writer, when it is free."""
+        if self._is_appending or not self._finishing:
+            return
+        group, self._finishing = self._finishing, []
+        self._is_appending = True
+        prepared = [commit.prepared for commit in group if commit.prepared]
+        appending = self._workers.write(self._database.append, prepared)
+        appending.add_done_callback(lambda done: self._appended(group, done))
+
+    def _appended(self, group: list[Commit], done: "asyncio.Future[_Outcomes]") -> None:
+        self._is_appending = False
+        outcomes = [] if done.exception() else done.result()
+        finished = [each for each in outcomes if isinstance(each, Finished)]
+        error = done.exception() or self._disorder(finished)
+        if error is not None:
+            self._break(error, group)
+            return
+        served = self._served
+        served.counters.commits += len(finished)
+        changes = []
+        for commit, outcome in zip(group, outcomes, strict=True):
+            if isinstance(outcome, Finished):
+                tid, oids = outcome
+                served.counters.stores += len(oids)
+                changes.append(served.append(tid, oids, commit.transaction.id))
+        # The disk first: whoever waits for it need not wait for what follows.
+        self._append_next()
+        for commit in group:
+            self._release(commit, _ENDED)
+        self._start_ready()
+        # Whoever waits for the server goes before whoever only listens.
+        for commit, outcome in zip(group, outcomes, strict=True):
+            if isinstance(outcome, Finished):
+                self._answer(commit, outcome, None)
             else:
-                commit.phase = Phase.RESOLVING
-            self._turn.started_at = asyncio.get_running_loop().time()
-            self._answer(commit, result, None)
+                self._fail(commit, outcome)
+        if changes:
+            served.announce(changes)
+
+    def _fail(self, commit: Commit, error: Exception) -> None:
+        """A finish of which nothing was committed."""
+        logger.error("the transaction of %s was refused: %s", commit.label, error)
+        self._served.counters.aborts += 1
+        self._answer(commit, None, error)
+
+    # Finishing alone
 
     def _finished(self, commit: Commit, done: "asyncio.Future[Finished]") -> None:
-        error = self._disaster(done)
+        error = done.exception()
+        if error is None and not self._database.tells_own:
+            error = self._disorder([done.result()])
         if error is None:
             tid, oids = done.result()
             self._served.counters.commits += 1
             self._served.counters.stores += len(oids)
-            change = None
+            changes = []
             if not self._database.tells_own:
-                change = self._served.append(tid, oids, commit.transaction.id)
-            # Whoever waits for the server goes before whoever only listens.
-            self._end(commit, _ENDED)
+                changes.append(self._served.append(tid, oids, commit.transaction.id))
+            self._release(commit, _ENDED)
+            self._start_ready()
             self._answer(commit, done.result(), None)
-            if change is not None:
-                self._served.announce([change])
+            if changes:
+                self._served.announce(changes)
         elif self._database.tells_own and not isinstance(error, BrokenDatabase):
             # The upstream's affair: it may go on at once, and so may we.
             self._served.counters.aborts += 1
             if isinstance(error, OutcomeUnknown):
                 error = StorageSystemError(str(error))
-            self._end(commit, _ENDED)
+            self._release(commit, _ENDED)
             self._answer(commit, None, error)
+            self._start_ready()
         else:
-            logger.critical(
-                "%s: nothing is written any more until a restart",
-                self._served.name,
-                exc_info=error,
-            )
-            self._broken = BrokenDatabase(str(error))
-            self._answer(commit, None, StorageSystemError(str(error)))
-            for waiting in self._turn.waiting:
-                self.abandon(waiting, StorageSystemError(str(error)), None)
-            self._end(commit, _ENDED)
+            self._break(error, [commit])
 
-    def _disaster(self, finishing: "asyncio.Future[Finished]") -> BaseException | None:
-        """Why the database must not be written any more, if that is so."""
-        error = finishing.exception()
+    # Ends
+
+    def _disorder(self, finished: list[Finished]) -> BrokenDatabase | None:
+        """Why the database must not be written any more, if tids do not grow."""
         last_tid = self._served.changes.last_tid
-        if self._database.tells_own:
-            return error
-        if error is None and finishing.result().tid <= last_tid:
-            return BrokenDatabase(
-                f"the storage committed {finishing.result().tid.hex()} after"
-                f" {last_tid.hex()}: transaction ids must grow"
-            )
-        return error
+        for each in finished:
+            if each.tid <= last_tid:
+                return BrokenDatabase(
+                    f"the storage committed {each.tid.hex()} after {last_tid.hex()}:"
+                    " transaction ids must grow"
+                )
+            last_tid = each.tid
+        return None
+
+    def _break(self, error: BaseException, group: list[Commit]) -> None:
+        """A disaster, while ``group`` was finished: nothing is written any more."""
+        logger.critical(
+            "%s: nothing is written any more until a restart",
+            self._served.name,
+            exc_info=error,
+        )
+        self._broken = BrokenDatabase(str(error))
+        for commit in group:
+            self._release(commit, _ENDED)
+            self._answer(commit, None, StorageSystemError(str(error)))
+        # The disk has never heard of these.
+        behind, self._finishing = self._finishing, []
+        for commit in behind:
+            self._release(commit, _ENDED)
+            self._fail(commit, NotCommitted(f"{error}; nothing was committed"))
+        for commit in tuple(self._commits):
+            self.abandon(commit, StorageSystemError(str(error)), None)
 
     def _abort(self, commit: Commit, answer: Answer | None) -> None:
+        reason = StorageTransactionError("the transaction was aborted")
+        if commit.prepared is not None:
+            # Nothing of it is anywhere but here.
+            self._served.counters.aborts += 1
+            self._release(commit, reason)
+            if answer is not None:
+                answer(None, None)
+            self._start_ready()
+            return
         commit.phase = Phase.ABORTING
-        self._turn.started_at = None
+        commit.patience.ends()
 
         def aborted(done: "asyncio.Future[None]") -> None:
             error = done.exception()
             if error is not None:
                 logger.error("aborting a transaction failed", exc_info=error)
             self._served.counters.aborts += 1
-            self._end(commit, StorageTransactionError("the transaction was aborted"))
+            self._release(commit, reason)
             if answer is not None:
                 answer(None, error)
+            self._start_ready()
 
         self._workers.write(self._database.abort).add_done_callback(aborted)
 
-    def _end(self, commit: Commit, reason: Exception) -> None:
+    def _release(self, commit: Commit, reason: Exception) -> None:
+        """The end of a commit; ``_start_ready`` must follow."""
         commit.phase = Phase.ENDED
         commit.ended_by = commit.ended_by or reason
+        commit.patience.ends()
+        if commit.prepared is not None:
+            commit.prepared.end()
         # The channel keeps the commit until its next one; not the records.
         commit.transaction.operations = []
-        succeeding = self._turn.leave(commit)
-        if succeeding is not None:
-            self._start(succeeding)
-        elif self._turn.holder is None:
+        commit.prepared, commit.claim = None, ALONE
+        self._commits.pop(commit, None)
+        self._ready.extend(self._locks.leave(commit))
+        if not self._commits:
             self._idle.set()
         for ended in commit.when_ended:
             ended()
@@ -341,7 +521,7 @@ class Committer:
     def _step(self, commit: Commit, phase: Phase, answer: Answer) -> None:
         commit.phase = phase
         commit.answer = answer
-        self._turn.stop_clock(asyncio.get_running_loop().time())
+        commit.patience.pauses(asyncio.get_running_loop().time())
 
     @staticmethod
     def _answer(commit: Commit, value: Any, error: BaseException | None) -> None:

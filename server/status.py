@@ -44,7 +44,7 @@ async def _storage_status(service: "Service", served: Served) -> dict[str, Any]:
         "broken": str(committer.broken) if committer.broken else None,
         "counters": asdict(served.counters),
         "pack": served.packing.describe() if served.packing else None,
-        "transaction": _commit_status(committer.holder) if committer.holder else None,
+        "transactions": [_commit_status(commit) for commit in committer.holders],
         "waiting": [_commit_status(commit) for commit in committer.waiting],
         "clients": [
             {

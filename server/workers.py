@@ -1,9 +1,9 @@
 """The threads that may wait for a disk, on behalf of a loop that may not.
 
-Each database has one writer thread, which does the steps of a commit in the order in
-which the loop asked for them, a few reader threads, a few that write blobs, one that
-spills what is staged, and one for a pack. Called on the loop; what is handed over runs
-in a thread, and the future's callbacks run on the loop again.
+Each database has one writer thread, which does what is written to the file in the order
+in which the loop asked for it, a few that vote, a few reader threads, a few that write
+blobs, one that spills what is staged, and one for a pack. Called on the loop; what is
+handed over runs in a thread, and the future's callbacks run on the loop again.
 """
 
 import asyncio
@@ -14,6 +14,8 @@ from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 READERS = 4
+# A vote may be large; the next one is not to wait for it.
+VOTERS = 4
 # Of their own, for a sync of a large file may take long.
 BLOB_WRITERS = 4
 
@@ -22,33 +24,38 @@ Value = TypeVar("Value")
 _Step = tuple[Callable[..., Any], tuple[Any, ...], "asyncio.Future[Any]"]
 
 
-class _Writer(threading.Thread):
-    """A thread that takes one step after the other.
+class _Crew:
+    """Threads that take one step after the other from one queue.
 
-    What an executor does, with half the hand-overs: every commit passes here twice.
+    What an executor does, with half the hand-overs: every commit passes here.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, name: str):
-        super().__init__(name=name, daemon=True)
+    def __init__(self, loop: asyncio.AbstractEventLoop, name: str, threads: int):
         self._loop = loop
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         self._is_stopped = False
-        self.start()
+        self.threads = [
+            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def submit(self, step: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":
         """Called on the loop."""
         if self._is_stopped:
-            raise RuntimeError("the writer was stopped")
+            raise RuntimeError("the worker was stopped")
         ended = self._loop.create_future()
         self._steps.put((step, args, ended))
         return ended
 
     def stop(self) -> None:
-        """Let the thread end after the steps it has."""
+        """Let the threads end after the steps they have."""
         self._is_stopped = True
-        self._steps.put(None)
+        for _thread in self.threads:
+            self._steps.put(None)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         while (next_step := self._steps.get()) is not None:
             step, args, ended = next_step
             value, error = None, None
@@ -80,7 +87,8 @@ class Workers:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str):
         self._loop = loop
-        self._writer = _Writer(loop, f"{name}-writer")
+        self._writer = _Crew(loop, f"{name}-writer", 1)
+        self._voters = _Crew(loop, f"{name}-voter", VOTERS)
         self._readers = ThreadPoolExecutor(READERS, f"{name}-reader")
         self._blob_writers = ThreadPoolExecutor(BLOB_WRITERS, f"{name}-blobs")
         self._aside = ThreadPoolExecutor(1, f"{name}-aside")
@@ -93,6 +101,13 @@ class Workers:
         """Run ``step`` in the writer thread, after everything asked for before."""
         assert not kwargs
         return self._writer.submit(step, *args)
+
+    def vote(
+        self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
+    ) -> "asyncio.Future[Value]":
+        """Run ``step`` of a vote in a thread, beside other votes."""
+        assert not kwargs
+        return self._voters.submit(step, *args)
 
     def read(
         self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
@@ -130,13 +145,15 @@ class Workers:
         """
         # The writer's next step may be the abort of what did not finish.
         self._writer.stop()
+        self._voters.stop()
         for pool in (self._readers, self._aside):
             pool.shutdown(wait=False, cancel_futures=True)
         # These remove what was uploaded or staged in vain.
         for pool in (self._blob_writers, self._stager):
             pool.shutdown(wait=False)
         pools = (self._readers, self._aside, self._blob_writers, self._stager)
-        threads = {self._writer, *(each for pool in pools for each in pool._threads)}
+        crews = [*self._writer.threads, *self._voters.threads]
+        threads = {*crews, *(each for pool in pools for each in pool._threads)}
         deadline = self._loop.time() + timeout_s
         for thread in threads:
             left_s = max(0.0, deadline - self._loop.time())

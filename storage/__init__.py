@@ -5,11 +5,18 @@
 * ``records``    how the records of a Data.fs are found and read
 * ``log``        how the transactions of a Data.fs are listed
 * ``adapted``    any other ZODB storage behind the same interface
-* ``commit``     a transaction's steps: validate, resolve, store
+* ``locks``      who may vote: a transaction and the objects that it needs
+* ``validation`` whether a transaction fits what was committed since it began
+* ``preparing``  the vote of a transaction that is written later, beside others
+* ``appending``  transactions that finish together, to the end of a Data.fs
+* ``commit``     the steps of a transaction that is alone, through its storage
 * ``conflicts``  resolving conflicts without importing anything
+* ``opcodes``    which records a fast unpickler may load
+* ``disk``       the system calls of an append
+* ``room``       what the disk has promised to those who have voted
+* ``recent``     what clients call the last transactions, over a restart
 * ``changes``    the recent (tid, oids) of a database
 * ``identity``   database id, epoch and the oids given out, beside the data
 * ``tids``       transaction ids that only grow
-* ``turn``       who holds the right to vote, and who waits for it
 * ``opening``    from a configuration section to an open database
 """

@@ -10,7 +10,7 @@ Subclassed by ``filestore``, which replaces what a Data.fs can do better.
 import pickle
 import sys
 from base64 import decodebytes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ZODB._compat
@@ -30,6 +30,7 @@ from zeolith.storage.database import (
     CurrentRecord,
     Finished,
     LogEntry,
+    Prepared,
     Revision,
     Standing,
     Transaction,
@@ -40,6 +41,7 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.feed import Feed, Listener
 from zeolith.storage.iteration import current_in_storage, iterate_storage
+from zeolith.storage.locks import ALONE, Claim
 from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.tids import Z64, advanced
 from zeolith.storage.wrapping import form_of
@@ -121,6 +123,14 @@ class AdaptedStorage:
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Nobody can say whether this storage would wait."""
         raise WouldBlock
+
+    def claim(self, transaction: Transaction) -> Claim:
+        """See Database.claim: ZODB's storages take one transaction at a time."""
+        return ALONE
+
+    def prepare(self, transaction: Transaction) -> Prepared:
+        """See Database.prepare."""
+        raise NotImplementedError("every transaction is alone here")
 
     # reader
 
@@ -255,6 +265,10 @@ class AdaptedStorage:
     def raise_tid_floor(self, tid: bytes) -> None:
         """See Database.raise_tid_floor."""
         self.tid_floor = max(self.tid_floor, tid)
+
+    def append(self, group: Sequence[Prepared]) -> list[Finished | Exception]:
+        """See Database.append."""
+        raise NotImplementedError("every transaction is alone here")
 
     def vote(self, transaction: Transaction) -> Voted | Unresolved:
         """See Database.vote."""

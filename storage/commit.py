@@ -10,7 +10,7 @@ from base64 import encodebytes
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ZODB.Connection import TransactionMetaData
 from ZODB.interfaces import (
@@ -20,15 +20,13 @@ from ZODB.interfaces import (
     IStorageUndoable,
 )
 from ZODB.POSException import (
-    ConflictError,
     POSKeyError,
-    ReadConflictError,
     StorageTransactionError,
     UndoError,
     Unsupported,
 )
 
-from zeolith.storage import blobs, conflicts
+from zeolith.storage import blobs
 from zeolith.storage.database import (
     BrokenDatabase,
     Conflict,
@@ -39,6 +37,12 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.tids import Z64, next_tid, tid_at
 from zeolith.storage.undoing import UNDO_ROUNDS_MAX, UndoConflicts
+from zeolith.storage.validation import (
+    RESTORES,
+    Validation,
+    current_tid,
+    refuse_empty,
+)
 from zeolith.storage.wrapping import PLAIN, Form, bottom
 
 # Committed, and packed. FileStorage writes the status as it is where it marks a
@@ -47,13 +51,6 @@ _STATUSES = (" ", "p")
 
 # A copied transaction keeps its tid; clocks differ, but not by more than this.
 FUTURE_MAX_S = 24 * 3600
-OID_MAX = b"\x7f" + b"\xff" * 7
-
-# Operations that write a record: only if nobody else has; as it was elsewhere.
-_STORES = {"store", "store_blob", "store_shared_blob"}
-_RESTORES = {"restore", "restore_blob"}
-# All that leave a new revision of the oid they name.
-_WRITING = _STORES | _RESTORES | {"delete"}
 
 
 class Metadata(TransactionMetaData):
@@ -68,6 +65,20 @@ class Metadata(TransactionMetaData):
         self.extension = {"bytes": transaction.extension}
         # A storage that passes the transaction on may want to use the same.
         self.transaction_id = transaction.id
+
+
+class _Of(NamedTuple):
+    """A storage as the validation reads it."""
+
+    storage: Any
+
+    def get_tid(self, oid: bytes) -> bytes:
+        tid: bytes = self.storage.getTid(oid)
+        return tid
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        data: bytes = self.storage.loadSerial(oid, tid)
+        return data
 
 
 class _Asks(Exception):
@@ -94,14 +105,9 @@ class Committing:
         self._metadata = Metadata(transaction)
         self._form = form
         self._undone: set[bytes] = set()
-        # What was resolved, by the server or the client: oid -> record.
-        self._resolutions: dict[bytes, bytes] = {}
+        self._validation = Validation(transaction, form)
         self._undo_conflicts = UndoConflicts()
         self._undo_rounds = 0
-        # Every oid that an operation changes; filled before the vote.
-        self._written: dict[bytes, None] = {}
-        # Of what the client has to resolve now.
-        self._asked: set[bytes] = set()
         self._begin_arguments: list[Any] = []
         self._begun = False
         # Of the blobs that were stored; and, by what names it, where a file was before.
@@ -109,6 +115,8 @@ class Committing:
         self._taken: dict[int | str, tuple[Path, Path]] = {}
         # Known from begin on for a FileStorage; see Voted.tid.
         self.tid: bytes | None = None
+        # As its client calls it.
+        self.transaction_id = transaction.id
 
     def begin(self, assigns_tid: bool) -> None:
         """Take the storage's commit lock; with a tid of our own if it takes one."""
@@ -151,20 +159,18 @@ class Committing:
                 raise StorageTransactionError(
                     f"transaction id {tid.hex()} is too far in the future"
                 )
-        for operation in self._transaction.operations:
-            if operation[0] in _WRITING and operation[1] > OID_MAX:
-                raise StorageTransactionError(
-                    f"oid {operation[1].hex()} is beyond all that are given out"
-                )
+        self._validation.refuse_extremes()
 
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """Validate all, then store all and vote; or say what is unresolved."""
         self._take(resolutions)
-        unresolved = list(self._validate(self._last_stores()))
+        validation = self._validation
+        self._refuse_restores()
+        unresolved = validation.conflicts(validation.last_stores(), _Of(self._storage))
         if unresolved:
             return self._ask(unresolved)
         try:
-            self._store(self._last_stores())
+            self._store(validation.last_stores())
         except _Asks:
             # What is stored is half of it. Nobody else can commit in between: this is
             # the writer thread.
@@ -178,7 +184,7 @@ class Committing:
         blobs.sync_stored(self._storage)
         # Storages of old answer (oid, serial) pairs; those of today oids or nothing.
         self._undone.update(oid for oid in answer or () if isinstance(oid, bytes))
-        return Voted(self.tid, [*self._resolutions, *self._undone])
+        return Voted(self.tid, [*validation.resolutions, *self._undone])
 
     def _count_round(self) -> None:
         self._undo_rounds += 1
@@ -189,22 +195,20 @@ class Committing:
             )
 
     def _ask(self, unresolved: list[Conflict]) -> Unresolved:
-        self._asked = {conflict.oid for conflict in unresolved}
+        self._validation.ask(unresolved)
         return Unresolved(unresolved)
 
     def _take(self, resolutions: dict[bytes, bytes]) -> None:
-        """What the client has resolved; raises if it is not all that it was asked.
-
-        Or it could go on asking, and hold the turn, for ever: each time everything is
-        looked at again, and that is the server's time.
-        """
-        if not self._asked <= resolutions.keys():
-            raise StorageTransactionError("not all of the conflicts were resolved")
+        """What the client has resolved, of stores and of undos."""
         undos = self._undo_conflicts.asked()
-        self._resolutions.update(
-            (oid, data) for oid, data in resolutions.items() if oid not in undos
-        )
+        self._validation.take(resolutions, apart=undos)
         self._undo_conflicts.answer(resolutions)
+
+    def _refuse_restores(self) -> None:
+        if IStorageRestoreable.providedBy(self._storage):
+            return
+        if any(each[0] in RESTORES for each in self._transaction.operations):
+            raise Unsupported("this storage cannot restore records; store them")
 
     def finish(self) -> Finished:
         """Commit. After this call the transaction is durable or all is lost."""
@@ -222,7 +226,7 @@ class Committing:
 
     def _changed(self) -> list[bytes]:
         """The oids that the transaction changes."""
-        oids = dict.fromkeys(self._written)
+        oids = dict.fromkeys(self._validation.written)
         oids.update(dict.fromkeys(self._undone))
         return list(oids)
 
@@ -232,98 +236,6 @@ class Committing:
             self._begun = False
             self._storage.tpc_abort(self._metadata)
             blobs.unmark(self._marks)
-
-    def _last_stores(self) -> Iterable[list[Any]]:
-        """The operations, of several stores of one oid only the last one."""
-        operations = self._transaction.operations
-        last: dict[bytes, int] = {}
-        self._written = {}
-        for index, operation in enumerate(operations):
-            if operation[0] in _WRITING:
-                self._written[operation[1]] = None
-            if operation[0] in _STORES:
-                last[operation[1]] = index
-        return (
-            operation
-            for index, operation in enumerate(operations)
-            if operation[0] not in _STORES or last[operation[1]] == index
-        )
-
-    def _validate(self, operations: Iterable[list[Any]]) -> Iterable[Conflict]:
-        for operation in operations:
-            if operation[0] == "undo":
-                continue
-            oid, serial = operation[1], operation[2]
-            committed_tid = self._current_tid(oid)
-            if operation[0] == "check":
-                self._check_read(oid, serial, committed_tid)
-            elif operation[0] in _RESTORES:
-                self._check_restored(oid, serial)
-            elif operation[0] == "delete":
-                self._check_deleted(oid, serial, committed_tid)
-            elif committed_tid is not None and serial != committed_tid:
-                if serial == Z64 and operation[0] != "store":
-                    # All blobs have the same record; their files differ.
-                    raise ConflictError(oid=oid, serials=(committed_tid, serial))
-                conflict = self._resolve(oid, serial, committed_tid, operation[3])
-                if conflict is not None:
-                    yield conflict
-
-    def _current_tid(self, oid: bytes) -> bytes | None:
-        try:
-            tid: bytes = self._storage.getTid(oid)
-        except POSKeyError:
-            return None
-        return tid
-
-    def _check_read(self, oid: bytes, serial: bytes, current: bytes | None) -> None:
-        if current is None:
-            raise POSKeyError(oid)
-        if current != serial:
-            raise ReadConflictError(oid=oid, serials=(current, serial))
-
-    def _check_restored(self, oid: bytes, serial: bytes) -> None:
-        if not IStorageRestoreable.providedBy(self._storage):
-            raise Unsupported("this storage cannot restore records; store them")
-        # FileStorage writes the serial as the record's tid, whatever it is.
-        if serial != self._transaction.tid:
-            raise StorageTransactionError(
-                f"oid {oid.hex()} is restored as of {serial.hex()} in another"
-                " transaction; begin it with that tid"
-            )
-
-    def _check_deleted(self, oid: bytes, serial: bytes, current: bytes | None) -> None:
-        if current is None:
-            raise POSKeyError(oid)
-        if current != serial:
-            raise ConflictError(oid=oid, serials=(current, serial))
-
-    def _resolve(
-        self, oid: bytes, old_tid: bytes, committed_tid: bytes, new: bytes
-    ) -> Conflict | None:
-        if oid in self._resolutions:
-            return None
-        if old_tid == Z64:
-            # Two clients made an object of the same oid: there is no common state. If
-            # they made the same thing of it, as two that open an empty database do
-            # with its root, there is no conflict either.
-            if self._storage.loadSerial(oid, committed_tid) != new:
-                raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
-            self._resolutions[oid] = new
-            return None
-        try:
-            old = self._storage.loadSerial(oid, old_tid)
-            committed = self._storage.loadSerial(oid, committed_tid)
-        except (POSKeyError, Unsupported):
-            # Packed away, or never stored under this serial.
-            raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
-        try:
-            self._resolutions[oid] = conflicts.resolve_encoded(
-                self._form, new, old, committed
-            )
-        except conflicts.Unresolvable:
-            return Conflict(oid, committed_tid, old_tid, committed, old, new)
-        return None
 
     def _store(self, operations: Iterable[list[Any]]) -> None:
         actions: dict[str, Callable[..., None]] = {
@@ -346,10 +258,11 @@ class Committing:
     def _as_resolved(
         self, oid: bytes, serial: bytes, data: bytes
     ) -> tuple[bytes, bytes]:
-        if oid in self._resolutions:
-            data = self._resolutions[oid]
-            serial = self._current_tid(oid) or serial
-        self._refuse_empty(oid, data)
+        resolutions = self._validation.resolutions
+        if oid in resolutions:
+            data = resolutions[oid]
+            serial = current_tid(_Of(self._storage), oid) or serial
+        refuse_empty(oid, data)
         return serial, data
 
     def _store_blob(
@@ -365,7 +278,7 @@ class Committing:
     ) -> None:
         if not IBlobStorageRestoreable.providedBy(self._storage):
             raise Unsupported("this storage cannot restore blobs")
-        self._refuse_empty(oid, data)
+        refuse_empty(oid, data)
         previous = self._if_it_is(oid, previous, data)
         path = self._blob_file(name)
         self._mark(name, oid, path)
@@ -417,7 +330,7 @@ class Committing:
         self, oid: bytes, serial: bytes, data: bytes | None, data_tid: bytes | None
     ) -> None:
         if data is not None:
-            self._refuse_empty(oid, data)
+            refuse_empty(oid, data)
         data_tid = self._if_it_is(oid, data_tid, data)
         self._storage.restore(oid, serial, data, "", data_tid, self._metadata)
 
@@ -425,13 +338,6 @@ class Committing:
         if not IExternalGC.providedBy(self._storage):
             raise Unsupported("this storage cannot delete objects")
         self._storage.deleteObject(oid, serial, self._metadata)
-
-    @staticmethod
-    def _refuse_empty(oid: bytes, data: bytes) -> None:
-        if not data:
-            # In a Data.fs length 0 means that the data are elsewhere: the file would
-            # end here at the next opening without an index.
-            raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
 
     def _check(self, oid: bytes, serial: bytes) -> None:
         """It is validated, and stays true: the storage's commit lock is ours."""

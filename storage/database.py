@@ -5,16 +5,20 @@ groups, and the group says which thread may call them:
 
 * **loop**: never waits, takes no lock, may be called from the event loop;
 * **reader**: may wait for the disk or a lock; called in reader threads, many at once;
-* **writer**: called in the one writer thread of the database, one at a time, in the
-  order vote, (resolve,) finish or abort. At most one transaction is between vote and
-  finish.
+* **writer**: called in the one writer thread of the database, one at a time.
+
+A transaction says what it needs to itself (``claim``); the server sees to it that it
+has that from its vote to its end. One that is *alone* is voted on and finished in the
+writer thread, in the order vote, (resolve,) finish or abort; nobody else is between
+vote and finish then. Others are *prepared* side by side, and those that finish at the
+same time are appended together.
 
 Every answer that depends on a point in time is bounded by ``before``: the server
 passes at most one more than the last tid it has announced, so an answer never shows
 what clients have not heard of.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +29,7 @@ from ZODB.POSException import StorageError
 from zeolith.storage.blobs import Piece, Uploads
 from zeolith.storage.changes import Change
 from zeolith.storage.feed import Listener
+from zeolith.storage.locks import Claim
 from zeolith.storage.pack_progress import Packed, Packing
 
 
@@ -42,6 +47,10 @@ class Unavailable(StorageError, TransientError):
 
 class OutcomeUnknown(StorageError):
     """Nobody can say whether the transaction was committed; all else is in order."""
+
+
+class NotCommitted(StorageError):
+    """The disk did not take a transaction that had voted; nothing was committed."""
 
 
 class Standing(NamedTuple):
@@ -175,6 +184,24 @@ class CurrentRecord(NamedTuple):
     data: bytes
 
 
+class Prepared(Protocol):
+    """A transaction that votes beside others; nothing is written before it finishes.
+
+    The votes by one thread at a time; an error leaves nothing behind.
+    """
+
+    transaction: Transaction
+
+    def vote_nowait(self) -> Voted:
+        """On the loop; WouldBlock if it is to be done in a thread."""
+
+    def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
+        """In a worker thread: validate, resolve, with what the client has resolved."""
+
+    def end(self) -> None:
+        """On the loop: it is committed, or given up; may be called again."""
+
+
 class Database(Protocol):
     """A database that can be served."""
 
@@ -204,6 +231,13 @@ class Database(Protocol):
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Like ``load``, or WouldBlock."""
+
+    def prepare(self, transaction: Transaction) -> Prepared:
+        """For a transaction whose claim is not alone: it is about to vote."""
+
+    # loop, for a few operations in memory; else reader
+    def claim(self, transaction: Transaction) -> Claim:
+        """What the transaction needs to itself."""
 
     # reader
     def last_changes(self) -> tuple[bytes, list[Change]]:
@@ -294,6 +328,13 @@ class Database(Protocol):
     # writer
     def raise_tid_floor(self, tid: bytes) -> None:
         """Give no tid up to ``tid`` to a new transaction: clients have seen it."""
+
+    def append(self, group: Sequence[Prepared]) -> list[Finished | Exception]:
+        """Make these durable, in this order; the outcome of each.
+
+        An exception among them says that nothing of it was committed. BrokenDatabase
+        if nobody can say that of all.
+        """
 
     def vote(self, transaction: Transaction) -> Voted | Unresolved:
         """Validate, resolve, store. An error leaves nothing behind."""

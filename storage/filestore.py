@@ -7,20 +7,28 @@ FileStorage keeps the file, its lock, its index, commit and undo. Ours are
 * logs and histories, through ``log``: extensions are passed on, never unpickled;
 * oids: never given out twice, through ``identity``;
 * packing, through ``packing``: in another process;
-* tids: given by us, so that a transaction's tid is known at the vote.
+* commits of stores alone, through ``preparing`` and ``appending``: side by side, and
+  in groups; undo and whatever else is alone goes through FileStorage;
+* tids: given by us, so that they grow whatever the clock does.
 
 The result is a plain Data.fs at every moment. See ``database`` for the threads.
 """
 
+import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
+from io import DEFAULT_BUFFER_SIZE
 from itertools import pairwise
 from typing import Any
 
+from persistent.TimeStamp import TimeStamp
+from ZODB.FileStorage.format import TxnHeader
 from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
+from zeolith.storage.appending import Appender
 from zeolith.storage.blobs import is_blob_record
 from zeolith.storage.changes import Change
 from zeolith.storage.commit import FUTURE_MAX_S
@@ -28,20 +36,30 @@ from zeolith.storage.database import (
     Batch,
     Conflict,
     CurrentRecord,
+    Finished,
     LogEntry,
+    Prepared,
     Revision,
+    Transaction,
     Wish,
 )
+from zeolith.storage.disk import Disk
 from zeolith.storage.identity import Identity
 from zeolith.storage.indexed import IndexedFile
 from zeolith.storage.iteration import current_in_file, iterate_file
+from zeolith.storage.locks import Claim
 from zeolith.storage.log import LogReader
 from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.packing import FilePack, clean_up, finish_leftovers
-from zeolith.storage.records import Generation
+from zeolith.storage.preparing import Preparation, claim_of
+from zeolith.storage.recent import RecentIds
+from zeolith.storage.records import NOWAIT, Generation
+from zeolith.storage.room import Room
 from zeolith.storage.tids import Z64, advanced, tid_at
 from zeolith.storage.undoing import UndoConflicts
 from zeolith.storage.wrapping import PLAIN, Form
+
+logger = logging.getLogger(__name__)
 
 # How many oids are reserved on disk at a time, so that few requests wait for a sync.
 OIDS_RESERVED = 10_000
@@ -58,10 +76,14 @@ class _DataFile(IndexedFile):
     outside: Form | None = PLAIN
     # Set by FileStorage.__init__ after the first _initIndex.
     _file: Any = None
+    # Whether nothing can be behind the last transaction: it was the last thing written.
+    is_end_clean = False
 
     def __init__(self, path: str, **options: Any):
         # Of the transaction under way; see commit.
         self.undo_conflicts = UndoConflicts()
+        self.disk = Disk()
+        self.room = Room(self.disk, path, lambda: int(self._pos), options.get("quota"))
         try:
             super().__init__(path, **options)
         except BaseException:
@@ -88,12 +110,48 @@ class _DataFile(IndexedFile):
                 # write there nobody would find. It must not write any more.
                 self._file.close()
                 raise
+        self.room.forget()
         super()._initIndex(index, tindex)
 
     def renew(self, generation: Generation) -> None:
         """Read that file from now on, by the index that goes with it; cannot fail."""
         super()._initIndex(generation.index, self._tindex)
         self.generation = generation
+        self.room.forget()
+
+    def extend(self, places: dict[bytes, int], end: int, tid: bytes) -> None:
+        """Transactions were appended: their records are there, ``tid`` is the last.
+
+        Called with the commit lock held, when all of it is on the disk.
+        """
+        with self._lock:
+            # What it has buffered is of the time before.
+            self._file.flush()
+            self.will_change(places)
+            self._index.update(places)
+            self._pos = end
+            self._ltid = tid
+            self._ts = TimeStamp(tid)
+            self.is_end_clean = True
+            if places:
+                self.set_max_oid(max(self._oid, max(places)))
+            self._blob_tpc_finish()
+
+    def forget_tail(self) -> None:
+        """What was behind the last transaction was cut off, and is in no buffer."""
+        self.room.forget()
+        with self._lock:
+            self._file.flush()
+        self._files.flush()
+
+    def close(self) -> None:
+        """Give back what was reserved, and close."""
+        try:
+            if self._file is not None and not self._file.closed:
+                self.room.release()
+        except OSError as error:
+            logger.warning("%s keeps the room it reserved: %s", self._file_name, error)
+        super().close()
 
     def _begin(self, tid: bytes, user: bytes, description: bytes, ext: bytes) -> None:
         """Called by tpc_begin, which holds the commit lock.
@@ -102,10 +160,41 @@ class _DataFile(IndexedFile):
         that transaction behind the last one; it must not end up behind this one.
         """
         super()._begin(tid, user, description, ext)
+        self.is_end_clean = False
         self._file.flush()
         if os.fstat(self._file.fileno()).st_size > self._pos:
             self._file.truncate(self._pos)
             self._files.flush()
+            self.room.forget()
+
+    def tpc_vote(self, transaction: Any) -> Any:
+        """Write all of the transaction, with the mark "c".
+
+        FileStorage syncs once, at finish. Of what is more than one write, a disk that
+        writes in another order, and a crash, could leave the end and not the mark, and
+        then nobody opens the file; or, see ``_finish``, the blank that takes the place
+        of the mark and not the rest.
+        """
+        if self._thl + self._tfile.tell() > DEFAULT_BUFFER_SIZE:
+            user, description, extension = self._ude
+            lengths = map(len, (user, description, extension))
+            length = self._thl + self._tfile.tell()
+            header = TxnHeader(self._tid, length, "c", *lengths)
+            header.user, header.descr, header.ext = user, description, extension
+            self._file.seek(self._pos)
+            self._file.write(header.asString())
+            self._sync()
+        return super().tpc_vote(transaction)
+
+    def _finish(self, tid: bytes, user: bytes, description: bytes, ext: bytes) -> None:
+        """Called by tpc_finish, to make the mark a blank and sync."""
+        if self._nextpos - self._pos > DEFAULT_BUFFER_SIZE:
+            self._sync()
+        super()._finish(tid, user, description, ext)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        self.disk.sync(self._file.fileno())
 
     def _abort(self) -> None:
         """Called by tpc_abort.
@@ -114,6 +203,7 @@ class _DataFile(IndexedFile):
         """
         super()._abort()
         self._blob_tpc_abort()
+        self.room.forget()
 
     def is_blob_record(self, record: bytes) -> bool:
         """Called by undo and pack, with the record as it is in the file."""
@@ -142,8 +232,25 @@ class _DataFile(IndexedFile):
         return self.undo_conflicts.merge(conflict, plain, self.outside)
 
 
+class _Committed:
+    """What was committed to a FileStore, as a validation reads it."""
+
+    def __init__(self, store: "FileStore", flags: int):
+        self._store = store
+        self._flags = flags
+
+    def get_tid(self, oid: bytes) -> bytes:
+        return self._store.generation.get_tid(oid, self._flags)
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        return self._store.load_serial(oid, tid)
+
+
 class FileStore(AdaptedStorage):
     """The database in a Data.fs; raises what FileStorage and Identity raise."""
+
+    # What makes of a record that a client sent what is in the file.
+    form_inside: Callable[[bytes], bytes] | None = None
 
     def __init__(self, name: str, path: str, **options: Any):
         """Open the Data.fs at ``path``; ``options`` are FileStorage's."""
@@ -159,6 +266,9 @@ class FileStore(AdaptedStorage):
                 finish_leftovers(self._file)
             cut_off = self._file.lastTransaction() or Z64
             self._file._ltid = self._last_tid()
+            self._recent = RecentIds(
+                self._path, is_read_only=bool(options.get("read_only"))
+            )
         except BaseException:
             self._file.close()
             raise
@@ -168,7 +278,13 @@ class FileStore(AdaptedStorage):
         self._assigns_tid = True
         if cut_off < tid_at(time.time() + FUTURE_MAX_S):
             self.raise_tid_floor(advanced(cut_off, TIDS_SKIPPED))
+        self._appender = Appender(self._file, self._recent)
+        self.room = self._file.room
+        self.form = self._form
         self._oids_lock = threading.Lock()
+        # The largest oid that a vote has brought; never held while anybody waits.
+        self._seen_oid = Z64
+        self._seen_lock = threading.Lock()
         self._next_oid = 1 + max(
             int.from_bytes(self._file._oid, "big"), self._identity.oids_reserved
         )
@@ -193,8 +309,27 @@ class FileStore(AdaptedStorage):
         # Without the property, for this is the hot path.
         return self._file.generation.load_nowait(oid, before)  # type: ignore[union-attr]
 
+    def claim(self, transaction: Transaction) -> Claim:
+        """See Database.claim."""
+        return claim_of(transaction)
+
+    def prepare(self, transaction: Transaction) -> Prepared:
+        """See Database.prepare."""
+        if self.is_read_only:
+            raise ReadOnlyError("the storage is read-only")
+        return Preparation(self, transaction)
+
+    def records(self, nowait: bool) -> _Committed:
+        """What was committed, for a validation."""
+        return _Committed(self, NOWAIT if nowait else 0)
+
+    def see_oid(self, oid: bytes) -> None:
+        """Give out no oid up to this one any more: a client has brought it."""
+        with self._seen_lock:
+            self._seen_oid = max(self._seen_oid, oid)
+
     @property
-    def _generation(self) -> Generation:
+    def generation(self) -> Generation:
         generation = self._file.generation
         assert generation is not None
         return generation
@@ -203,15 +338,15 @@ class FileStore(AdaptedStorage):
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:
         """See Database.load."""
-        return self._generation.load(oid, before)
+        return self.generation.load(oid, before)
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """See Database.load_serial."""
-        return self._generation.load_serial(oid, tid)
+        return self.generation.load_serial(oid, tid)
 
     def get_tid(self, oid: bytes) -> bytes:
         """See Database.get_tid."""
-        return self._generation.get_tid(oid)
+        return self.generation.get_tid(oid)
 
     def last_changes(self) -> tuple[bytes, list[Change]]:
         """The last tid, and what the end of the log says led to it."""
@@ -234,7 +369,7 @@ class FileStore(AdaptedStorage):
                 found.append((Z64, []))
         found.reverse()
         changes = [
-            Change(since, tid, oids, None)
+            Change(since, tid, oids, self._recent.id_of(tid))
             for (since, _oids), (tid, oids) in pairwise(found)
         ]
         return found[-1][0], changes
@@ -242,7 +377,7 @@ class FileStore(AdaptedStorage):
     def history(self, oid: bytes, size: int) -> list[LogEntry]:
         """See Database.history."""
         entries: list[LogEntry] = []
-        generation = self._generation
+        generation = self.generation
         with LogReader(generation.duplicate(), 0) as log:
             for header, _position, _start in generation.revisions(oid):
                 if len(entries) >= size:
@@ -273,7 +408,7 @@ class FileStore(AdaptedStorage):
         self, first: bytes | None, before: bytes, bytes_max: int
     ) -> tuple[list[CurrentRecord], bytes | None]:
         """See Database.current_records."""
-        return current_in_file(self._generation, first, before, bytes_max)
+        return current_in_file(self.generation, first, before, bytes_max)
 
     def committed(self, tid: bytes) -> bool | None:
         """Whether ``tid`` is in the log; None if a pack may have taken it away."""
@@ -293,7 +428,8 @@ class FileStore(AdaptedStorage):
             raise ReadOnlyError("the storage is read-only")
         with self._oids_lock:
             # Whoever copies transactions brings oids of its own.
-            stored = int.from_bytes(self._file._oid, "big")
+            brought = max(self._file._oid, self._seen_oid)
+            stored = int.from_bytes(brought, "big")
             first = max(self._next_oid, stored + 1)
             if first + count - 1 > self._identity.oids_reserved:
                 self._identity.reserve_oids(first + count - 1 + OIDS_RESERVED)
@@ -316,14 +452,28 @@ class FileStore(AdaptedStorage):
             raise ReadOnlyError("a read-only storage is not packed")
         return FilePack(self._file, packing or Packing()).run(time_s, gc)
 
+    # writer
+
+    def append(self, group: Sequence[Prepared]) -> list[Finished | Exception]:
+        """See Database.append."""
+        return self._appender.append(group, self.tid_floor)  # type: ignore[arg-type]
+
+    def finish(self) -> Finished:
+        """See Database.finish."""
+        committing = self._committing
+        if committing is not None and committing.tid is not None:
+            self._recent.note([(committing.tid, committing.transaction_id)])
+        return super().finish()
+
     def close(self) -> None:
         """Save index and oids; release the files."""
-        generation = self._generation
+        generation = self.generation
         with self._oids_lock:
             if not self.is_read_only:
                 self._identity.return_oids(self._next_oid)
         super().close()
         generation.close()
+        self._recent.close()
 
     def _log(self) -> LogReader:
         generation, end = self._state()
@@ -332,4 +482,4 @@ class FileStore(AdaptedStorage):
     def _state(self) -> tuple[Generation, int]:
         # A pack replaces the generation and its end together, under this lock.
         with self._file._lock:
-            return self._generation, self._file.getSize()
+            return self.generation, self._file.getSize()

@@ -13,6 +13,7 @@ under which a commit becomes durable and a pack swaps the files.
 
 import logging
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,13 @@ class IndexedFile(FileStorage):
 
     def _finish_finish(self, tid: bytes) -> None:
         """Called by tpc_finish, under the lock."""
-        if self._changed is not None:
-            self._changed.update(oid[:6] for oid in self._tindex)
+        self.will_change(self._tindex)
         super()._finish_finish(tid)
+
+    def will_change(self, oids: Iterable[bytes]) -> None:
+        """These get other places in the index; called under the lock."""
+        if self._changed is not None:
+            self._changed.update(oid[:6] for oid in oids)
 
 
 class _Source:

@@ -295,7 +295,7 @@ class _Passing(Committing):
         """Send everything, or the resolutions of what was sent."""
         if not self._is_sent:
             self._is_sent = True
-            self._store(self._last_stores())
+            self._store(self._validation.last_stores())
             if self._votes is None:
                 answer = self._storage.tpc_vote(self._metadata)
                 changed = [oid for oid in answer or () if isinstance(oid, bytes)]

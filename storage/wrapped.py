@@ -13,13 +13,15 @@ from zeolith.storage.database import (
     Batch,
     CurrentRecord,
     Revision,
+    Transaction,
     Wish,
     WouldBlock,
 )
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.iteration import current_in_storage, iterate_storage
+from zeolith.storage.locks import ALONE, Claim
 from zeolith.storage.pack_progress import Packed, Packing
-from zeolith.storage.wrapping import outside, wrappers
+from zeolith.storage.wrapping import PLAIN, outside, wrappers
 
 # More than this is not converted on the loop.
 LOOP_BYTES_MAX = 16 * 1024
@@ -39,6 +41,8 @@ class WrappedFileStore(FileStore):
         self._wrap = wrap
         super().__init__(name, path, **options)
         form = self._file.outside = outside(self._storage)
+        if form is not None and form is not PLAIN:
+            self.form_inside = form.encode
         # What makes of a record in the file what clients know, if one can tell.
         self._reading = None if form is None else form.decode
 
@@ -50,6 +54,19 @@ class WrappedFileStore(FileStore):
         return storage
 
     # loop
+
+    def claim(self, transaction: Transaction) -> Claim:
+        """See Database.claim.
+
+        What is not in memory would have to be converted twice, and nobody promises
+        that it comes to the same.
+        """
+        if self._reading is None:
+            return ALONE
+        is_in_memory = isinstance(transaction.operations, list)
+        if self.form_inside is not None and not is_in_memory:
+            return ALONE
+        return super().claim(transaction)
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """See Database.load_nowait."""

@@ -30,10 +30,10 @@ X, Y = oid_of("x"), oid_of("y")
 
 
 def committing_channel(server: InProcessServer) -> Peer:
-    """The server's end of the channel that holds the turn."""
+    """The server's end of the channel of the transaction under way."""
 
     def find() -> Peer:
-        holder = server.served.committer.holder
+        (holder,) = server.served.committer.holders
         (peer,) = (
             peer
             for peer in server.service.peers

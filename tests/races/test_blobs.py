@@ -28,6 +28,7 @@ from zeolith.protocol.limits import Limits
 from zeolith.server.blobs import Uploading
 from zeolith.server.peer import Peer
 from zeolith.storage.blobs import Upload
+from zeolith.storage.disk import Disk
 from zeolith.storage.filestore import FileStore
 
 from ..storage.transactions import record
@@ -527,16 +528,24 @@ def test_a_download_without_a_server_ends_with_the_wait(server, client, tmp_path
     reader.storage.close()
 
 
-def test_a_blob_that_another_client_voted_on_cannot_be_loaded(server, client, other):
+def test_a_blob_that_is_not_announced_cannot_be_loaded(
+    server, client, other, monkeypatch
+):
+    """It has its place before its record is on the disk."""
+    gate = Gate()
+    monkeypatch.setattr(Disk, "sync", gate.before(Disk.sync))
     oid = client.storage.new_oid()
     transaction = client.begin()
     client.store(transaction, oid, b"data")
     client.storage.tpc_vote(transaction)
-    committing = server.database._committing
-    assert committing is not None
-    tid = committing.tid
+    gate.shut()
+    finishing = Background(client.storage.tpc_finish, transaction)
+    gate.wait_until_reached()
+    (path,) = Path(server.database._file.blob_dir).rglob("*.blob")
+    tid = bytes.fromhex(path.stem.removeprefix("0x"))
     assert server.database.load_blob(oid, tid, 0, 10).size == 4
     with pytest.raises(POSError):
         other.storage.loadBlob(oid, tid)
-    assert client.storage.tpc_finish(transaction) == tid
+    gate.open()
+    assert finishing.result() == tid
     assert other.read(oid, tid) == b"data"

@@ -13,6 +13,7 @@ from zeolith.protocol.codec import encode
 from zeolith.protocol.errors import TransactionTimeout
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice
+from zeolith.storage.preparing import Preparation
 
 from ..support.gates import Background, Gate
 from ..support.ids import number, transaction_id
@@ -109,12 +110,12 @@ def test_nothing_is_left_of_a_large_transaction_whose_client_is_gone(
         commit(storage, x=b"next")
 
 
-def test_others_go_on_while_a_large_transaction_votes(server, writer):
-    """It sits in the writer thread; loads and heartbeats do not."""
+def test_others_go_on_while_a_large_transaction_votes(server, writer, monkeypatch):
+    """It sits in a thread of its own; loads and heartbeats do not."""
     commit(writer, other=b"there")
     gate = Gate()
     gate.shut()
-    server.database.vote = gate.before(server.database.vote)
+    monkeypatch.setattr(Preparation, "vote", gate.before(Preparation.vote))
     transaction = many(writer, None, b"new")
     voting = Background(writer.tpc_vote, transaction)
     gate.wait_until_reached()

@@ -97,7 +97,7 @@ def test_a_root_that_is_on_disk_and_not_announced_is_not_in_the_way(
     server, gate, monkeypatch
 ):
     """However often somebody tries meanwhile, it is not there, and then a conflict."""
-    monkeypatch.setattr(FileStore, "finish", gate.after(FileStore.finish))
+    monkeypatch.setattr(FileStore, "append", gate.after(FileStore.append))
     gate.shut()
     opening = Background(DB, server.address)
     gate.wait_until_reached()

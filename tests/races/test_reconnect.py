@@ -252,7 +252,7 @@ def test_a_client_is_known_by_its_own_address(server, caplog):
         assert client["address"] == own
         assert client["label"] == "zope-3"
         transaction = vote(storage, x=b"data")
-        told = storage.server_status()["storages"]["1"]["transaction"]
+        (told,) = storage.server_status()["storages"]["1"]["transactions"]
         assert told["client"] == f"{own} (zope-3)"
         storage.tpc_abort(transaction)
     assert f"{own} (zope-3) has come" in caplog.text

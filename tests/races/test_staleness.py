@@ -1,6 +1,5 @@
 """No snapshot shows an object as it was before a change that the snapshot contains."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import MAX_TID, following
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.database import WouldBlock
+from zeolith.storage.disk import Disk
 
 from ..support.gates import Background, Gate
 from ..support.inprocess import (
@@ -370,8 +370,7 @@ def test_a_snapshot_taken_in_the_middle_of_an_own_commit_is_whole(
 @pytest.fixture
 def fsync_gate(gate: Gate, monkeypatch) -> Gate:
     """The server's sync of its Data.fs."""
-    module = importlib.import_module("ZODB.FileStorage.FileStorage")
-    monkeypatch.setattr(module, "fsync", gate.before(module.fsync))
+    monkeypatch.setattr(Disk, "sync", gate.before(Disk.sync))
     return gate
 
 
@@ -408,11 +407,10 @@ def test_a_commit_that_the_disk_refuses_was_seen_by_nobody(
     wait_for_position(reader, old)
     transaction = vote(writer, x=b"new")
 
-    def fail(_fd: int) -> None:
+    def fail(_disk: Disk, _fd: int) -> None:
         raise OSError(5, "Input/output error")
 
-    module = importlib.import_module("ZODB.FileStorage.FileStorage")
-    monkeypatch.setattr(module, "fsync", fail)
+    monkeypatch.setattr(Disk, "sync", fail)
     with pytest.raises(CommitOutcomeUnknown, match="Input/output error"):
         writer.tpc_finish(transaction)
     with pytest.raises(StorageSystemError, match="Input/output error"):

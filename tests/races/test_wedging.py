@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import tracemalloc
+from base64 import encodebytes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count, islice
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import StorageError
 
 import zeolith.client
@@ -25,8 +27,11 @@ from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.errors import HelloRefused, LocalProtocolError, TransactionTimeout
 from zeolith.protocol.limits import Limits
+from zeolith.server.committer import Phase
 from zeolith.storage.database import WouldBlock
+from zeolith.storage.filestore import FileStore
 from zeolith.storage.pack_progress import Packed
+from zeolith.storage.preparing import Preparation
 
 from ..support.gates import Background
 from ..support.inprocess import HeldStream, InProcessServer, client_of, serving
@@ -76,7 +81,7 @@ def test_many_that_hang_are_passed_over_one_after_the_other(hasty):
         other = closing.enter_context(client_of(hasty))
         for each in voting:
             each.result()
-        commit(other, y=b"other")
+        commit(other, x=b"other")
         assert is_idle(hasty)
 
 
@@ -156,7 +161,7 @@ def test_the_next_one_commits_whatever_became_of_the_holder(
 ):
     """Every end of a connection leads through the same teardown."""
     hold = Hold(reader, proxy)
-    waiting = Background(commit, writer, y=b"next")
+    waiting = Background(commit, writer, x=b"next")
     wait_until(
         lambda: server.on_loop(lambda: server.served.committer.waiting),
         "the next one in line",
@@ -202,7 +207,7 @@ def test_a_silent_network_frees_the_turn_and_the_client(tmp_path):
     ):
         transaction = vote(silent, x=b"silent")
         proxy.stall()
-        commit(other, y=b"other")
+        commit(other, x=b"other")
         assert is_idle(server)
         wait_until(lambda: not silent.is_connected(), "the end of the session")
         with pytest.raises(ClientDisconnected, match="nothing was committed"):
@@ -311,16 +316,18 @@ def test_a_long_call_is_kept_alive_by_the_server(tmp_path, gate, monkeypatch):
 # A storage that is slow, or held by a pack
 
 
-def test_a_vote_that_waits_for_a_lock_holds_up_no_reader(server, writer, reader):
+def test_a_finish_that_waits_for_a_lock_holds_up_no_reader(server, writer, reader):
     """A packer holds the storage's commit lock, and somebody wants to commit."""
     tid = commit(writer, x=b"data")
     wait_for_position(reader, tid)
     files: Any = server.database
     with files._file._commit_lock:
-        voting = Background(vote, writer, y=b"other")
+        finishing = Background(writer.tpc_finish, vote(writer, y=b"other"))
         wait_until(
-            lambda: server.on_loop(lambda: server.served.committer.holder),
-            "the vote under way",
+            lambda: server.on_loop(
+                lambda: server.served.committer.holders[0].phase is Phase.FINISHING
+            ),
+            "the finish under way",
         )
         for _ in range(10):
             reader.cache.forget(X)
@@ -328,34 +335,74 @@ def test_a_vote_that_waits_for_a_lock_holds_up_no_reader(server, writer, reader)
             reader.ping()
         with client_of(server) as newcomer:
             assert newcomer.load(X) == (b"data", tid)
-        assert not voting.returns_soon()
-    writer.tpc_finish(voting.result())
+        # Nor those who vote.
+        reader.tpc_abort(vote(reader, z=b"third"))
+        assert not finishing.returns_soon()
+    finishing.result()
+
+
+def undo(storage: ClientStorage, tid: bytes) -> TransactionMetaData:
+    """A transaction that is alone, and has voted."""
+    transaction = TransactionMetaData()
+    storage.tpc_begin(transaction)
+    storage.undo(encodebytes(tid).rstrip(), transaction)
+    storage.tpc_vote(transaction)
+    return transaction
 
 
 @pytest.mark.parametrize("step", ["vote", "finish", "abort"])
-def test_a_slow_step_of_one_client_holds_up_no_reader(
+def test_a_slow_step_of_one_who_is_alone_holds_up_no_reader(
     server, writer, reader, gate, monkeypatch, step: str
 ):
-    """A conflict that takes seconds to resolve, or a disk that takes them to sync."""
     tid = commit(writer, x=b"data")
     wait_for_position(reader, tid)
     database = server.database
     monkeypatch.setattr(database, step, gate.before(getattr(database, step)))
     gate.shut()
     if step == "vote":
-        working = Background(vote, writer, y=b"other")
+        working = Background(undo, writer, tid)
     else:
-        transaction = vote(writer, y=b"other")
+        gate.open()
+        transaction = undo(writer, tid)
+        gate.shut()
         working = Background(getattr(writer, f"tpc_{step}"), transaction)
     gate.wait_until_reached()
+    look_around(reader, tid)
+    assert not working.returns_soon()
+    gate.open()
+    working.result()
+
+
+@pytest.mark.parametrize("step", ["vote", "append"])
+def test_a_slow_step_of_one_client_holds_up_no_reader(
+    server, writer, reader, gate, monkeypatch, step: str
+):
+    """A conflict that takes seconds to resolve, or a disk that takes them to sync."""
+    tid = commit(writer, x=b"data")
+    wait_for_position(reader, tid)
+    monkeypatch.setattr(Preparation, "vote_nowait", would_block)
+    place = Preparation if step == "vote" else FileStore
+    monkeypatch.setattr(place, step, gate.before(getattr(place, step)))
+    gate.shut()
+    working = Background(commit, writer, y=b"other")
+    gate.wait_until_reached()
+    look_around(reader, tid)
+    assert not working.returns_soon()
+    gate.open()
+    working.result()
+
+
+def would_block(_preparation: Preparation) -> None:
+    raise WouldBlock
+
+
+def look_around(reader: ClientStorage, tid: bytes) -> None:
+    """What somebody does who reads while another commits."""
     for _ in range(10):
         reader.cache.forget(X)
         assert reader.load(X) == (b"data", tid)
         reader.ping()
-    assert reader.server_status()["storages"]["1"]["transaction"] is not None
-    assert not working.returns_soon()
-    gate.open()
-    working.result()
+    assert reader.server_status()["storages"]["1"]["transactions"]
 
 
 def test_a_load_that_waits_for_the_disk_holds_up_nobody(

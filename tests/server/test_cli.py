@@ -202,7 +202,7 @@ def test_the_status_for_people_tells_who_waits_and_what_is_broken(monkeypatch):
                 "read_only": True,
                 "counters": {"loads": 5},
                 "broken": "the disk is gone",
-                "transaction": {"client": "a", "phase": "voted", "operations": 2},
+                "transactions": [{"client": "a", "phase": "voted", "operations": 2}],
                 "waiting": [{"client": "b"}, {"client": "c"}],
                 "clients": [
                     {"address": "d", "label": None, "read_only": True, "channels": 1}
@@ -220,8 +220,8 @@ def test_the_status_for_people_tells_who_waits_and_what_is_broken(monkeypatch):
         "  5 loads",
         "  BROKEN, nothing is written: the disk is gone",
         "  in transaction: a (voted, 2 operations)",
-        "  waiting for it: b",
-        "  waiting for it: c",
+        "  waiting for objects of others: b",
+        "  waiting for objects of others: c",
         "  client d read-only, 1 channels",
     ]
 

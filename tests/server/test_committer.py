@@ -119,7 +119,7 @@ async def test_votes_are_taken_in_the_order_in_which_they_came(server):
     first, *waiting = all_of_them = clients(server, 4)
     for client in all_of_them:
         client.vote()
-    assert server.committer.holder is first.commit
+    assert server.committer.holders == (first.commit,)
     assert server.committer.waiting == tuple(each.commit for each in waiting)
     for client in all_of_them:
         await server.workers.write_step()
@@ -129,7 +129,7 @@ async def test_votes_are_taken_in_the_order_in_which_they_came(server):
     assert [client.answers[1].tid for client in all_of_them] == [
         number(n) for n in (1, 2, 3, 4)
     ]
-    assert server.committer.holder is None
+    assert not server.committer.holders
 
 
 async def test_nobody_votes_while_another_is_between_vote_and_finish(server):
@@ -280,12 +280,12 @@ async def test_a_lost_channel_lets_the_next_one_go_on(server, phase):
     client.lose()
     if phase is Phase.WAITING:
         # The one that it waited for goes away, too.
-        assert server.committer.holder is not None
-        server.committer.abandon(server.committer.holder, GONE, None)
+        (holder,) = server.committer.holders
+        server.committer.abandon(holder, GONE, None)
     await server.workers.work()
     assert client.is_in(Phase.ENDED)
     assert succeeding.phase in (Phase.VOTED, Phase.RESOLVING)
-    assert server.committer.holder is succeeding.commit
+    assert server.committer.holders == (succeeding.commit,)
     assert server.committer.waiting == ()
 
 
@@ -300,7 +300,7 @@ async def test_losing_a_channel_twice_is_like_losing_it_once(server, phase):
     assert client.is_in(Phase.ENDED)
     assert server.database.steps.count("abort") <= 1
     # Nobody holds the turn, or the one whom it waited for.
-    assert server.committer.holder is not client.commit
+    assert client.commit not in server.committer.holders
     assert client.commit not in server.committer.waiting
 
 
@@ -506,7 +506,7 @@ async def test_nothing_is_written_after_a_disaster_by_those_who_waited(server):
     for each in waiting:
         assert isinstance(each.answers[0], StorageSystemError)
         assert each.is_in(Phase.ENDED)
-    assert server.committer.holder is None
+    assert not server.committer.holders
 
 
 # Stopping
@@ -553,7 +553,7 @@ async def test_after_draining_nothing_is_left_in_the_database(server):
     await server.committer.drain(0.001)
     await server.workers.work()
     assert not server.database.is_in_transaction
-    assert server.committer.holder is None
+    assert not server.committer.holders
 
 
 # A database that is another server's

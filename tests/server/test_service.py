@@ -550,7 +550,7 @@ async def test_a_transaction_belongs_to_its_channel(server, session, channel):
     assert other.failure(finish).name == "StorageTransactionError"
     assert other.failure(resolve).name == "StorageTransactionError"
     assert other.value(abort) is None
-    assert server.committer.holder.phase is Phase.VOTED
+    assert server.committer.holders[0].phase is Phase.VOTED
     finish = channel.ask("finish", TRANSACTION, number(1))
     await server.workers.work()
     assert channel.value(finish)[0] == number(2)
@@ -615,7 +615,7 @@ async def test_conflicts_that_are_too_large_to_tell_end_the_transaction():
     vote = channel.ask("vote", TRANSACTION, METADATA, [STORE])
     await server.workers.work()
     assert "too large" in channel.failure(vote).text
-    assert server.committer.holder is None
+    assert not server.committer.holders
     assert not server.database.is_in_transaction
 
 
@@ -777,7 +777,7 @@ async def test_nothing_is_left_of_a_client_whatever_it_was_doing(server, phase, 
     for _ in range(3):
         await asyncio.sleep(0)
     await server.workers.work()
-    assert server.committer.holder is None
+    assert not server.committer.holders
     assert not server.committer.waiting
     assert not server.database.is_in_transaction
     assert channel.peer not in server.service.peers

@@ -53,7 +53,7 @@ async def test_the_status_of_an_idle_server(server):
                 "timeouts": 0,
             },
             "pack": None,
-            "transaction": None,
+            "transactions": [],
             "waiting": [],
             "clients": [],
         }
@@ -82,7 +82,8 @@ async def test_the_status_says_who_waits_for_whom(server):
         channel.ask("vote", transaction_id(n), METADATA, stores)
     await server.workers.work()
     told = (await status(server))["storages"]["1"]
-    assert told["transaction"] == {
+    (holder,) = told["transactions"]
+    assert holder == {
         "client": "192.0.2.7:4567 (holder)",
         "phase": "voted",
         "operations": 1,

@@ -23,7 +23,7 @@ from ZODB.POSException import (
 from ZODB.serialize import referencesf
 from zope.interface import implementer
 
-from zeolith.storage.commit import FUTURE_MAX_S, OID_MAX, Committing
+from zeolith.storage.commit import FUTURE_MAX_S, Committing
 from zeolith.storage.database import (
     BrokenDatabase,
     Conflict,
@@ -33,6 +33,7 @@ from zeolith.storage.database import (
     Voted,
 )
 from zeolith.storage.tids import MAX_TID, Z64, following, tid_at
+from zeolith.storage.validation import OID_MAX
 
 from .transactions import (
     ROOT,

@@ -176,6 +176,30 @@ def test_a_disk_that_stays_full_refuses_every_vote_and_loses_nothing(
     assert read_by_zodb(database, tmp_path / "copy") == oids_of(100) | {A}
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_what_a_full_disk_left_in_a_buffer_is_not_written_over_the_next_group(
+    databases, tmp_path, size
+):
+    """That group is written below the buffer, to the same place in the file."""
+    for fails_at, database in enumerate(databases, 1):
+        disk = Disk(fails_at, stays_full=True, steps=("write", "truncate"))
+        put_on(disk, database)
+        has_failed = vote_fails(database, size)
+        disk.is_repaired()
+        if not has_failed:
+            database.abort()
+            break
+        prepared = database.prepare(transaction(*objects(300, 3000)))
+        prepared.vote({})
+        (finished,) = database.append([prepared])
+        prepared.end()
+        for oid in oids_of(300):
+            assert database.load(oid, MAX_TID).tid == finished.tid
+        on_disk = read_by_zodb(database, tmp_path / f"copy {fails_at}")
+        assert on_disk == oids_of(100) | oids_of(300)
+    assert fails_at > 2
+
+
 @pytest.mark.parametrize("stays_full", [False, True], ids=["once", "for a while"])
 def test_a_write_that_fails_in_finish_is_a_disaster(databases, tmp_path, stays_full):
     """The mark that the transaction is whole did not get to the disk, or it did."""

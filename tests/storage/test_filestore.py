@@ -280,6 +280,12 @@ def references(*oids: bytes) -> bytes:
     return file.getvalue()
 
 
+def changes_of(database: FileStore) -> tuple[bytes, list[Any]]:
+    """What a start reads, but for the names that clients have given."""
+    last_tid, changes = database.last_changes()
+    return last_tid, [change[:3] for change in changes]
+
+
 def test_the_index_is_saved_before_a_crash(open_store, tmp_path, monkeypatch):
     monkeypatch.setattr(indexed, "GROWTH_MIN_BYTES", 200)
     database = open_store()
@@ -293,7 +299,7 @@ def test_the_index_is_saved_before_a_crash(open_store, tmp_path, monkeypatch):
     assert (again._file._saved_upto, again._file._used_index) == (end, 1)
     assert again.load(A, MAX_TID).data == plain(2)
     assert again.load(B, MAX_TID).data == b"x" * 200
-    assert again.last_changes() == database.last_changes()
+    assert changes_of(again) == changes_of(database)
 
 
 # Transactions
@@ -464,7 +470,7 @@ def test_what_was_voted_and_not_finished_is_gone_after_a_crash(
     database.vote(transaction(store(A, plain(2), tid), store(B, plain(2))))
     folder = as_after_a_crash(database, tmp_path / "crashed")
     again = open_store(folder)
-    assert again.last_changes() == (tid, [Change(Z64, tid, [A], None)])
+    assert changes_of(again) == (tid, [(Z64, tid, [A])])
     assert again.load(A, MAX_TID).data == plain(1)
     assert again.info()[1] == 1
     commit(again, store(B, plain(3)))
@@ -489,7 +495,7 @@ def test_what_a_crash_left_behind_the_last_transaction_is_cut_off(
     with (folder / "Data.fs").open("ab") as file:
         file.write(tail)
     again = open_store(folder)
-    assert again.last_changes() == (tid, [Change(Z64, tid, [A], None)])
+    assert changes_of(again) == (tid, [(Z64, tid, [A])])
     assert again.load(A, MAX_TID) == Revision(plain(1), tid, None)
     next_tid = commit(again, store(A, plain(2), tid)).tid
     assert tid < next_tid < tid_at(time.time() + 60)
@@ -735,9 +741,9 @@ def test_a_pack_gives_readers_a_new_file_and_leaves_the_old_to_those_who_have_it
 ):
     first = commit(database, store(ROOT, plain(1)), store(A, plain("garbage"))).tid
     second = commit(database, store(ROOT, plain(2), first)).tid
-    old = database._generation
+    old = database.generation
     database.pack(time.time() + 1)
-    assert database._generation is not old
+    assert database.generation is not old
     assert old.load(ROOT, second) == Revision(plain(1), first, second)
     assert old.load(A, MAX_TID) == Revision(plain("garbage"), first, None)
     assert database.load(ROOT, MAX_TID) == Revision(plain(2), second, None)
@@ -814,7 +820,7 @@ def test_readers_read_on_while_packs_and_commits_replace_the_file_under_them(dat
 def test_files_are_let_go_with_the_database(open_store, tmp_path):
     database = open_store()
     commit(database, store(ROOT, plain(1)))
-    generation = database._generation
+    generation = database.generation
     database.close()
     assert generation._fd == -1
     assert (tmp_path / "Data.fs.index").exists()

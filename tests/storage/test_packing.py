@@ -108,7 +108,7 @@ def test_what_is_old_and_garbage_goes_and_the_old_file_is_kept(database, tmp_pat
     assert database.get_tid(ROOT) == last
     with pytest.raises(POSKeyError):
         database.load(B, MAX_TID)
-    assert names(tmp_path) == {"", ".zeolith", ".index", ".old"}
+    assert names(tmp_path) == {"", ".zeolith", ".recent", ".index", ".old"}
     assert (tmp_path / "Data.fs.old").stat().st_size == before
     database.close()
     assert set(records_of(tmp_path / "Data.fs")) == {ROOT, A}
@@ -125,7 +125,7 @@ def test_the_old_file_goes_too_if_it_is_not_wanted(open_store, tmp_path):
     database = open_store(pack_keep_old=False)
     fill(database)
     pack(database)
-    assert names(tmp_path) == {"", ".zeolith", ".index"}
+    assert names(tmp_path) == {"", ".zeolith", ".recent", ".index"}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_pack_finds_out_that_there_is_nothing_to_do(database, tmp_path):
     assert pack(database).has_changed
     assert not pack(database).has_changed
     assert not database.pack(1_000_000_000.0).has_changed
-    assert names(tmp_path) >= {"", ".zeolith", ".index"}
+    assert names(tmp_path) >= {"", ".zeolith", ".recent", ".index"}
     assert not [name for name in names(tmp_path) if ".pack" in name]
 
 
@@ -601,7 +601,7 @@ def test_a_server_that_dies_at_any_step_leaves_a_whole_database(tmp_path, after,
             assert records_of(plainly / "Data.fs") == whole, at
         started = FileStore("main", str(crashed / "Data.fs"))
         assert {oid: data_of(started, oid) for oid in whole} == whole, at
-        left = names(crashed) - {"", ".zeolith", ".index", ".old"}
+        left = names(crashed) - {"", ".zeolith", ".recent", ".index", ".old"}
         assert not left, (at, left)
         commit(started, store(B, plain("b")))
         if at % 3 == 0:
@@ -623,7 +623,7 @@ def test_a_database_between_two_names_gets_its_own_back(tmp_path):
     again = FileStore("main", str(tmp_path / "Data.fs"))
     assert data_of(again, B)
     again.close()
-    assert names(tmp_path) == {"", ".zeolith", ".index"}
+    assert names(tmp_path) == {"", ".zeolith", ".recent", ".index"}
 
 
 def test_an_old_file_alone_is_not_taken_for_the_database(tmp_path):

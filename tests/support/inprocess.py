@@ -134,7 +134,7 @@ class InProcessServer:
                     len(served.followers) for served in self.service.databases.values()
                 ),
                 "in transaction": sum(
-                    served.committer.holder is not None
+                    len(served.committer.holders)
                     for served in self.service.databases.values()
                 ),
             }

@@ -6,7 +6,7 @@ is involved.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from zeolith.storage.database import (
     DataRecord,
     Finished,
     LogEntry,
+    Prepared,
     Revision,
     Standing,
     Transaction,
@@ -35,7 +36,9 @@ from zeolith.storage.database import (
     WouldBlock,
 )
 from zeolith.storage.feed import Listener
+from zeolith.storage.locks import ALONE, Claim
 from zeolith.storage.pack_progress import Packed, Packing
+from zeolith.storage.preparing import claim_of
 
 from .ids import number
 
@@ -79,6 +82,35 @@ class ModelUploads:
         return self.begun[-1]
 
 
+class ModelPrepared:
+    """A transaction that votes beside others, on a ModelDatabase."""
+
+    def __init__(self, database: "ModelDatabase", transaction: Transaction):
+        self.transaction = transaction
+        self.has_ended = False
+        self._database = database
+
+    def vote_nowait(self) -> Voted:
+        if self._database.would_block or self._database.unresolved is not None:
+            raise WouldBlock
+        result = self.vote({})
+        assert isinstance(result, Voted)
+        return result
+
+    def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
+        database = self._database
+        database.steps.append("resolve" if resolutions else "prepare")
+        if database.vote_error is not None:
+            raise database.vote_error
+        if database.unresolved is not None and not resolutions:
+            return database.unresolved
+        database.validate(self.transaction, resolutions)
+        return Voted(None, list(resolutions))
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
 class ModelDatabase:
     """The inner interface over a dictionary: oid -> revisions, oldest first."""
 
@@ -109,6 +141,11 @@ class ModelDatabase:
         self.finish_error: Exception | None = None
         self.abort_error: Exception | None = None
         self.save_error: Exception | None = None
+        # Whether transactions vote beside others.
+        self.side_by_side = False
+        self.prepared: list[ModelPrepared] = []
+        # By the number of the member, what of the next groups fails.
+        self.append_errors: dict[int, Exception] = {}
         # Whether loads must be made by a reader.
         self.would_block = False
         self._next_oid = 1
@@ -128,6 +165,13 @@ class ModelDatabase:
         if self.would_block:
             raise WouldBlock
         return self.load(oid, before)
+
+    def claim(self, transaction: Transaction) -> Claim:
+        return claim_of(transaction) if self.side_by_side else ALONE
+
+    def prepare(self, transaction: Transaction) -> ModelPrepared:
+        self.prepared.append(ModelPrepared(self, transaction))
+        return self.prepared[-1]
 
     # reader
 
@@ -250,14 +294,21 @@ class ModelDatabase:
         assert self._voted is None, "a vote between vote and finish"
         if self.vote_error is not None:
             raise self.vote_error
+        if self.unresolved is None:
+            self.validate(transaction, {})
+        self._voted = transaction
+        return self.unresolved or Voted(self._next_tid, [])
+
+    def validate(
+        self, transaction: Transaction, resolutions: dict[bytes, bytes]
+    ) -> None:
+        """Raise ConflictError for a store of what was changed since."""
         for operation in transaction.operations:
             if operation[0] == "store":
                 oid, serial = operation[1:3]
                 have = self.revisions.get(oid)
-                if have and have[-1][0] != serial and self.unresolved is None:
+                if have and have[-1][0] != serial and oid not in resolutions:
                     raise ConflictError(oid=oid, serials=(have[-1][0], serial))
-        self._voted = transaction
-        return self.unresolved or Voted(self._next_tid, [])
 
     def resolve(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         self.steps.append("resolve")
@@ -272,12 +323,25 @@ class ModelDatabase:
             if self.tells_own:
                 raise self.finish_error
             raise BrokenDatabase(str(self.finish_error))
+        return self._commit(transaction.operations)
+
+    def append(self, group: Sequence[Prepared]) -> list[Finished | Exception]:
+        self.steps.append(f"append {len(group)}")
+        if self.finish_error is not None:
+            raise BrokenDatabase(str(self.finish_error))
+        outcomes: list[Finished | Exception] = []
+        for number_, prepared in enumerate(group):
+            error = self.append_errors.get(number_)
+            outcomes.append(error or self._commit(prepared.transaction.operations))
+        return outcomes
+
+    def _commit(self, operations: Collection[list[Any]]) -> Finished:
         tid = self._next_tid
-        for operation in transaction.operations:
+        for operation in operations:
             if operation[0] == "store":
                 self.put(operation[1], tid, operation[3])
         self.last_tid = tid
-        return Finished(tid, [o[1] for o in transaction.operations if o[0] == "store"])
+        return Finished(tid, [o[1] for o in operations if o[0] == "store"])
 
     def abort(self) -> None:
         self.steps.append("abort")
@@ -308,12 +372,16 @@ class HandWorkers(Workers):
         self._writes: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._reads: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._blobs: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._votes: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
 
     def write(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
         return self._queue(self._writes, step, args)
 
     def read(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
         return self._queue(self._reads, step, args)
+
+    def vote(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
+        return self._queue(self._votes, step, args)
 
     def write_blobs(
         self, step: Any, *args: Any, **_kwargs: Any
@@ -344,10 +412,14 @@ class HandWorkers(Workers):
         """A thread that writes blobs does its next step, and the loop hears of it."""
         await self._do(self._blobs)
 
+    async def vote_step(self) -> None:
+        """A thread that votes does its next step, and the loop hears of it."""
+        await self._do(self._votes)
+
     async def work(self) -> None:
         """Everything is done that there is to do."""
-        while self._writes or self._reads or self._blobs:
-            await self._do(self._writes or self._reads or self._blobs)
+        while queue := self._writes or self._reads or self._blobs or self._votes:
+            await self._do(queue)
 
     def _queue(
         self,

@@ -115,7 +115,7 @@ def test_status_knows_storages_and_who_uses_them(address: str):
     assert main["size_bytes"] > 0
     assert main["last_tid"] == tid.hex()
     assert main["counters"]["commits"] == 1
-    assert main["transaction"] is None
+    assert main["transactions"] == []
     assert not other["clients"]
     (client,) = main["clients"]
     assert client["label"] == "the label"
@@ -132,9 +132,10 @@ def test_status_knows_who_waits_for_whom(address: str):
         for label in ("holder", "waiter")
     )
     held, waiting = TransactionMetaData(), TransactionMetaData()
+    oid = holder.new_oid()
     for storage, metadata in ((holder, held), (waiter, waiting)):
         storage.tpc_begin(metadata)
-        storage.store(storage.new_oid(), z64, b"state", "", metadata)
+        storage.store(oid, z64, b"state", "", metadata)
     holder.tpc_vote(held)
     with ThreadPoolExecutor() as pool:
         voting = pool.submit(waiter.tpc_vote, waiting)
@@ -144,12 +145,12 @@ def test_status_knows_who_waits_for_whom(address: str):
         holder.tpc_abort(held)
         voting.result()
     waiter.tpc_abort(waiting)
-    assert "holder" in main["transaction"]["client"]
+    assert "holder" in main["transactions"][0]["client"]
     (waiting_one,) = main["waiting"]
     assert "waiter" in waiting_one["client"]
     assert "holder" in text
     assert "waiter" in text
-    assert main_of(address)["transaction"] is None
+    assert main_of(address)["transactions"] == []
     for storage in (holder, waiter):
         storage.close()
     wait_until(lambda: not main_of(address)["clients"], "the end of the clients")

@@ -1,0 +1,223 @@
+"""Whether a transaction fits what was committed since it began, and what to write.
+
+A Validation looks at every operation of one transaction before anything is written:
+what it read must still be current, or the states are merged, by the server where it
+knows the class (``conflicts``), else by the client. It only reads, so it may run beside
+others whose objects are not the same; whoever runs it sees to it that nobody writes
+these objects meanwhile, and until its transaction has ended.
+
+Belongs to one thread at a time. Invariants:
+
+1. Validating again, with more resolutions, comes to the same as doing it once.
+2. ``written`` names every object that gets a new revision, whatever resolves it.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Protocol
+
+from ZODB.POSException import (
+    ConflictError,
+    POSKeyError,
+    ReadConflictError,
+    StorageTransactionError,
+    Unsupported,
+)
+
+from zeolith.storage import conflicts
+from zeolith.storage.database import Conflict, Transaction
+from zeolith.storage.tids import Z64
+from zeolith.storage.wrapping import Form
+
+# Operations that write a record: only if nobody else has; as it was elsewhere.
+STORES = {"store", "store_blob", "store_shared_blob"}
+RESTORES = {"restore", "restore_blob"}
+# All that leave a new revision of the oid they name.
+WRITING = STORES | RESTORES | {"delete"}
+
+OID_MAX = b"\x7f" + b"\xff" * 7
+
+
+class Records(Protocol):
+    """What was committed."""
+
+    def get_tid(self, oid: bytes) -> bytes:
+        """The tid of the current revision; POSKeyError, WouldBlock."""
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        """The record that transaction ``tid`` wrote; POSKeyError, Unsupported."""
+
+
+class Validation:
+    """The validation of one transaction, until it is resolved or refused."""
+
+    def __init__(self, transaction: Transaction, form: Form):
+        """``form`` is that of the records that clients send."""
+        self._transaction = transaction
+        self._form = form
+        # What was resolved, by the server or the client: oid -> record.
+        self.resolutions: dict[bytes, bytes] = {}
+        # Every oid that an operation changes, in the order of the first of each.
+        self.written: dict[bytes, None] = {}
+        # Of what the client has to resolve now.
+        self._asked: set[bytes] = set()
+
+    def refuse_extremes(self) -> None:
+        """Raise StorageTransactionError for oids that leave too few for others."""
+        for operation in self._transaction.operations:
+            if operation[0] in WRITING and operation[1] > OID_MAX:
+                raise StorageTransactionError(
+                    f"oid {operation[1].hex()} is beyond all that are given out"
+                )
+
+    def last_stores(self) -> Iterator[list[Any]]:
+        """The operations, of several stores of one oid only the last one."""
+        operations = self._transaction.operations
+        last: dict[bytes, int] = {}
+        self.written = {}
+        for index, operation in enumerate(operations):
+            if operation[0] in WRITING:
+                self.written[operation[1]] = None
+            if operation[0] in STORES:
+                last[operation[1]] = index
+        return (
+            operation
+            for index, operation in enumerate(operations)
+            if operation[0] not in STORES or last[operation[1]] == index
+        )
+
+    def conflicts(
+        self, operations: Iterable[list[Any]], records: Records
+    ) -> list[Conflict]:
+        """Validate ``operations``; what only the client can resolve.
+
+        Raises ConflictError, ReadConflictError, POSKeyError.
+        """
+        return list(self._conflicts(operations, records))
+
+    def has_conflict(self, operations: Iterable[list[Any]], records: Records) -> bool:
+        """Whether one of ``operations`` has to be resolved; resolves nothing.
+
+        Raises as ``conflicts`` does; what remains to be seen, for what is not there
+        any more, too.
+        """
+        return any(True for _ in self._outdated(operations, records))
+
+    def ask(self, unresolved: list[Conflict]) -> None:
+        """The client is about to be asked to resolve these."""
+        self._asked = {conflict.oid for conflict in unresolved}
+
+    def take(
+        self, resolutions: dict[bytes, bytes], apart: Collection[bytes] = ()
+    ) -> None:
+        """What the client has resolved; those of ``apart`` are not of stores.
+
+        Raises StorageTransactionError if it is not all that it was asked. Or it could
+        go on asking, and hold its objects, for ever: each time everything is looked at
+        again, and that is the server's time.
+        """
+        if not self._asked <= resolutions.keys():
+            raise StorageTransactionError("not all of the conflicts were resolved")
+        self.resolutions.update(
+            (oid, data) for oid, data in resolutions.items() if oid not in apart
+        )
+
+    def _conflicts(
+        self, operations: Iterable[list[Any]], records: Records
+    ) -> Iterator[Conflict]:
+        for operation, committed_tid in self._outdated(operations, records):
+            name, oid, serial, data = operation[:4]
+            if serial == Z64 and name != "store":
+                # All blobs have the same record; their files differ.
+                raise ConflictError(oid=oid, serials=(committed_tid, serial))
+            conflict = self._resolve(records, oid, serial, committed_tid, data)
+            if conflict is not None:
+                yield conflict
+
+    def _outdated(
+        self, operations: Iterable[list[Any]], records: Records
+    ) -> Iterator[tuple[list[Any], bytes]]:
+        """The stores of what was changed since, each with the tid of the change."""
+        for operation in operations:
+            name = operation[0]
+            if name == "undo":
+                continue
+            oid, serial = operation[1], operation[2]
+            committed_tid = current_tid(records, oid)
+            if name == "check":
+                _check_read(oid, serial, committed_tid)
+            elif name in RESTORES:
+                self._check_restored(oid, serial)
+            elif name == "delete":
+                _check_deleted(oid, serial, committed_tid)
+            elif committed_tid is not None and serial != committed_tid:
+                yield operation, committed_tid
+
+    def _check_restored(self, oid: bytes, serial: bytes) -> None:
+        # FileStorage writes the serial as the record's tid, whatever it is.
+        if serial != self._transaction.tid:
+            raise StorageTransactionError(
+                f"oid {oid.hex()} is restored as of {serial.hex()} in another"
+                " transaction; begin it with that tid"
+            )
+
+    def _resolve(
+        self,
+        records: Records,
+        oid: bytes,
+        old_tid: bytes,
+        committed_tid: bytes,
+        new: bytes,
+    ) -> Conflict | None:
+        if oid in self.resolutions:
+            return None
+        if old_tid == Z64:
+            # Two clients made an object of the same oid: there is no common state. If
+            # they made the same thing of it, as two that open an empty database do
+            # with its root, there is no conflict either.
+            if records.load_serial(oid, committed_tid) != new:
+                raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
+            self.resolutions[oid] = new
+            return None
+        try:
+            old = records.load_serial(oid, old_tid)
+            committed = records.load_serial(oid, committed_tid)
+        except (POSKeyError, Unsupported):
+            # Packed away, or never stored under this serial.
+            raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
+        try:
+            self.resolutions[oid] = conflicts.resolve_encoded(
+                self._form, new, old, committed
+            )
+        except conflicts.Unresolvable:
+            return Conflict(oid, committed_tid, old_tid, committed, old, new)
+        return None
+
+
+def current_tid(records: Records, oid: bytes) -> bytes | None:
+    """The tid of the current revision; None if there is no such object."""
+    try:
+        return records.get_tid(oid)
+    except POSKeyError:
+        return None
+
+
+def refuse_empty(oid: bytes, data: bytes) -> None:
+    """Raise StorageTransactionError for a record without a byte."""
+    if not data:
+        # In a Data.fs length 0 means that the data are elsewhere: the file would
+        # end here at the next opening without an index.
+        raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
+
+
+def _check_read(oid: bytes, serial: bytes, current: bytes | None) -> None:
+    if current is None:
+        raise POSKeyError(oid)
+    if current != serial:
+        raise ReadConflictError(oid=oid, serials=(current, serial))
+
+
+def _check_deleted(oid: bytes, serial: bytes, current: bytes | None) -> None:
+    if current is None:
+        raise POSKeyError(oid)
+    if current != serial:
+        raise ConflictError(oid=oid, serials=(current, serial))

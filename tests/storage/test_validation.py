@@ -1,0 +1,181 @@
+"""Validating against a dictionary; on real storages it is in test_commit."""
+
+from typing import Any
+
+import pytest
+from ZODB.POSException import (
+    ConflictError,
+    POSKeyError,
+    ReadConflictError,
+    StorageTransactionError,
+)
+
+from zeolith.storage.tids import Z64
+from zeolith.storage.validation import (
+    OID_MAX,
+    Validation,
+    current_tid,
+    refuse_empty,
+)
+from zeolith.storage.wrapping import PLAIN
+
+from ..support.ids import number
+from .transactions import (
+    A,
+    B,
+    C,
+    check,
+    length,
+    plain,
+    state_of,
+    store,
+    transaction,
+    undo,
+)
+
+FIRST, SECOND = number(1), number(2)
+
+
+class Revisions:
+    """oid -> tid -> record, oldest first."""
+
+    def __init__(self, revisions: dict[bytes, dict[bytes, bytes]]):
+        self._revisions = revisions
+        self.loads = 0
+
+    def get_tid(self, oid: bytes) -> bytes:
+        if oid not in self._revisions:
+            raise POSKeyError(oid)
+        return list(self._revisions[oid])[-1]
+
+    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        self.loads += 1
+        try:
+            return self._revisions[oid][tid]
+        except KeyError:
+            raise POSKeyError(oid) from None
+
+
+@pytest.fixture
+def records() -> Revisions:
+    return Revisions(
+        {
+            A: {FIRST: length(1), SECOND: length(2)},
+            B: {FIRST: plain(1), SECOND: plain(2)},
+        }
+    )
+
+
+def validation_of(*operations: list[Any], **others: Any) -> Validation:
+    return Validation(transaction(*operations, **others), PLAIN)
+
+
+def conflicts(validation: Validation, records: Revisions) -> Any:
+    return validation.conflicts(validation.last_stores(), records)
+
+
+def has_conflict(validation: Validation, records: Revisions) -> bool:
+    return validation.has_conflict(validation.last_stores(), records)
+
+
+def test_what_is_current_and_what_is_new_has_no_conflict(records):
+    validation = validation_of(
+        store(A, length(3), SECOND), store(C, plain(1)), check(B, SECOND), undo(FIRST)
+    )
+    assert not conflicts(validation, records)
+    assert not has_conflict(validation, records)
+    assert list(validation.written) == [A, C]
+    assert not validation.resolutions
+
+
+def test_a_known_class_is_resolved_here(records):
+    validation = validation_of(store(A, length(5), FIRST))
+    assert not conflicts(validation, records)
+    assert state_of(validation.resolutions[A]) == 6
+
+
+def test_whether_there_is_a_conflict_is_said_without_resolving_it(records):
+    validation = validation_of(store(A, length(5), FIRST))
+    assert has_conflict(validation, records)
+    assert not validation.resolutions
+    assert not records.loads
+
+
+def test_an_unknown_class_is_for_the_client_and_its_answer_is_taken(records):
+    validation = validation_of(store(B, plain(3), FIRST), store(A, length(5), FIRST))
+    (conflict,) = unresolved = conflicts(validation, records)
+    assert conflict == (B, SECOND, FIRST, plain(2), plain(1), plain(3))
+    validation.ask(unresolved)
+    with pytest.raises(StorageTransactionError, match="not all"):
+        validation.take({A: b"another"})
+    validation.take({B: plain(23), C: b"of an undo"}, apart=[C])
+    assert validation.resolutions.keys() == {A, B}
+    assert not conflicts(validation, records)
+    assert validation.resolutions[B] == plain(23)
+
+
+def test_validating_again_resolves_nothing_twice(records):
+    validation = validation_of(store(A, length(5), FIRST))
+    conflicts(validation, records)
+    loads = records.loads
+    conflicts(validation, records)
+    assert records.loads == loads
+    assert state_of(validation.resolutions[A]) == 6
+
+
+def test_two_new_objects_of_one_oid_are_the_same_or_a_conflict(records):
+    validation = validation_of(store(A, length(2)))
+    assert not conflicts(validation, records)
+    assert validation.resolutions == {A: length(2)}
+    with pytest.raises(ConflictError):
+        conflicts(validation_of(store(A, length(3))), records)
+    with pytest.raises(ConflictError):
+        conflicts(validation_of(["store_blob", B, Z64, plain(2), 1]), records)
+
+
+def test_a_revision_that_is_packed_away_cannot_be_merged_with(records):
+    with pytest.raises(ConflictError):
+        conflicts(validation_of(store(A, length(3), number(99))), records)
+
+
+@pytest.mark.parametrize("look", [conflicts, has_conflict])
+@pytest.mark.parametrize(
+    ("operation", "error"),
+    [
+        (check(A, FIRST), ReadConflictError),
+        (check(C, FIRST), POSKeyError),
+        (["delete", A, FIRST], ConflictError),
+        (["delete", C, FIRST], POSKeyError),
+        (["restore", A, FIRST, b"data", None], StorageTransactionError),
+    ],
+)
+def test_what_nobody_can_resolve_is_refused(records, look, operation, error):
+    with pytest.raises(error):
+        look(validation_of(operation), records)
+
+
+def test_a_restore_is_not_compared_with_what_is_there(records):
+    validation = validation_of(
+        ["restore", A, number(9), b"data", None], ["delete", B, SECOND], tid=number(9)
+    )
+    assert not conflicts(validation, records)
+    assert list(validation.written) == [A, B]
+
+
+@pytest.mark.parametrize("name", ["store", "delete", "restore"])
+def test_the_last_oids_are_refused(name):
+    validation_of([name, OID_MAX, Z64, b"data", None]).refuse_extremes()
+    with pytest.raises(StorageTransactionError, match="beyond all"):
+        validation_of([name, b"\xff" * 8, Z64, b"data", None]).refuse_extremes()
+    validation_of(check(b"\xff" * 8, Z64)).refuse_extremes()
+
+
+def test_an_empty_record_is_refused():
+    refuse_empty(A, b"x")
+    with pytest.raises(StorageTransactionError, match="is empty"):
+        refuse_empty(A, b"")
+
+
+def test_an_object_that_is_not_there_has_no_tid(records):
+    assert current_tid(records, A) == SECOND
+    assert current_tid(records, C) is None
