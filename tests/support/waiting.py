@@ -7,10 +7,13 @@ POLL_INTERVAL_S = 0.01
 
 
 def wait_until(
-    condition: Callable[[], object], what: str, timeout_s: float = 30
+    condition: Callable[[], object],
+    what: str,
+    timeout_s: float = 30,
+    poll_interval_s: float = POLL_INTERVAL_S,
 ) -> None:
     """Return when `condition()` is true; fail when it does not become true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"in {timeout_s} s it did not come: {what}"
-        time.sleep(POLL_INTERVAL_S)
+        time.sleep(poll_interval_s)
