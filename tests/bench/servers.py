@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,16 @@ def title(peer: str) -> str:
     if peer.startswith("zeo-") or peer == "zeo":
         return f"ZEO {version('ZEO')}{peer.removeprefix('zeo').replace('-', ', ')}"
     if peer == "relstorage":
-        return f"RelStorage {version('RelStorage')}"
+        return f"RelStorage {_version('RelStorage')}".rstrip()
     return peer
+
+
+def _version(package: str) -> str:
+    """Of what need not be there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def missing(peer: str) -> str:
