@@ -21,8 +21,9 @@ Invariants:
 1. Whatever ends a commit (finish, abort, an error, the channel's end, a timeout), it
    ends through ``_release``, which lets those go on who waited for its objects.
 2. Nothing is announced before the writer thread said that it is on disk; and then, in
-   one callback and in the order of tids, changes are appended, locks released,
-   committers answered and everybody told, so nobody can see a part of it.
+   one callback and in the order of tids, changes are appended, locks released and
+   committers answered, so nobody can see a part of it. Everybody is told at once if
+   the disk is idle then, else soon and of several together (served).
 3. A commit whose channel is gone while a thread works for it is only marked
    (``is_abandoned``); the callback of that step aborts it. A commit that is being
    finished is never aborted.
@@ -395,7 +396,7 @@ class Committer:
             else:
                 self._fail(commit, outcome)
         if changes:
-            served.announce(changes)
+            served.announce(changes, more_soon=self._is_appending)
 
     def _fail(self, commit: Commit, error: Exception) -> None:
         """A finish of which nothing was committed."""

@@ -12,6 +12,7 @@ Everything here belongs to the loop. Two invariants carry the design:
    sent all that it missed, together. When that is not known any more, it must go.
 """
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,9 @@ from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import Database, Standing
 from zeolith.storage.pack_progress import Packing
 from zeolith.storage.tids import following
+
+# How long changes wait for others that are on their way to the disk.
+ANNOUNCE_WAIT_S = 0.005
 
 
 class Follower(Protocol):
@@ -78,6 +82,9 @@ class Served:
         self.counters = Counters()
         self.followers: set[Follower] = set()
         self._limits = limits
+        # What was appended and nobody was told of yet, and what will see to that.
+        self._unannounced: list[Change] = []
+        self._announcing: asyncio.TimerHandle | None = None
         # The last change that was sent to those who do not keep up.
         self._behind: dict[Follower, bytes] = {}
         # The last notice that was made for one of them: what it follows, leads to, is.
@@ -100,6 +107,7 @@ class Served:
         self.changes = Changes(standing.last_tid)
         self.horizon = following(standing.last_tid)
         self._gathered = None
+        self._unannounced = []
         self.is_starting_afresh = False
 
     def follow(self, follower: Follower) -> bytes:
@@ -121,12 +129,26 @@ class Served:
         self.horizon = following(tid)
         return change
 
-    def announce(self, changes: Sequence[Change]) -> None:
+    def announce(self, changes: Sequence[Change], *, more_soon: bool = False) -> None:
         """Announce the changes that were just appended, in their order.
 
         The bytes are the same for everybody, the committers included: they know their
-        own transactions by the id.
+        own transactions by the id. ``more_soon``: others are on their way to the disk.
+        Then all are told together, for to hear of one change takes a client as long as
+        to hear of many, but not later than ANNOUNCE_WAIT_S.
         """
+        self._unannounced += changes
+        if not more_soon:
+            self._announce_all()
+        elif self._announcing is None:
+            loop = asyncio.get_running_loop()
+            self._announcing = loop.call_later(ANNOUNCE_WAIT_S, self._announce_all)
+
+    def _announce_all(self) -> None:
+        announcing, self._announcing = self._announcing, None
+        if announcing is not None:
+            announcing.cancel()
+        changes, self._unannounced = self._unannounced, []
         for piece in _pieces(changes, self._limits.notice_oids_max):
             self._announce(piece)
 

@@ -125,8 +125,6 @@ class _DataFile(IndexedFile):
         Called with the commit lock held, when all of it is on the disk.
         """
         with self._lock:
-            # What it has buffered is of the time before.
-            self._file.flush()
             self.will_change(places)
             self._index.update(places)
             self._pos = end

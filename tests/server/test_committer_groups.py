@@ -313,9 +313,9 @@ async def test_those_who_finish_while_the_disk_is_busy_are_the_next_group(server
     await server.workers.write_step()
     assert server.database.steps[4:] == ["append 1", "append 3"]
     assert tids(several) == [number(n) for n in (1, 2, 3, 4)]
+    # They are told together, too.
     assert [[change[1] for change in each] for each in told.notices] == [
-        [number(1)],
-        [number(2), number(3), number(4)],
+        [number(1), number(2), number(3), number(4)]
     ]
     assert server.served.counters.commits == 4
     assert all(each.has_ended for each in server.database.prepared)
@@ -339,7 +339,7 @@ async def test_a_group_is_seen_as_a_whole_by_whoever_hears_of_it_first(server):
         server.committer.finish(client.commit, look)
     await server.workers.write_step()
     await server.workers.write_step()
-    assert seen == [(1, number(1))] * 2 + [(3, number(3))] * 3
+    assert seen == [(1, number(1)), *[(3, number(3))] * 3]
 
 
 async def test_the_next_group_is_on_its_way_before_the_last_one_is_told(server):

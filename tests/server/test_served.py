@@ -1,3 +1,4 @@
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,10 @@ from zeolith.protocol.codec import decode
 from zeolith.protocol.frames import FrameReader
 from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Notice
+from zeolith.server import served as served_module
 from zeolith.server.served import Served
 from zeolith.storage.changes import Changes
+from zeolith.storage.database import Standing
 
 from ..support.ids import number, transaction_id
 from ..support.model import HandWorkers, ModelDatabase, publish
@@ -325,3 +328,50 @@ async def test_a_database_that_is_read_only_is_served_so():
         database, HandWorkers(), Changes(number(0)), info=(0, 0), is_read_only=False
     )
     assert served.is_read_only
+
+
+# Several together
+
+
+def tids_of(listener: Listener) -> list[list[bytes]]:
+    return [[tid for _since, tid, *_ in changes_in(data)] for data in listener.sent]
+
+
+async def test_changes_wait_for_those_that_come_soon_and_not_for_long(
+    served, monkeypatch
+):
+    monkeypatch.setattr(served_module, "ANNOUNCE_WAIT_S", 0)
+    listener = Listener()
+    served.follow(listener)
+    served.announce([served.append(number(6), [], None)], more_soon=True)
+    served.announce([served.append(number(7), [], None)], more_soon=True)
+    assert not listener.sent
+    await asyncio.sleep(0.001)
+    assert tids_of(listener) == [[number(6), number(7)]]
+
+
+async def test_changes_are_told_with_those_after_which_none_come_soon(served):
+    listener = Listener()
+    served.follow(listener)
+    served.announce([served.append(number(6), [], None)], more_soon=True)
+    served.announce([served.append(number(7), [], None)])
+    assert tids_of(listener) == [[number(6), number(7)]]
+    # And the clock has nothing to tell any more.
+    assert served._announcing is None
+
+
+async def test_who_comes_while_changes_wait_misses_none(served):
+    served.announce([served.append(number(6), [], None)], more_soon=True)
+    listener = Listener()
+    assert served.follow(listener) == number(6)
+    served.announce([served.append(number(7), [], None)])
+    assert tids_of(listener)[-1][-1] == number(7)
+
+
+async def test_what_waits_is_not_told_when_all_starts_afresh(served):
+    listener = Listener()
+    served.follow(listener)
+    served.announce([served.append(number(6), [], None)], more_soon=True)
+    served.start_afresh(Standing(number(1), b"another-database", 1))
+    served.announce([served.append(number(9), [], None)])
+    assert tids_of(listener) == [[number(9)]]
