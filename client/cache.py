@@ -19,6 +19,7 @@ holder of the position's lock only.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Protocol
 
 from zeolith.client.tids import Z64, following
@@ -63,6 +64,11 @@ class Cache(Protocol):
         everything was forgotten may be of a history that was given up (the server was
         restored from an older copy) and is not kept. None: it is known to be of this.
         """
+
+    def store_committed(
+        self, tid: bytes, records: Mapping[bytes, bytes], history: int
+    ) -> None:
+        """Keep what transaction ``tid`` has just written; else as ``store``."""
 
     def apply(self, tid: bytes, oids: list[bytes]) -> None:
         """The change ``(tid, oids)``, the next one after ``valid_through``."""
@@ -157,20 +163,40 @@ class MemoryCache:
                     return
                 if self._recent.get(oid, Z64) > as_of:
                     return
-            have = self._by_oid.get(oid, ())
-            # Most that are stored are newer than what was known.
-            is_newest = not have or have[0].tid < tid
-            if not is_newest and any(entry.tid == tid for entry in have):
-                return
-            entry = Entry(oid, tid, end, data)
-            self._entries[entry] = None
-            self._used_bytes += size
-            if is_newest and len(have) < REVISIONS_MAX:
-                self._by_oid[oid] = (entry, *have)
-            else:
-                self._by_oid[oid] = self._with(have, entry)
+            self._keep(oid, tid, end, data)
             if self._used_bytes > self.cache_bytes:
                 self._evict()
+
+    def store_committed(
+        self, tid: bytes, records: Mapping[bytes, bytes], history: int
+    ) -> None:
+        """See Cache.store_committed."""
+        data_bytes_max = self.cache_bytes // 4 - ENTRY_BYTES
+        with self._lock:
+            if history == self.history and tid >= self.valid_through:
+                for oid, data in records.items():
+                    if len(data) <= data_bytes_max:
+                        self._keep(oid, tid, None, data)
+                if self._used_bytes > self.cache_bytes:
+                    self._evict()
+                return
+        # Others have committed since: what they changed is looked at, one by one.
+        for oid, data in records.items():
+            self.store(oid, tid, None, data, tid, history)
+
+    def _keep(self, oid: bytes, tid: bytes, end: bytes | None, data: bytes) -> None:
+        have = self._by_oid.get(oid, ())
+        # Most that are stored are newer than what was known.
+        is_newest = not have or have[0].tid < tid
+        if not is_newest and any(entry.tid == tid for entry in have):
+            return
+        entry = Entry(oid, tid, end, data)
+        self._entries[entry] = None
+        self._used_bytes += len(data) + ENTRY_BYTES
+        if is_newest and len(have) < REVISIONS_MAX:
+            self._by_oid[oid] = (entry, *have)
+        else:
+            self._by_oid[oid] = self._with(have, entry)
 
     def apply(self, tid: bytes, oids: list[bytes]) -> None:
         """See Cache.apply."""

@@ -290,11 +290,11 @@ class Commit:
     def _fill_cache(self, tid: bytes, history: int) -> None:
         """Keep what we have just written; never at the price of the commit."""
         cache = self._storage.cache
-        resolved = set(self.resolved)
+        kept = self.stores.kept
         try:
-            for oid, data in self.stores.kept.items():
-                if oid not in resolved:
-                    cache.store(oid, tid, None, data, tid, history)
+            for oid in self.resolved:
+                kept.pop(oid, None)
+            cache.store_committed(tid, kept, history)
         except Exception:
             # The server has committed: nothing may look like a failure any more.
             logger.exception("the cache failed at a commit and is emptied")

@@ -273,6 +273,50 @@ def test_what_we_have_committed_is_there_at_once():
     assert cache.load(A, T3) == (b"new", T2, None)
 
 
+def test_what_a_transaction_has_written_is_kept_together():
+    cache = cache_at(T1)
+    cache.store(A, T1, None, b"old", T1)
+    cache.apply(T2, [A, B])
+    cache.store_committed(T2, {A: b"new", B: b"first"}, cache.history)
+    assert cache.load(A, T2) == (b"old", T1, T2)
+    assert cache.load(A, T3) == (b"new", T2, None)
+    assert cache.load(B, T3) == (b"first", T2, None)
+    # And a change closes it like anything else.
+    cache.apply(T3, [A])
+    assert cache.load(A, T4) is None
+    assert cache.load(B, T4) == (b"first", T2, None)
+
+
+def test_what_others_have_changed_since_it_was_written_is_not_kept():
+    cache = cache_at(T1)
+    cache.apply(T2, [A, B])
+    cache.apply(T3, [A])
+    cache.store_committed(T2, {A: b"too late", B: b"mine"}, cache.history)
+    assert cache.load(A, T4) is None
+    assert cache.load(B, T4) == (b"mine", T2, None)
+
+
+def test_what_was_written_to_a_history_that_was_given_up_is_not_kept():
+    cache = cache_at(T3)
+    history = cache.history
+    cache.forget_all(T2)
+    cache.store_committed(T3, {A: b"lost"}, history)
+    cache.apply(T3, [B])
+    assert cache.load(A, T4) is None
+
+
+def test_of_what_was_written_only_what_is_not_too_large_is_kept():
+    cache = cache_at(T1, cache_bytes=10_000)
+    cache.apply(T2, [A, B])
+    cache.store_committed(T2, {A: b"x" * 3000, B: b"x"}, cache.history)
+    assert cache.load(A, T3) is None
+    assert cache.load(B, T3) == (b"x", T2, None)
+    many = {p64(number): b"x" for number in range(100)}
+    cache.apply(T3, list(many))
+    cache.store_committed(T3, many, cache.history)
+    assert cache.used_bytes <= 10_000
+
+
 def test_an_object_that_is_twice_in_a_change_is_changed_once():
     cache = cache_at(T1)
     cache.store(A, T1, None, b"old", T1)

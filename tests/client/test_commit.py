@@ -278,7 +278,7 @@ def test_a_cache_that_fails_does_not_fail_the_commit(server, storage, monkeypatc
         raise OSError("no space left on device")
 
     told = Told(storage)
-    monkeypatch.setattr(storage.cache, "store", fail)
+    monkeypatch.setattr(storage.cache, "store_committed", fail)
     assert storage.tpc_finish(voted(storage), told.callback) == T2
     assert told.log == [T2]
     assert storage.cache.load(A, T3) is None

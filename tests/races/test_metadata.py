@@ -182,7 +182,7 @@ def test_a_cache_that_fails_does_not_fail_a_commit(writer, monkeypatch, caplog):
     def fail(*_args: Any) -> None:
         raise KeyError("a bug in a cache")
 
-    monkeypatch.setattr(writer.cache, "store", fail)
+    monkeypatch.setattr(writer.cache, "store_committed", fail)
     tid = commit(writer, x=b"new")
     monkeypatch.undo()
     assert "the cache failed" in caplog.text
