@@ -29,6 +29,9 @@ from zeolith.storage.tids import following
 
 # How long changes wait for others that are on their way to the disk.
 ANNOUNCE_WAIT_S = 0.005
+# So many followers are a crowd, and this is how long it waits.
+CROWD = 50
+CROWD_WAIT_S = 0.001
 
 
 class Follower(Protocol):
@@ -135,14 +138,26 @@ class Served:
         The bytes are the same for everybody, the committers included: they know their
         own transactions by the id. ``more_soon``: others are on their way to the disk.
         Then all are told together, for to hear of one change takes a client as long as
-        to hear of many, but not later than ANNOUNCE_WAIT_S.
+        to hear of many, but not later than ANNOUNCE_WAIT_S. A crowd is told a moment
+        later in any case: once it wakes, whoever committed has to wait for a processor.
         """
         self._unannounced += changes
-        if not more_soon:
+        if more_soon:
+            self._announce_in(ANNOUNCE_WAIT_S)
+        elif len(self.followers) > CROWD:
+            self._announce_in(CROWD_WAIT_S)
+        else:
             self._announce_all()
-        elif self._announcing is None:
-            loop = asyncio.get_running_loop()
-            self._announcing = loop.call_later(ANNOUNCE_WAIT_S, self._announce_all)
+
+    def _announce_in(self, wait_s: float) -> None:
+        """Announce after so long, or when it was to be done before."""
+        loop = asyncio.get_running_loop()
+        announcing = self._announcing
+        if announcing is not None:
+            if announcing.when() <= loop.time() + wait_s:
+                return
+            announcing.cancel()
+        self._announcing = loop.call_later(wait_s, self._announce_all)
 
     def _announce_all(self) -> None:
         announcing, self._announcing = self._announcing, None
