@@ -21,7 +21,7 @@ from zeolith.protocol.limits import Limits
 # Of one request: a millisecond or two of the server's.
 REQUEST_OIDS = 250
 # The others are on their way while the server works on one of them.
-REQUESTS_AHEAD = 8
+REQUESTS_AHEAD = 3
 
 # Data, tid, and the end of a revision.
 Found = tuple[bytes, bytes, bytes | None]
