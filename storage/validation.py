@@ -60,6 +60,9 @@ class Validation:
         self.written: dict[bytes, None] = {}
         # Of what the client has to resolve now.
         self._asked: set[bytes] = set()
+        # Whether no object is stored twice, so that nobody need remember which is last:
+        # it takes time, and of a large transaction memory, each time it is looked at.
+        self._are_distinct = False
 
     def refuse_extremes(self) -> None:
         """Raise StorageTransactionError for oids that leave too few for others."""
@@ -72,13 +75,20 @@ class Validation:
     def last_stores(self) -> Iterator[list[Any]]:
         """The operations, of several stores of one oid only the last one."""
         operations = self._transaction.operations
+        if self._are_distinct:
+            return iter(operations)
+        stores = 0
         last: dict[bytes, int] = {}
         self.written = {}
         for index, operation in enumerate(operations):
             if operation[0] in WRITING:
                 self.written[operation[1]] = None
             if operation[0] in STORES:
+                stores += 1
                 last[operation[1]] = index
+        if stores == len(last):
+            self._are_distinct = True
+            return iter(operations)
         return (
             operation
             for index, operation in enumerate(operations)
