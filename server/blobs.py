@@ -87,7 +87,7 @@ class Blobs:
         assert peer.session is not None
         served = peer.session.served
         if tid >= served.horizon:
-            # A storage has the file from the vote on.
+            # The file has its place before its record is on the disk, and announced.
             raise POSKeyError(oid)
         limits = self._limits
         size = min(size, limits.batch_bytes_max, limits.record_bytes_max)

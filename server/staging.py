@@ -6,8 +6,8 @@ its way and as much again has gathered, the channel's socket is not read: so a c
 is slowed down by the disk, and the server needs no memory for what it sends.
 
 ``Staged`` belongs to the loop, ``Spill`` to one thread at a time: the one that writes
-it, then the writer thread of the database, which reads it as often as it likes while
-its transaction lives. Invariants:
+it, then a thread that votes and the writer thread of the database, which read it as
+often as they like while its transaction lives. Invariants:
 
 1. Whatever ends a transaction (finish, abort, an error, the channel's end, another
    transaction, the clock), ``discard`` is called, and may be called again.

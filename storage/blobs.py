@@ -146,8 +146,8 @@ class Uploads:
     def sweep(self, committed: Callable[[bytes], bool | None]) -> None:
         """Remove what a process that was killed has left.
 
-        What has voted has its place already: a mark tells of it. It goes, too, if
-        ``committed`` says that its transaction is not in the log.
+        What was about to be committed has its place already: a mark tells of it. It
+        goes, too, if ``committed`` says that its transaction is not in the log.
         """
         if not self._has_directory:
             # A storage that makes its directory when it is asked for it.

@@ -80,9 +80,6 @@ class Locks(Generic[Holder]):
         """Those who wait, first come first."""
         return tuple(each.holder for each in self._places.values() if not each.is_free)
 
-    def __contains__(self, holder: object) -> bool:
-        return holder in self._places
-
     def request(self, holder: Holder, claim: Claim) -> bool:
         """Claim; true if all of it is held at once. Takes time by those who came."""
         assert holder not in self._places, "one claim at a time"

@@ -84,7 +84,7 @@ def test_leaving_without_a_claim_changes_nothing(locks):
     assert locks.leave("nobody") == []
     assert locks.leave("first") == []
     assert locks.leave("first") == []
-    assert "first" not in locks
+    assert not locks.holders
 
 
 def test_one_who_has_left_is_not_let_in_by_those_it_waited_for(locks):
