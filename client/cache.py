@@ -201,10 +201,12 @@ class MemoryCache:
     def apply(self, tid: bytes, oids: list[bytes]) -> None:
         """See Cache.apply."""
         with self._lock:
+            by_oid = self._by_oid
             for oid in oids:
-                for entry in self._by_oid.get(oid, ()):
-                    if entry.end is None and entry.tid < tid:
-                        entry.end = tid
+                if oid in by_oid:
+                    for entry in by_oid[oid]:
+                        if entry.end is None and entry.tid < tid:
+                            entry.end = tid
             self._remember(tid, oids)
             self.valid_through = tid
 
@@ -241,7 +243,9 @@ class MemoryCache:
             self._recent.clear()
             self._recent_since = tid
         if len(oids) <= RECENT_OIDS_MAX:
-            self._recent.update(dict.fromkeys(oids, tid))
+            recent = self._recent
+            for oid in oids:
+                recent[oid] = tid
 
     def _evict(self) -> None:
         """Make room: first in, first out, but what was read gets a second round."""

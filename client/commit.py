@@ -228,10 +228,10 @@ class Commit:
         history = self._storage.cache.history
         sent_at = position.begin_finish(self.stores.id)
         try:
-            tid, before = self._call("finish", sent_at)
+            tid, others = self._call("finish", sent_at)
         except ChannelLost as error:
             position.give_up(self.stores.id)
-            tid, before = (
+            tid, others = (
                 self._ask_for_outcome(sent_at, self._session.lost(error)),
                 None,
             )
@@ -250,8 +250,9 @@ class Commit:
             callback(tid)
 
         try:
-            changes = None if before is None else [Change(*each) for each in before]
-            since = changes[-1].tid if changes else sent_at
+            changes = None if others is None else list(map(Change._make, others))
+            before = [each.tid for each in changes or () if each.tid < tid]
+            since = before[-1] if before else sent_at
             oids = list({*self.stores.oids, *self.resolved})
             change = Change(since, tid, oids, self.stores.id)
             position.finished(self._session, change, changes, apply)

@@ -10,7 +10,10 @@ here, under one lock, and are applied in tid order without a gap:
    ``tid`` who take the lock never see it earlier.
 3. A change of an own transaction that a thread is finishing is left to that thread;
    the changes after it wait for it. If that thread loses its channel it gives the
-   change up (``give_up``), and it is applied like anybody's.
+   change up (``give_up``), and it is applied like anybody's. What is missing before a
+   change may be in the answer that such a thread waits for, for the server does not
+   tell on the stream what it has told there: only when no answer is awaited any more
+   is it a gap.
 4. Only the session that was adopted last may feed changes; what another one still
    delivers is dropped.
 
@@ -20,8 +23,8 @@ condition, which lets go of it.
 
 import logging
 import threading
-from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 from zeolith.client.cache import Cache
@@ -50,6 +53,9 @@ class Change(NamedTuple):
     transaction: bytes | None
 
 
+_tid_of = attrgetter("tid")
+
+
 class Position:
     """Where a storage stands, and how it moves."""
 
@@ -68,8 +74,10 @@ class Position:
         self._pending: list[Change] = []
         # The own transaction whose callback runs now, if in its place.
         self.in_place: bytes | None = None
-        # The own transactions that a thread is finishing now.
+        # The own transactions that a thread is finishing now, and those of them whose
+        # answer has not come.
         self._finishing: set[bytes] = set()
+        self._unanswered: set[bytes] = set()
 
     @property
     def tid(self) -> bytes | None:
@@ -155,6 +163,7 @@ class Position:
         self._source = self._last_source = None
         self._pending = []
         self._finishing = set()
+        self._unanswered = set()
         self._cache.reset(self._tid or Z64)
 
     # Own transactions
@@ -163,12 +172,14 @@ class Position:
         """A thread is about to finish ``transaction``; returns the position to send."""
         with self._condition:
             self._finishing.add(transaction)
+            self._unanswered.add(transaction)
             return self._at()
 
     def give_up(self, transaction: bytes) -> None:
         """The thread that was finishing ``transaction`` has lost its channel."""
         with self._condition:
             self._finishing.discard(transaction)
+            self._unanswered.discard(transaction)
             self._advance()
             self._condition.notify_all()
 
@@ -176,20 +187,20 @@ class Position:
         self,
         source: Source,
         change: Change,
-        before: Iterable[Change] | None,
+        others: Sequence[Change] | None,
         apply: Callable[[bytes], None],
     ) -> None:
         """An own transaction is committed: call ``apply(tid)`` in its place.
 
-        ``before`` are the changes between the position sent and this one; None if the
-        server has forgotten some, then they come over the stream. ``apply`` is called
-        exactly once, under the lock, when everything before the change was applied;
-        or, when the session is lost before that has come, at once, but after the
-        database was told to trust nothing that it has in memory. The next session then
-        brings the change like anybody's.
+        ``others`` are the other changes since the position sent, before this one and
+        perhaps after it; None if the server has forgotten some, then they come over the
+        stream. ``apply`` is called exactly once, under the lock, when everything before
+        the change was applied; or, when the session is lost before that has come, at
+        once, but after the database was told to trust nothing that it has in memory.
+        The next session then brings the change like anybody's.
         """
         with self._condition:
-            is_in_place = self._wait_for_turn(source, change, before)
+            is_in_place = self._wait_for_turn(source, change, others)
             if is_in_place:
                 del self._pending[0]
                 self._cache.apply(change.tid, change.oids)
@@ -207,12 +218,12 @@ class Position:
                 self._condition.notify_all()
 
     def _wait_for_turn(
-        self, source: Source, change: Change, before: Iterable[Change] | None
+        self, source: Source, change: Change, others: Sequence[Change] | None
     ) -> bool:
         """Wait until ``change`` is the next one; false if it will not be, here."""
-        if before is not None and source is self._last_source:
-            self._merge(before)
-            self._merge([change])
+        self._unanswered.discard(change.transaction or b"")
+        if others is not None and source is self._last_source:
+            self._merge([*others, change])
             self._advance()
             self._condition.notify_all()
         while self._at() < change.tid:
@@ -233,27 +244,34 @@ class Position:
         return self._tid
 
     def _merge(self, changes: Iterable[Change]) -> None:
-        at = self._at()
-        known = {change.tid for change in self._pending}
-        for change in changes:
-            if change.tid > at and change.tid not in known:
-                insort(self._pending, change, key=_tid_of)
+        at, pending = self._at(), self._pending
+        known = {change.tid for change in pending}
+        pending += [
+            change for change in changes if change.tid > at and change.tid not in known
+        ]
+        # Nearly always they are in order already.
+        pending.sort(key=_tid_of)
 
     def _advance(self) -> None:
         """Apply what can be applied; a gap ends the session that left it."""
         pending = self._pending
-        while pending:
-            change = pending[0]
-            if change.tid > self._at():
-                if change.since != self._at():
+        done = 0
+        for change in pending:
+            since, tid, _oids, transaction = change
+            at = self._at()
+            if tid > at:
+                if since != at:
+                    if self._unanswered and since > at:
+                        break
                     # Something is missing; or what we have applied is not in the
                     # history of this server, which then was restored.
                     self._leave_gap(change)
                     return
-                if change.transaction in self._finishing:
-                    return
+                if transaction in self._finishing:
+                    break
                 self._apply(change)
-            del pending[0]
+            done += 1
+        del pending[:done]
 
     def _leave_gap(self, change: Change) -> None:
         source, self._source = self._source, None
@@ -293,7 +311,3 @@ class Position:
         if self._listener is not None:
             self._listener.invalidateCache()
         self._tid = last_tid
-
-
-def _tid_of(change: Change) -> bytes:
-    return change.tid

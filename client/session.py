@@ -146,8 +146,7 @@ class Session:
 
     def _heed(self, message: Message, position: Position) -> None:
         if isinstance(message, Notice):
-            changes = [Change(*change) for change in message.args[0]]
-            position.receive(self, changes)
+            position.receive(self, list(map(Change._make, message.args[0])))
 
     def _beat(self) -> None:
         now = time.monotonic()

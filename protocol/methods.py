@@ -143,20 +143,31 @@ METADATA = Kind(
         and all(kind.accepts(v) for v, kind in zip(value, METADATA_FIELDS, strict=True))
     ),
 )
-_LIST_OF_OIDS = list_of(OID)
-_OPTIONAL_TRANSACTION_ID = optional(TRANSACTION_ID)
+
+
+def _is_change(value: Any) -> bool:
+    # Spelled out: every client checks every change of every other one.
+    if type(value) is not list or len(value) != 4:
+        return False
+    since, tid, oids, transaction = value
+    if not (
+        type(since) is bytes
+        and len(since) == 8
+        and type(tid) is bytes
+        and len(tid) == 8
+        and type(oids) is list
+    ):
+        return False
+    for oid in oids:
+        if type(oid) is not bytes or len(oid) != 8:
+            return False
+    return transaction is None or (
+        type(transaction) is bytes and len(transaction) == 16
+    )
+
+
 # since, tid, oids, the id that its client chose
-CHANGE = Kind(
-    "change",
-    lambda value: (
-        type(value) is list
-        and len(value) == 4
-        and _is_id(value[0])
-        and _is_id(value[1])
-        and _LIST_OF_OIDS.accepts(value[2])
-        and _OPTIONAL_TRANSACTION_ID.accepts(value[3])
-    ),
-)
+CHANGE = Kind("change", _is_change)
 
 # The fields of a Hello; those of a channel are the last.
 HELLO: dict[str, Kind] = {

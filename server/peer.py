@@ -15,6 +15,7 @@ from zeolith.protocol.connection import Connection, Role, State
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request
 from zeolith.server.sessions import ChannelTransactions, Session
+from zeolith.storage.tids import Z64
 
 if TYPE_CHECKING:
     from zeolith.server.blobs import Uploading
@@ -46,6 +47,8 @@ class Peer(asyncio.Protocol):
         self._is_lingering = False
         # Whether more waits for it than the limit says; the transport tells.
         self.is_lagging = False
+        # What its session was told with an answer already; see Follower.
+        self.told_tid = Z64
         # How many want nothing to be read now.
         self._holds = 0
 
@@ -90,6 +93,12 @@ class Peer(asyncio.Protocol):
         """The socket is gone, for whatever reason."""
         self._transport = None
         self._service.lost(self)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the socket is open in both directions, as far as is known."""
+        transport = self._transport
+        return transport is not None and not transport.is_closing()
 
     def reply(self, number: int, value: Any) -> None:
         """Answer request ``number``; harmless when the socket is gone."""

@@ -13,7 +13,7 @@ Everything here belongs to the loop. Two invariants carry the design:
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +27,8 @@ from zeolith.storage.database import Database, Standing
 from zeolith.storage.pack_progress import Packing
 from zeolith.storage.tids import following
 
-# How long changes wait for others that are on their way to the disk.
+# How often changes are announced while others are on their way to the disk; one that a
+# follower was told a moment ago lets it wait for the next time.
 ANNOUNCE_WAIT_S = 0.005
 # So many followers are a crowd, and this is how long it waits.
 CROWD = 50
@@ -39,6 +40,8 @@ class Follower(Protocol):
 
     # Whether more waits for it than it should be sent.
     is_lagging: bool
+    # It was sent all changes up to this one, by a notice or with an answer.
+    told_tid: bytes
 
     def send_shared(self, data: bytes) -> None:
         """Send ``data``, which was encoded once for all followers."""
@@ -85,9 +88,11 @@ class Served:
         self.counters = Counters()
         self.followers: set[Follower] = set()
         self._limits = limits
-        # What was appended and nobody was told of yet, and what will see to that.
+        # What was appended and not everybody was told of yet, and what will see to
+        # that. Up to the overdue tid it has waited once before.
         self._unannounced: list[Change] = []
         self._announcing: asyncio.TimerHandle | None = None
+        self._overdue_tid = changes.last_tid
         # The last change that was sent to those who do not keep up.
         self._behind: dict[Follower, bytes] = {}
         # The last notice that was made for one of them: what it follows, leads to, is.
@@ -111,11 +116,13 @@ class Served:
         self.horizon = following(standing.last_tid)
         self._gathered = None
         self._unannounced = []
+        self._overdue_tid = standing.last_tid
         self.is_starting_afresh = False
 
     def follow(self, follower: Follower) -> bytes:
         """Send ``follower`` every change from now on; returns the last tid."""
         self.followers.add(follower)
+        follower.told_tid = self.changes.last_tid
         return self.changes.last_tid
 
     def unfollow(self, follower: Follower) -> None:
@@ -135,21 +142,22 @@ class Served:
     def announce(self, changes: Sequence[Change], *, more_soon: bool = False) -> None:
         """Announce the changes that were just appended, in their order.
 
-        The bytes are the same for everybody, the committers included: they know their
-        own transactions by the id. ``more_soon``: others are on their way to the disk.
-        Then all are told together, for to hear of one change takes a client as long as
-        to hear of many, but not later than ANNOUNCE_WAIT_S. A crowd is told a moment
-        later in any case: once it wakes, whoever committed has to wait for a processor.
+        The bytes are the same for everybody. ``more_soon``: others are on their way to
+        the disk. Then all are told together, for to hear of one change takes a client
+        as long as to hear of many; and whoever commits itself hears of them with its
+        answers. But nobody later than after twice ANNOUNCE_WAIT_S. A crowd is told a
+        moment later in any case: once it wakes, whoever committed has to wait for a
+        processor.
         """
         self._unannounced += changes
         if more_soon:
-            self._announce_in(ANNOUNCE_WAIT_S)
+            self._announce_in(ANNOUNCE_WAIT_S, self._announce_overdue)
         elif len(self.followers) > CROWD:
-            self._announce_in(CROWD_WAIT_S)
+            self._announce_in(CROWD_WAIT_S, self._announce_all)
         else:
             self._announce_all()
 
-    def _announce_in(self, wait_s: float) -> None:
+    def _announce_in(self, wait_s: float, announce: Callable[[], None]) -> None:
         """Announce after so long, or when it was to be done before."""
         loop = asyncio.get_running_loop()
         announcing = self._announcing
@@ -157,26 +165,57 @@ class Served:
             if announcing.when() <= loop.time() + wait_s:
                 return
             announcing.cancel()
-        self._announcing = loop.call_later(wait_s, self._announce_all)
+        self._announcing = loop.call_later(wait_s, announce)
+
+    def _announce_overdue(self) -> None:
+        """Tell those who lack something that has waited once before."""
+        self._announcing = None
+        overdue = self._overdue_tid
+        self._tell_all_below(overdue)
+        self._unannounced = [each for each in self._unannounced if each.tid > overdue]
+        if self._unannounced:
+            self._overdue_tid = self._unannounced[-1].tid
+            self._announce_in(ANNOUNCE_WAIT_S, self._announce_overdue)
 
     def _announce_all(self) -> None:
         announcing, self._announcing = self._announcing, None
         if announcing is not None:
             announcing.cancel()
-        changes, self._unannounced = self._unannounced, []
-        for piece in _pieces(changes, self._limits.notice_oids_max):
-            self._announce(piece)
+        if self._unannounced:
+            self._overdue_tid = self._unannounced[-1].tid
+            self._tell_all_below(self._overdue_tid)
+            self._unannounced = []
 
-    def _announce(self, changes: list[Change]) -> None:
-        data = encode(Notice("changes", [changes]))
+    def _tell_all_below(self, tid: bytes) -> None:
+        """Tell those of what is unannounced who were not told of all up to ``tid``."""
+        # What they were told of last differs, but not much.
+        notices: dict[bytes, list[tuple[bytes, bytes]]] = {}
         # A follower whose output is full leaves the set meanwhile.
         for follower in tuple(self.followers):
+            told_tid = follower.told_tid
             if follower in self._behind:
                 self._check(follower)
-            elif not follower.is_lagging:
-                follower.send_shared(data)
-            elif follower in self.followers:
-                self._behind[follower] = changes[0].since
+            elif told_tid < tid:
+                if told_tid not in notices:
+                    notices[told_tid] = self._notices_after(told_tid)
+                self._tell(follower, notices[told_tid])
+
+    def _notices_after(self, tid: bytes) -> list[tuple[bytes, bytes]]:
+        """What is unannounced after ``tid``, with the last tid of each notice."""
+        missed = [change for change in self._unannounced if change.tid > tid]
+        return [
+            (piece[-1].tid, encode(Notice("changes", [piece])))
+            for piece in _pieces(missed, self._limits.notice_oids_max)
+        ]
+
+    def _tell(self, follower: Follower, notices: list[tuple[bytes, bytes]]) -> None:
+        for last_tid, notice in notices:
+            if follower.is_lagging:
+                if follower in self.followers:
+                    self._behind[follower] = follower.told_tid
+                return
+            follower.told_tid = last_tid
+            follower.send_shared(notice)
 
     def _check(self, follower: Follower) -> None:
         """Let go of ``follower`` if what it missed is not known any more."""
@@ -194,6 +233,7 @@ class Served:
                 self._behind[follower] = position
                 return
             position, data = self._gather(position)
+            follower.told_tid = position
             follower.send_shared(data)
         if not self._behind:
             self._gathered = None

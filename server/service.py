@@ -240,11 +240,14 @@ class Service:
         elif method.effect is not Effect.READS and session.is_read_only:
             raise ReadOnlyError("this connection is read-only")
 
-    def _reply(self, peer: Peer, number: int, value: Any) -> None:
+    def _reply(self, peer: Peer, number: int, value: Any) -> bool:
+        """Whether ``value`` could be sent."""
         try:
             peer.reply(number, value)
         except LocalProtocolError as error:
             peer.fail(number, error)
+            return False
+        return peer.is_there
 
     def _fail(self, peer: Peer, number: int, name: str, error: BaseException) -> None:
         if not isinstance(error, _EXPECTED):
@@ -488,8 +491,11 @@ class Service:
                 assert error is not None
                 self._fail(peer, number, "finish", error)
                 return
-            before = _before(result.tid, served.changes.since(position))
-            self._reply(peer, number, (result.tid, before))
+            others = _others(result.tid, served.changes.since(position))
+            is_sent = self._reply(peer, number, (result.tid, others))
+            if is_sent and others is not None:
+                # What this answer tells, the stream need not tell again.
+                _session(peer).stream.told_tid = served.changes.last_tid
 
         served.committer.finish(commit, finished)
         return LATER
@@ -544,11 +550,12 @@ def _welcome(
     }
 
 
-def _before(tid: bytes, changes: list[Change] | None) -> list[Change] | None:
-    """Those of ``changes`` that lead to ``tid``; None if not all of them are there."""
-    if changes is None or all(change.tid != tid for change in reversed(changes)):
+def _others(tid: bytes, changes: list[Change] | None) -> list[Change] | None:
+    """``changes`` without that of ``tid``; None if not all of them are there."""
+    if changes is None:
         return None
-    return [change for change in changes if change.tid < tid]
+    others = [change for change in changes if change.tid != tid]
+    return others if len(others) < len(changes) else None
 
 
 def _outcome(

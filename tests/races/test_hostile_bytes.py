@@ -20,7 +20,7 @@ from zeolith.storage.filestore import FileStore
 
 from ..support.inprocess import InProcessServer
 from ..support.memory import hello_fields
-from ..support.records import commit, current_tid, oid_of, seen
+from ..support.records import commit, current_tid, oid_of, seen, wait_for_position
 
 X = oid_of("x")
 METADATA = [b"", b"", b"", None, " "]
@@ -146,6 +146,8 @@ def test_nothing_is_run_of_records_and_extensions(
         commit_by_hand(channel, next(ids), ["undo", undone])
     assert seen(reader, "x") == payload
     server.restart()
+    # What was committed by hand was told to nobody but the hand.
+    wait_for_position(writer, reader.lastTransaction())
     assert seen(writer, "x") == payload
     assert not proof.exists()
 

@@ -23,6 +23,7 @@ class Listener:
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.is_lagging = False
+        self.told_tid = number(0)
         self.has_fallen_behind = False
 
     def send_shared(self, data: bytes) -> None:
@@ -348,6 +349,64 @@ async def test_changes_wait_for_those_that_come_soon_and_not_for_long(
     assert not listener.sent
     await asyncio.sleep(0.001)
     assert tids_of(listener) == [[number(6), number(7)]]
+
+
+async def test_who_was_told_with_an_answer_is_not_told_again(served):
+    committer, listener = Listener(), Listener()
+    served.follow(committer)
+    served.follow(listener)
+    changes = [served.append(number(6), [], None), served.append(number(7), [], None)]
+    committer.told_tid = number(7)
+    served.announce(changes)
+    assert not committer.sent
+    assert tids_of(listener) == [[number(6), number(7)]]
+    served.announce([served.append(number(8), [], None)])
+    assert tids_of(committer) == [[number(8)]]
+
+
+async def test_who_was_told_a_moment_ago_waits_for_the_next_time(served):
+    """Each call is what the clock does next."""
+    committer, listener = Listener(), Listener()
+    served.follow(committer)
+    served.follow(listener)
+    served.announce([served.append(number(6), [], None)], more_soon=True)
+    served._announce_overdue()
+    assert not listener.sent
+    served.announce([served.append(number(7), [], None)], more_soon=True)
+    committer.told_tid = number(7)
+    served._announce_overdue()
+    assert tids_of(listener) == [[number(6), number(7)]]
+    assert not committer.sent
+    served.announce([served.append(number(8), [], None)], more_soon=True)
+    served._announce_overdue()
+    assert len(listener.sent) == 1
+    assert not committer.sent
+    # Nothing came, and what is there has waited once.
+    served._announce_overdue()
+    assert tids_of(listener)[1:] == [[number(8)]]
+    assert tids_of(committer) == [[number(8)]]
+    assert served._announcing is None
+
+
+async def test_who_lags_among_several_notices_is_sent_the_rest_later(served):
+    served._limits = replace(DEFAULT, notice_oids_max=1)
+
+    class Full(Listener):
+        def send_shared(self, data: bytes) -> None:
+            super().send_shared(data)
+            self.is_lagging = True
+
+    full = Full()
+    served.follow(full)
+    changes = [served.append(number(n), [number(n)], None) for n in (6, 7, 8)]
+    served.announce(changes)
+    assert tids_of(full) == [[number(6)]]
+    full.is_lagging = False
+    served.catch_up(full)
+    full.is_lagging = False
+    served.catch_up(full)
+    assert full.tids() == [number(6), number(7), number(8)]
+    assert full.told_tid == number(8)
 
 
 async def test_changes_are_told_with_those_after_which_none_come_soon(served):

@@ -490,8 +490,9 @@ async def test_a_transaction_is_voted_and_finished(server, session, channel):
     await server.workers.work()
     assert channel.value(finish) == [number(2), []]
     change = [number(1), number(2), [number(5)], TRANSACTION]
-    for stream in (session.stream, other.stream):
-        assert stream.received() == [Notice("changes", [[change]])]
+    assert other.stream.received() == [Notice("changes", [[change]])]
+    # It was told with the answer.
+    assert not session.stream.received()
 
 
 async def test_metadata_reach_the_database_as_they_are(server, channel, monkeypatch):
@@ -619,9 +620,7 @@ async def test_conflicts_that_are_too_large_to_tell_end_the_transaction():
     assert not server.database.is_in_transaction
 
 
-async def test_the_answer_to_finish_brings_the_changes_before_it(
-    server, session, channel
-):
+async def test_the_answer_to_finish_brings_the_other_changes(server, session, channel):
     channel.ask("vote", TRANSACTION, METADATA, [["store", *new(5)]])
     await server.workers.work()
     tid = server.commit(number(6), b"of another")
@@ -629,7 +628,8 @@ async def test_the_answer_to_finish_brings_the_changes_before_it(
     await server.workers.work()
     own, before = channel.value(finish)
     assert before == [[number(1), tid, [number(6)], None]]
-    assert [change[1] for change in session.stream.changes()] == [tid, own]
+    assert [change[1] for change in session.stream.changes()] == [tid]
+    assert own > tid
 
 
 async def test_a_finish_from_a_forgotten_position_says_so(server, channel):
@@ -638,6 +638,24 @@ async def test_a_finish_from_a_forgotten_position_says_so(server, channel):
     finish = channel.ask("finish", TRANSACTION, number(77))
     await server.workers.work()
     assert channel.value(finish) == [number(2), None]
+
+
+async def test_what_an_answer_could_not_tell_is_told_on_the_stream(
+    server, session, channel
+):
+    """The position is forgotten, or the channel is lost."""
+    channel.ask("vote", TRANSACTION, METADATA, [["store", *new(5)]])
+    await server.workers.work()
+    channel.ask("finish", TRANSACTION, number(77))
+    await server.workers.work()
+    assert [change[1] for change in session.stream.changes()] == [number(2)]
+    channel.ask("vote", TRANSACTION, METADATA, [["store", *new(6)]])
+    await server.workers.work()
+    channel.ask("finish", TRANSACTION, number(2))
+    await channel.lose()
+    await server.workers.work()
+    assert server.served.changes.last_tid == number(3)
+    assert [change[1] for change in session.stream.changes()] == [number(3)]
 
 
 async def test_a_disaster_is_told_to_the_one_who_finishes(server, channel):
@@ -863,9 +881,9 @@ async def test_an_own_commit_is_announced_by_whoever_tells_it(relayed, channel):
         publish(relayed.served, number(value), [OID], transaction)
     relayed.database.last_tid = number(2)
     await relayed.workers.work()
-    tid, before = channel.value(finish)
+    tid, others = channel.value(finish)
     assert tid == number(3)
-    assert [change[1] for change in before] == [number(2)]
+    assert [change[1] for change in others] == [number(2), number(4)]
     assert relayed.served.changes.last_tid == number(4)
 
 
