@@ -49,7 +49,8 @@ class Method:
             raise RemoteProtocolError(
                 f"{self.name} takes {len(self.arguments)} arguments, not {len(args)}"
             )
-        for value, (name, kind) in zip(args, self.arguments, strict=True):
+        # Of the same length: that was just seen.
+        for value, (name, kind) in zip(args, self.arguments, strict=False):
             if not kind.accepts(value):
                 what = "another" if type(value) is list else type(value).__name__
                 raise RemoteProtocolError(
@@ -133,16 +134,21 @@ RESOLUTION = Kind(
         and type(value[1]) is bytes
     ),
 )
+
+
+def _is_metadata(value: Any) -> bool:
+    if type(value) is not list or len(value) != 5:
+        return False
+    user, description, extension, tid, status = value
+    return (
+        type(user) is type(description) is type(extension) is bytes
+        and (tid is None or _is_id(tid))
+        and type(status) is str
+    )
+
+
 # user, description, extension bytes, tid (to keep that of a copied transaction), status
-METADATA_FIELDS = (BYTES, BYTES, BYTES, optional(TID), TEXT)
-METADATA = Kind(
-    "metadata",
-    lambda value: (
-        type(value) is list
-        and len(value) == len(METADATA_FIELDS)
-        and all(kind.accepts(v) for v, kind in zip(value, METADATA_FIELDS, strict=True))
-    ),
-)
+METADATA = Kind("metadata", _is_metadata)
 
 
 def _is_change(value: Any) -> bool:
