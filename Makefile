@@ -47,7 +47,7 @@ wheel: $(VENV)/installed-dev  ## build the wheel into dist/
 
 clean:  ## remove everything that make made, but no data
 	rm -rf $(VENV) build dist zeolith.egg-info
-	rm -f client/*.so
+	rm -f client/*.so server/*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find $(wildcard client protocol server storage tests) \
 		-name __pycache__ -type d -prune -exec rm -rf {} +
@@ -69,7 +69,7 @@ $(BIN)/python:
 	done; \
 	echo "zeolith needs Python 3.11 or newer; tried: $(strip $(PYTHONS))" >&2; exit 1
 
-COMPILED := $(wildcard client/*.c)
+COMPILED := $(wildcard client/*.c server/*.c)
 
 $(VENV)/installed: pyproject.toml $(COMPILED) | $(BIN)/python
 	$(PIP) install --editable .

@@ -13,9 +13,10 @@ installations without the compiled module. A ``RoundTrip`` belongs to a channel,
 to one thread at a time.
 """
 
-import os
 import socket
 from collections.abc import Callable
+
+from zeolith.protocol.compiled import compiled_module
 
 RECEIVE_BYTES = 64 * 1024
 # How long an answer is looked for. More than a server nearby takes, and little against
@@ -30,9 +31,6 @@ DEAR_TIMES = 2
 FOUND_MAX = 200
 # How many answers at most are not looked for after it was in vain again and again.
 SKIPPED_MAX = 15
-# "0" in the environment, for a diagnosis: use the twin.
-SWITCH = "ZEOLITH_COMPILED"
-
 # Sends all, and receives something, nothing if the peer has ended; looks so many
 # nanoseconds for it. Also returned: what it took to get the interpreter back, negative
 # if it was not let go of or that is not known. Raises OSError, and what a signal's
@@ -48,13 +46,8 @@ def exchange(sock: socket.socket, data: bytes, _look_ns: int) -> tuple[bytes, in
 
 def compiled() -> Exchange | None:
     """The compiled function; None if it is switched off or was not built."""
-    if os.environ.get(SWITCH) == "0":
-        return None
-    try:
-        from zeolith.client import _round_trip
-    except ImportError:
-        return None
-    return _round_trip.exchange
+    module = compiled_module("zeolith.client._round_trip")
+    return None if module is None else module.exchange
 
 
 _compiled = compiled()

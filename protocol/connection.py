@@ -117,6 +117,10 @@ SENDING = {Role.CLIENT: _FROM_CLIENT, Role.SERVER: _FROM_SERVER}
 
 HEARTBEAT = encode(Heartbeat())
 
+# What some bytes ask for and its answer, as a frame, without the general codec; None
+# for all that it does not know, or does not follow the request with that number.
+Answer = Callable[[bytes, int], tuple[int, bytes] | None]
+
 
 class Connection:
     """The conversation on one socket, as its ``role`` sees it."""
@@ -167,7 +171,7 @@ class Connection:
         was and ``is_closed`` is true: the owner sends ``farewell()`` and hangs up.
         """
         self.rcvd_at = now
-        if self._recognise is not None and not self._reader.is_inside_frame:
+        if self._recognise is not None and not self._reader.have_bytes:
             known = self._recognise(data)
             if known is not None and self._accept_known(known, len(data)):
                 return [known]
@@ -184,6 +188,29 @@ class Connection:
         except RemoteProtocolError as error:
             self._fail(error)
         return received
+
+    def answer_at_once(self, data: bytes, now: float, answer: Answer) -> bytes | None:
+        """Server: the frame that ``answer`` makes for ``data``, to be sent; or None.
+
+        Then nothing has happened, and ``data`` is for ``receive_data``. ``answer``
+        knows only loads, which may come on a channel and only between two frames.
+        """
+        if (
+            not self._answers_loads
+            or self._reader.have_bytes
+            or len(self.open_requests) >= self.limits.requests_open_max
+        ):
+            return None
+        answered = answer(data, self._last_request)
+        if answered is None:
+            return None
+        number, sent = answered
+        # What asks is shorter than the hello was.
+        if len(sent) > self._known_bytes_max:
+            return None
+        self._last_request = number
+        self.rcvd_at = self.sent_at = now
+        return sent
 
     @property
     def is_closed(self) -> bool:
@@ -406,7 +433,7 @@ class Connection:
     @property
     def is_inside_frame(self) -> bool:
         """Whether the rest of a frame is still to come."""
-        return self._reader.is_inside_frame
+        return self._reader.have_bytes > 0
 
     @property
     def _must_hear(self) -> bool:

@@ -32,21 +32,16 @@ def frame(payload: bytes) -> bytes:
 class FrameReader:
     """Cuts a stream of bytes into the payloads of its frames."""
 
-    __slots__ = ("_fragments", "_have_bytes", "_need_bytes", "frame_bytes_max")
+    __slots__ = ("_fragments", "_need_bytes", "frame_bytes_max", "have_bytes")
 
     def __init__(self, frame_bytes_max: int):
         # May be raised by the owner once the peer is known.
         self.frame_bytes_max = frame_bytes_max
-        # What came of a frame that is not whole; empty between frames.
+        # What came of a frame that is not whole, and its size; nothing between frames.
         self._fragments: list[bytes] = []
-        self._have_bytes = 0
+        self.have_bytes = 0
         # How many bytes until something can be done: a prefix, or a whole frame.
         self._need_bytes = PREFIX_BYTES
-
-    @property
-    def is_inside_frame(self) -> bool:
-        """Whether the rest of a frame is still to come."""
-        return self._have_bytes > 0
 
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads that ``data`` completes, in order.
@@ -54,14 +49,14 @@ class FrameReader:
         Raises RemoteProtocolError for a frame of length 0 or beyond the limit. The
         reader is of no use afterwards.
         """
-        if self._have_bytes:
+        if self.have_bytes:
             self._fragments.append(data)
-            self._have_bytes += len(data)
-            if self._have_bytes < self._need_bytes:
+            self.have_bytes += len(data)
+            if self.have_bytes < self._need_bytes:
                 return []
             data = b"".join(self._fragments)
             self._fragments.clear()
-            self._have_bytes = 0
+            self.have_bytes = 0
         return self._cut(data)
 
     def _cut(self, data: bytes) -> list[bytes]:
@@ -86,5 +81,5 @@ class FrameReader:
         if start < end:
             rest = data[start:] if start else data
             self._fragments.append(rest)
-            self._have_bytes = len(rest)
+            self.have_bytes = len(rest)
         return payloads

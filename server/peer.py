@@ -11,7 +11,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, cast
 
-from zeolith.protocol.connection import Connection, Role, State
+from zeolith.protocol.connection import Answer, Connection, Role, State
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request
 from zeolith.server.sessions import ChannelTransactions, Session
@@ -34,6 +34,8 @@ class Peer(asyncio.Protocol):
         self.connection = Connection(Role.SERVER, self._now(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
+        # The short way of a load, if its session has one; a channel has it.
+        self.answer: Answer | None = None
         self.transactions = ChannelTransactions(limits)
         # The blobs of the transaction that will vote next; a channel has it.
         self.upload: Uploading | None = None
@@ -66,7 +68,13 @@ class Peer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Some bytes have come."""
         connection = self.connection
-        messages = connection.receive_data(data, self._now())
+        now = self._now()
+        if self.answer is not None:
+            answered = connection.answer_at_once(data, now, self.answer)
+            if answered is not None:
+                self._write(answered)
+                return
+        messages = connection.receive_data(data, now)
         if len(messages) == 1:
             # Nothing to gather, and nearly always so.
             self._dispatch(messages[0])

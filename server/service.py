@@ -180,6 +180,7 @@ class Service:
             if session is None:
                 raise HelloRefused("session", "the session has ended")
             peer.session = session
+            peer.answer = session.answer
             session.channels.add(peer)
         return _welcome(None)
 

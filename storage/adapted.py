@@ -30,6 +30,7 @@ from zeolith.storage.database import (
     CurrentRecord,
     Finished,
     LogEntry,
+    Near,
     Prepared,
     Revision,
     Standing,
@@ -119,6 +120,10 @@ class AdaptedStorage:
     def follow(self, listener: Listener) -> None:
         """See Database.follow."""
         self._feed.follow(listener)
+
+    def near(self) -> Near | None:
+        """See Database.near."""
+        return None
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Nobody can say whether this storage would wait."""

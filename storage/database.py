@@ -202,6 +202,15 @@ class Prepared(Protocol):
         """On the loop: it is committed, or given up; may be called again."""
 
 
+class Near(Protocol):
+    """Current records as they are in a file, for code that reads them without us."""
+
+    # Open for as long as there is a reference to this.
+    fd: int
+    # An fsIndex's: by the first six bytes of an oid, by the last two, the position.
+    buckets: Any
+
+
 class Database(Protocol):
     """A database that can be served."""
 
@@ -231,6 +240,9 @@ class Database(Protocol):
 
     def load_nowait(self, oid: bytes, before: bytes) -> Revision | None:
         """Like ``load``, or WouldBlock."""
+
+    def near(self) -> Near | None:
+        """Where ``load_nowait`` finds records and answers with what is there."""
 
     def prepare(self, transaction: Transaction) -> Prepared:
         """For a transaction whose claim is not alone: it is about to vote."""

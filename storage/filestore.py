@@ -38,6 +38,7 @@ from zeolith.storage.database import (
     CurrentRecord,
     Finished,
     LogEntry,
+    Near,
     Prepared,
     Revision,
     Transaction,
@@ -306,6 +307,10 @@ class FileStore(AdaptedStorage):
         """See Database.load_nowait."""
         # Without the property, for this is the hot path.
         return self._file.generation.load_nowait(oid, before)  # type: ignore[union-attr]
+
+    def near(self) -> Near | None:
+        """See Database.near."""
+        return self._file.generation
 
     def claim(self, transaction: Transaction) -> Claim:
         """See Database.claim."""

@@ -57,11 +57,13 @@ class Header(NamedTuple):
 class Generation:
     """One state of a Data.fs: a descriptor and its index."""
 
-    _fd = -1
+    fd = -1
 
     def __init__(self, path: str, index: Any):
         self.index = index
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        # What fsIndex keeps: a tree of buckets.
+        self.buckets = index._data if type(index) is fsIndex else {}
         self._find = _finder(index)
         # The loop's, for a read that keeps nothing of it.
         self._buffer = bytearray(_READ_BYTES)
@@ -70,11 +72,11 @@ class Generation:
 
     def duplicate(self) -> int:
         """A descriptor of the same file, for the caller to close."""
-        return os.dup(self._fd)
+        return os.dup(self.fd)
 
     def close(self) -> None:
         """Close the descriptor; nobody may read any more."""
-        fd, self._fd = self._fd, -1
+        fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
@@ -108,7 +110,7 @@ class Generation:
         position = self._find(oid) if NOWAIT else None
         if position:
             try:
-                have = os.preadv(self._fd, self._buffers, position, NOWAIT)
+                have = os.preadv(self.fd, self._buffers, position, NOWAIT)
             except OSError:
                 # See _pread.
                 raise WouldBlock from None
@@ -217,10 +219,10 @@ class Generation:
 
     def _pread(self, position: int, size: int, flags: int) -> bytes:
         if not flags:
-            return os.pread(self._fd, size, position)
+            return os.pread(self.fd, size, position)
         buffer = bytearray(size)
         try:
-            got = os.preadv(self._fd, [buffer], position, flags)
+            got = os.preadv(self.fd, [buffer], position, flags)
         except OSError:
             # EAGAIN: not in the page cache. EOPNOTSUPP: a file system that cannot say.
             # An error of the disk comes again, in the reader thread.

@@ -77,6 +77,9 @@ class WrappedFileStore(FileStore):
             raise WouldBlock
         return self._converted(found)
 
+    def near(self) -> None:
+        """See Database.near: what clients know is not what is in the file."""
+
     # reader
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:

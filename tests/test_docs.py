@@ -17,8 +17,8 @@ import ZConfig
 from zodburi import resolve_uri
 
 from zeolith.client import errors, uri
-from zeolith.client.round_trip import SWITCH
 from zeolith.client.storage import ClientStorage
+from zeolith.protocol.compiled import SWITCH
 from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
 from zeolith.server import config
 from zeolith.server.cli import main
@@ -136,8 +136,11 @@ def test_the_options_of_the_program_are_in_the_reference():
     assert all(f"`zeolith {option}`" in text for option in options)
 
 
-def test_the_switch_for_the_compiled_half_is_in_the_reference():
-    assert f"`{SWITCH}=0`" in section("## What a ClientStorage can do")
+@pytest.mark.parametrize(
+    "heading", ["## What a ClientStorage can do", "### zeolith serve"]
+)
+def test_the_switch_for_what_is_compiled_is_in_the_reference(heading):
+    assert f"`{SWITCH}=0`" in section(heading)
 
 
 def test_every_key_of_the_server_is_in_the_reference_with_its_default():

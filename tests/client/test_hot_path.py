@@ -18,6 +18,7 @@ from zeolith.client import round_trip
 from zeolith.client.round_trip import RoundTrip
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import MAX_TID
+from zeolith.protocol.compiled import SWITCH
 
 from ..support.script import tid
 from ..support.serving import ServerProcess
@@ -154,7 +155,7 @@ def test_a_load_is_two_system_calls(endpoint, strace, tmp_path, switch):
     listed = tmp_path / "calls"
     subprocess.run(
         [strace, "-f", "-o", listed, sys.executable, "-c", PROGRAM, endpoint],
-        env={**os.environ, round_trip.SWITCH: switch},
+        env={**os.environ, SWITCH: switch},
         check=True,
     )
     _before, between, _after = listed.read_text().split("getpgid(0)")

@@ -17,6 +17,7 @@ import pytest
 from zeolith.client import round_trip
 from zeolith.client.channel import limit_silence, shut_down
 from zeolith.client.round_trip import DEAR_NS, FOUND_MAX, SKIPPED_MAX, RoundTrip
+from zeolith.protocol.compiled import SWITCH
 from zeolith.protocol.frames import frame
 
 from ..support.gates import Background
@@ -410,22 +411,10 @@ def test_only_plain_sockets_are_used_without_their_methods():
         assert round_trip.exchange_for(encrypted) is round_trip.exchange
 
 
-@pytest.mark.parametrize(("value", "is_used"), [("0", False), ("1", True), ("", True)])
-def test_the_environment_switches_the_compiled_one_off(monkeypatch, value, is_used):
-    monkeypatch.setenv(round_trip.SWITCH, value)
-    assert round_trip.compiled() is (COMPILED if is_used else None)
-
-
-def test_without_the_module_the_twin_is_used(monkeypatch):
-    monkeypatch.setitem(sys.modules, "zeolith.client._round_trip", None)
-    monkeypatch.delattr("zeolith.client._round_trip", raising=False)
-    assert round_trip.compiled() is None
-
-
 def test_a_program_with_the_switch_uses_the_twin():
     script = (
         "from zeolith.client import round_trip, storage;"
         "assert round_trip._compiled is None"
     )
-    environment = {**os.environ, round_trip.SWITCH: "0"}
+    environment = {**os.environ, SWITCH: "0"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -1,5 +1,6 @@
 """Messages and arguments for hypothesis: of the right types, and of any."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -124,5 +125,37 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.just(Heartbeat()),
     st.builds(Goodbye, texts, texts),
 )
+# Of requests, around those where msgpack takes another size.
+EDGES = [1, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**64 - 1]
+numbers = st.sampled_from(EDGES) | st.integers(1, 2**64 - 1) | st.integers(1, 400)
+
+
+@st.composite
+def damaged(draw: Any, frames: st.SearchStrategy[bytes]) -> bytes:
+    """A frame with some bytes changed, cut off or added."""
+    frame = bytearray(draw(frames))
+    for _ in range(draw(st.integers(0, 3))):
+        if frame:
+            # The ends are what is looked at.
+            at = draw(st.integers(0, 50) | st.integers(-50, -1)) % len(frame)
+            frame[at] = draw(st.integers(0, 255) | st.sampled_from([0xC0, 0xC4, 0xCD]))
+    cut = draw(st.integers(0, 20))
+    frame = frame[: len(frame) - cut] if draw(st.booleans()) else frame
+    frame += draw(st.binary(max_size=3))
+    return bytes(frame)
+
+
+# Around everything that a shape of msgpack begins with, or that is looked for.
+_BYTES = [*range(12), 0x7E, 0x7F, 0x80, *range(0x90, 0x97), *range(0xA0, 0xA6)]
+_BYTES += [*range(0xC0, 0xE1), 0xFE, 0xFF]
+
+
+def changed(frame: bytes) -> Iterator[bytes]:
+    """All frames that differ from ``frame`` in one byte."""
+    for at, was in enumerate(frame):
+        for byte in {*_BYTES, (was + 1) % 256, (was - 1) % 256}:
+            yield frame[:at] + bytes([byte]) + frame[at + 1 :]
+
+
 # Sizes of the pieces in which a stream of bytes arrives.
 chunkings = st.lists(st.integers(1, 50), min_size=1, max_size=8)

@@ -144,7 +144,7 @@ def test_garbage_ends_that_conversation_and_raises_nothing(role, state, garbage,
         end.receive_data(piece, LATER)
     assert end.state in State
     # What is kept of it never exceeds what came.
-    assert end._reader._have_bytes <= len(garbage)
+    assert end._reader.have_bytes <= len(garbage)
 
 
 @given(st.lists(calls("client", answers=True), max_size=5), chunkings)
@@ -421,6 +421,68 @@ def test_a_frame_beyond_the_limit_is_refused_by_its_length():
     assert "a frame of 5001 bytes" in str(server.error)
 
 
+# Answers that are made at once, without the codec
+
+
+def answer_seven(_data: bytes, last_request: int) -> tuple[int, bytes] | None:
+    """Answers request 7, whatever is asked."""
+    return (7, b"the answer") if last_request < 7 else None
+
+
+def test_what_is_answered_at_once_was_received_and_sent():
+    server = in_state(Role.SERVER, State.CHANNEL, SMALL)
+    assert server.answer_at_once(b"data", LATER, answer_seven) == b"the answer"
+    assert server.last_request == 7
+    assert server.sent_at == server.rcvd_at == LATER
+    assert not server.open_requests
+    # Its number is used.
+    assert server.receive_data(encode(Request(7, "ping", [])), LATER) == []
+    assert "request 7 after request 7" in str(server.error)
+
+
+def test_what_is_not_answered_at_once_has_changed_nothing():
+    server = in_state(Role.SERVER, State.CHANNEL, SMALL)
+    request = Request(9, "ping", [])
+    assert server.receive_data(encode(request), 1.0) == [request]
+    assert server.answer_at_once(b"data", LATER, answer_seven) is None
+    assert (server.last_request, server.sent_at, server.rcvd_at) == (9, 0.0, 1.0)
+    assert server.open_requests == {9}
+
+
+@every_state
+def test_only_what_comes_on_a_channel_to_a_server_is_answered_at_once(role, state):
+    end = in_state(role, state)
+    answered = end.answer_at_once(b"data", LATER, answer_seven)
+    assert (answered is not None) is (role is Role.SERVER and state is State.CHANNEL)
+
+
+def test_what_comes_inside_a_frame_is_not_answered_at_once():
+    server = in_state(Role.SERVER, State.CHANNEL)
+    ping = encode(Request(1, "ping", []))
+    assert server.receive_data(ping[:5], 1.0) == []
+    assert server.answer_at_once(ping[5:], LATER, answer_seven) is None
+    assert server.receive_data(ping[5:], LATER) == [Request(1, "ping", [])]
+    assert server.answer_at_once(b"data", LATER, answer_seven) is not None
+
+
+def test_with_too_many_open_requests_nothing_is_answered_at_once():
+    server = in_state(Role.SERVER, State.CHANNEL, SMALL)
+    for number in range(1, SMALL.requests_open_max + 1):
+        assert server.receive_data(encode(Request(number, "ping", [])), 1.0)
+    assert server.answer_at_once(b"data", LATER, answer_seven) is None
+    server.reply(1, None, LATER)
+    assert server.answer_at_once(b"data", LATER, answer_seven) is not None
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_an_answer_at_once_is_no_larger_than_any(beyond):
+    server = in_state(Role.SERVER, State.CHANNEL, SMALL)
+    sent = bytes(SMALL.frame_bytes_max + beyond)
+    answered = server.answer_at_once(b"data", LATER, lambda _data, _last: (1, sent))
+    assert (answered is None) is (beyond > 0)
+    assert server.last_request == 1 - beyond
+
+
 def test_what_the_peer_would_refuse_as_too_large_is_not_sent():
     pair = Pair(SMALL)
     pair.greet()
@@ -436,7 +498,7 @@ def test_a_closed_connection_keeps_nothing_of_what_still_comes():
     server = in_state(Role.SERVER, State.CLOSED)
     for _ in range(3):
         assert server.receive_data(b"\0\0\xff\xff" + b"x" * 1000, LATER) == []
-    assert server._reader._have_bytes == 0
+    assert server._reader.have_bytes == 0
 
 
 # The end

@@ -1,6 +1,5 @@
 """The short way of a load against the general codec: to the byte, and to the state."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +24,8 @@ from zeolith.protocol.messages import Message, Reply, Request
 from zeolith.protocol.methods import METHODS
 
 from ..support.pair import Pair
-from .strategies import calls, messages, plain
+from .strategies import EDGES, calls, changed, damaged, messages, numbers, plain
 
-EDGES = [1, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**64 - 1]
-numbers = st.sampled_from(EDGES) | st.integers(1, 2**64 - 1) | st.integers(1, 400)
 ids = st.binary(min_size=8, max_size=8)
 loads = st.tuples(ids, ids).map(list)
 sizes = st.sampled_from([0, 1, 255, 256, 600, DATA_BYTES_MAX, DATA_BYTES_MAX + 1])
@@ -36,21 +33,6 @@ data = st.binary(max_size=300) | sizes.map(bytes)
 answers = st.tuples(data, ids, st.none() | ids, ids)
 # What may stand where an id is expected.
 nearly = ids | st.none() | st.binary(max_size=9) | st.integers(0, 300)
-
-
-@st.composite
-def damaged(draw: Any, frames: st.SearchStrategy[bytes]) -> bytes:
-    """A frame with some bytes changed, cut off or added."""
-    frame = bytearray(draw(frames))
-    for _ in range(draw(st.integers(0, 3))):
-        if frame:
-            # The ends are what is looked at.
-            at = draw(st.integers(0, 50) | st.integers(-50, -1)) % len(frame)
-            frame[at] = draw(st.integers(0, 255) | st.sampled_from([0xC0, 0xC4, 0xCD]))
-    cut = draw(st.integers(0, 20))
-    frame = frame[: len(frame) - cut] if draw(st.booleans()) else frame
-    frame += draw(st.binary(max_size=3))
-    return bytes(frame)
 
 
 def generally(frame: bytes) -> Message:
@@ -127,18 +109,6 @@ def test_what_is_recognised_as_an_answer_is_one(frame):
     reply = decode_loaded(frame)
     if reply is not None:
         assert generally(frame) == reply
-
-
-# Around everything that a shape of msgpack begins with, or that is looked for.
-BYTES = [*range(12), 0x7E, 0x7F, 0x80, *range(0x90, 0x97), *range(0xA0, 0xA6)]
-BYTES += [*range(0xC0, 0xE1), 0xFE, 0xFF]
-
-
-def changed(frame: bytes) -> Iterator[bytes]:
-    """All frames that differ from ``frame`` in one byte."""
-    for at, was in enumerate(frame):
-        for byte in {*BYTES, (was + 1) % 256, (was - 1) % 256}:
-            yield frame[:at] + bytes([byte]) + frame[at + 1 :]
 
 
 @pytest.mark.parametrize("number", EDGES)

@@ -249,6 +249,7 @@ def test_a_slow_answer_goes_to_the_one_who_asked(
         raise WouldBlock
 
     monkeypatch.setattr(server.database, method, gated)
+    monkeypatch.setattr(server.database, "near", lambda: None)
     monkeypatch.setattr(server.database, "load_nowait", would_block)
     with client_of(server) as storage:
         gate.shut()

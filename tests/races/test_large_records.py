@@ -208,7 +208,7 @@ def held_bytes(server: InProcessServer) -> int:
     """What the server keeps of messages that are not complete."""
 
     def count() -> int:
-        return sum(peer.connection._reader._have_bytes for peer in server.service.peers)
+        return sum(peer.connection._reader.have_bytes for peer in server.service.peers)
 
     held: int = server.on_loop(count)
     return held

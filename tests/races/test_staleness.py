@@ -102,6 +102,7 @@ def test_an_answer_computed_before_a_commit_and_sent_after_it_is_judged_by_its_a
 
     database = server.database
     around = gate.before if slow == "the reading" else gate.after
+    monkeypatch.setattr(database, "near", lambda: None)
     monkeypatch.setattr(database, "load_nowait", would_block)
     monkeypatch.setattr(database, "load", around(database.load))
     gate.shut()

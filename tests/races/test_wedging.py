@@ -418,6 +418,7 @@ def test_a_load_that_waits_for_the_disk_holds_up_nobody(
             raise WouldBlock
         return load_nowait(oid, before)
 
+    monkeypatch.setattr(database, "near", lambda: None)
     monkeypatch.setattr(database, "load_nowait", not_in_memory)
     monkeypatch.setattr(database, "load", gate.before(database.load))
     gate.shut()

@@ -179,6 +179,7 @@ def test_size_and_number_of_objects_are_the_storages(database):
 
 def test_nobody_knows_whether_it_would_wait(database):
     commit(database, store(A, plain(1)))
+    assert database.near() is None
     for oid in (A, B):
         with pytest.raises(WouldBlock):
             database.load_nowait(oid, MAX_TID)

@@ -822,7 +822,7 @@ def test_files_are_let_go_with_the_database(open_store, tmp_path):
     commit(database, store(ROOT, plain(1)))
     generation = database.generation
     database.close()
-    assert generation._fd == -1
+    assert generation.fd == -1
     assert (tmp_path / "Data.fs.index").exists()
     open_store()
 

@@ -343,7 +343,7 @@ def is_open(fd: int) -> bool:
 
 def test_a_generation_closes_its_file_once(make):
     generation, _tids = make(one_record(10))
-    fd = generation._fd
+    fd = generation.fd
     assert is_open(fd)
     generation.close()
     assert not is_open(fd)
@@ -356,7 +356,7 @@ def test_a_generation_closes_its_file_once(make):
 
 def test_the_last_reader_closes_the_door(make):
     generation, _tids = make(one_record(10))
-    fd = generation._fd
+    fd = generation.fd
     del generation
     assert not is_open(fd)
 

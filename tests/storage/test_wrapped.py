@@ -69,6 +69,12 @@ def test_records_are_converted_on_their_way_in_and_out(tmp_path, database):
     assert encoded(plain(1)) in (tmp_path / "Data.fs").read_bytes()
 
 
+def test_what_is_in_the_file_is_not_what_clients_know(database):
+    """Nobody may answer a load with it."""
+    commit(database, store(A, plain(1)))
+    assert database.near() is None
+
+
 def test_what_is_long_to_convert_is_not_converted_on_the_loop(database):
     data = plain("x" * LOOP_BYTES_MAX)
     tid = commit(database, store(A, data))

@@ -166,6 +166,9 @@ class ModelDatabase:
             raise WouldBlock
         return self.load(oid, before)
 
+    def near(self) -> None:
+        return None
+
     def claim(self, transaction: Transaction) -> Claim:
         return claim_of(transaction) if self.side_by_side else ALONE
 
