@@ -2,10 +2,10 @@
  *
  * Called on the server's loop by server/answering.py, which says what it is for. It
  * answers what nearly all loads ask for: the current revision of an object, in a record
- * that is in the page cache, whole, within one read. Whatever is not exactly that is
- * left to the general way, and so are all errors: the answer is None, and nothing has
- * happened. What is answered is to the byte what the general way answers: the request
- * and the answer are described in protocol/loads.py, the record in storage/records.py.
+ * that is in the page cache and not very large. Whatever is not exactly that is left to
+ * the general way, and so are all errors: the answer is None, and nothing has happened.
+ * What is answered is to the byte what the general way answers: the request and the
+ * answer are described in protocol/loads.py, the record in storage/records.py.
  *
  * What comes from the peer is looked at byte by byte, in a frame of exactly the right
  * size; what comes from the disk is believed for no length beyond what was read. The
@@ -17,18 +17,20 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <assert.h>
+#include <limits.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
-/* As in records.py: one read, and the fixed part of a record. */
-#define READ_BYTES 4096
+/* The fixed part of a record. */
 #define HEADER_BYTES 42
+/* With most records this is all of it, and more takes longer: it is copied. */
+#define START_BYTES 1024
+/* Of an answer of which the length of the data takes two bytes. */
+#define DATA_BYTES_MAX 0xffff
 #define ID_BYTES 8
-/* An answer without its data: 4 + 2 + 9 + 1 before them, 3 for their length, 10 for the
- * tid, 11 behind it. */
-#define FRAME_BYTES_MAX (READ_BYTES + 40)
 
 typedef struct {
     uint64_t number;
@@ -36,11 +38,14 @@ typedef struct {
     const unsigned char *before;
 } load;
 
+/* A record whose header is right. */
 typedef struct {
-    unsigned char bytes[READ_BYTES];
-    const unsigned char *tid;
-    const unsigned char *data;
+    int fd;
+    uint64_t position;
     size_t data_bytes;
+    /* What was read of it, and how much of that are data. */
+    unsigned char start[START_BYTES];
+    size_t have_bytes;
 } record;
 
 /* The number in size bytes, the first of which counts most. */
@@ -161,75 +166,122 @@ find(PyObject *buckets, const unsigned char *oid)
     return position;
 }
 
-/* Whether the record of oid is at that position, in memory, whole and with data. */
-static int
-read_record(int fd, uint64_t position, const unsigned char *oid, record *found)
+/* What can be read of a file without waiting for the disk; negative if nothing. */
+static ssize_t
+read_near(int fd, void *bytes, size_t size, uint64_t position)
 {
 #ifdef RWF_NOWAIT
-    struct iovec part = {.iov_base = found->bytes, .iov_len = READ_BYTES};
-    ssize_t have = preadv2(fd, &part, 1, (off_t)position, RWF_NOWAIT);
-    uint64_t size;
-
-    if (have <= HEADER_BYTES || memcmp(found->bytes, oid, ID_BYTES) != 0) {
-        return 0;
-    }
-    size = big_endian(found->bytes + HEADER_BYTES - 8, 8);
-    if (size == 0 || size > (uint64_t)(have - HEADER_BYTES)) {
-        return 0;
-    }
-    found->tid = found->bytes + ID_BYTES;
-    found->data = found->bytes + HEADER_BYTES;
-    found->data_bytes = (size_t)size;
-    return 1;
+    struct iovec part = {.iov_base = bytes, .iov_len = size};
+    return preadv2(fd, &part, 1, (off_t)position, RWF_NOWAIT);
 #else
-    (void)fd, (void)position, (void)oid, (void)found;
-    return 0;
+    (void)fd, (void)bytes, (void)size, (void)position;
+    return -1;
 #endif
 }
 
-/* The answer to a request; returns its end. There is room for FRAME_BYTES_MAX. */
-static unsigned char *
-write_answer(
-    unsigned char *frame, uint64_t number, const record *found, const void *as_of)
+/* Whether the current record of oid is in memory, has data, and is before that tid. */
+static int
+find_record(
+    int fd, PyObject *buckets, const unsigned char *oid, const unsigned char *before,
+    record *found)
 {
-    unsigned char *at = frame + 4;
+    ssize_t have;
+    uint64_t size;
 
-    at = put(at, "\x93\x03", 2);
+    found->fd = fd;
+    found->position = find(buckets, oid);
+    if (found->position == 0) {
+        return 0;
+    }
+    have = read_near(fd, found->start, START_BYTES, found->position);
+    if (have <= HEADER_BYTES || memcmp(found->start, oid, ID_BYTES) != 0
+        || memcmp(found->start + ID_BYTES, before, ID_BYTES) >= 0)
+    {
+        return 0;
+    }
+    size = big_endian(found->start + HEADER_BYTES - 8, 8);
+    if (size == 0 || size > DATA_BYTES_MAX) {
+        return 0;
+    }
+    found->data_bytes = (size_t)size;
+    found->have_bytes = (size_t)have - HEADER_BYTES;
+    if (found->have_bytes > found->data_bytes) {
+        found->have_bytes = found->data_bytes;
+    }
+    return 1;
+}
+
+/* All of a record's data, where there is room for data_bytes; 0 if they are not near. */
+static int
+read_data(const record *found, unsigned char *data)
+{
+    size_t rest = found->data_bytes - found->have_bytes;
+    ssize_t have;
+
+    memcpy(data, found->start + HEADER_BYTES, found->have_bytes);
+    if (rest == 0) {
+        return 1;
+    }
+    have = read_near(
+        found->fd, data + found->have_bytes, rest,
+        found->position + HEADER_BYTES + found->have_bytes);
+    return have >= 0 && (size_t)have == rest;
+}
+
+/* How many bytes msgpack takes for a number, its mark included. */
+static size_t
+size_of_number(uint64_t number)
+{
     if (number < 0x80) {
-        at = put_number(at, number, 1);
+        return 1;
     }
-    else if (number < 0x100) {
-        *at++ = 0xcc;
-        at = put_number(at, number, 1);
+    if (number < 0x10000) {
+        return number < 0x100 ? 2 : 3;
     }
-    else if (number < 0x10000) {
-        *at++ = 0xcd;
-        at = put_number(at, number, 2);
+    return number < 0x100000000 ? 5 : 9;
+}
+
+static unsigned char *
+put_marked(unsigned char *at, uint64_t number)
+{
+    size_t size = size_of_number(number);
+
+    if (size > 1) {
+        *at++ = size == 2 ? 0xcc : size == 3 ? 0xcd : size == 5 ? 0xce : 0xcf;
+        size--;
     }
-    else if (number < 0x100000000) {
-        *at++ = 0xce;
-        at = put_number(at, number, 4);
+    return put_number(at, number, size);
+}
+
+/* The frame that answers a request, or NULL, with or without an exception. */
+static PyObject *
+frame_of(uint64_t number, const record *found, const unsigned char *as_of)
+{
+    size_t length_bytes = found->data_bytes < 0x100 ? 1 : 2;
+    size_t size = 4 + 2 + size_of_number(number) + 1 + 1 + length_bytes
+                  + found->data_bytes + 2 + ID_BYTES + 3 + ID_BYTES;
+    PyObject *frame = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+    unsigned char *at;
+
+    if (frame == NULL) {
+        return NULL;
     }
-    else {
-        *at++ = 0xcf;
-        at = put_number(at, number, 8);
+    at = (unsigned char *)PyBytes_AS_STRING(frame);
+    at = put_number(at, size - 4, 4);
+    at = put(at, "\x93\x03", 2);
+    at = put_marked(at, number);
+    at = put(at, length_bytes == 1 ? "\x94\xc4" : "\x94\xc5", 2);
+    at = put_number(at, found->data_bytes, length_bytes);
+    if (!read_data(found, at)) {
+        Py_DECREF(frame);
+        return NULL;
     }
-    *at++ = 0x94;
-    if (found->data_bytes < 0x100) {
-        *at++ = 0xc4;
-        at = put_number(at, found->data_bytes, 1);
-    }
-    else {
-        *at++ = 0xc5;
-        at = put_number(at, found->data_bytes, 2);
-    }
-    at = put(at, found->data, found->data_bytes);
-    at = put(at, "\xc4\x08", 2);
-    at = put(at, found->tid, ID_BYTES);
+    at = put(at + found->data_bytes, "\xc4\x08", 2);
+    at = put(at, found->start + ID_BYTES, ID_BYTES);
     at = put(at, "\xc0\xc4\x08", 3);
     at = put(at, as_of, ID_BYTES);
-    put_number(frame, (uint64_t)(at - frame - 4), 4);
-    return at;
+    assert(at == (unsigned char *)PyBytes_AS_STRING(frame) + size);
+    return frame;
 }
 
 /* The eight bytes of an id, or NULL with an exception. */
@@ -241,6 +293,23 @@ id_of(PyObject *argument)
         return NULL;
     }
     return (const unsigned char *)PyBytes_AS_STRING(argument);
+}
+
+/* 0, or -1 with an exception. */
+static int
+descriptor_of(PyObject *argument, int *fd)
+{
+    long value = PyLong_AsLong(argument);
+
+    if (value == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (value < INT_MIN || value > INT_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "no descriptor is so large");
+        return -1;
+    }
+    *fd = (int)value;
+    return 0;
 }
 
 PyDoc_STRVAR(answer_doc,
@@ -255,11 +324,10 @@ answer(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     load asked;
     record found;
-    unsigned char frame[FRAME_BYTES_MAX];
-    const unsigned char *horizon, *as_of, *before, *end;
+    const unsigned char *horizon, *as_of, *before;
     unsigned long long last_request;
-    long fd;
-    uint64_t position;
+    int fd;
+    PyObject *frame, *number, *answered = NULL;
 
     (void)module;
     if (count != 6) {
@@ -274,30 +342,79 @@ answer(PyObject *module, PyObject *const *args, Py_ssize_t count)
         Py_RETURN_NONE;
     }
     last_request = PyLong_AsUnsignedLongLong(args[1]);
-    fd = PyLong_AsLong(args[2]);
-    horizon = id_of(args[4]);
-    as_of = id_of(args[5]);
-    if (PyErr_Occurred()) {
+    if (last_request == (unsigned long long)-1 && PyErr_Occurred()) {
         return NULL;
     }
-    if (asked.number <= last_request) {
-        Py_RETURN_NONE;
-    }
-    position = find(args[3], asked.oid);
-    if (position == 0 || !read_record((int)fd, position, asked.oid, &found)) {
-        Py_RETURN_NONE;
+    if (descriptor_of(args[2], &fd) < 0 || (horizon = id_of(args[4])) == NULL
+        || (as_of = id_of(args[5])) == NULL)
+    {
+        return NULL;
     }
     before = memcmp(asked.before, horizon, ID_BYTES) > 0 ? horizon : asked.before;
-    if (memcmp(found.tid, before, ID_BYTES) >= 0) {
+    if (asked.number <= last_request
+        || !find_record(fd, args[3], asked.oid, before, &found))
+    {
         Py_RETURN_NONE;
     }
-    end = write_answer(frame, asked.number, &found, as_of);
-    return Py_BuildValue(
-        "Ky#", (unsigned long long)asked.number, frame, (Py_ssize_t)(end - frame));
+    frame = frame_of(asked.number, &found, as_of);
+    if (frame == NULL) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    number = PyLong_FromUnsignedLongLong(asked.number);
+    if (number != NULL) {
+        answered = PyTuple_Pack(2, number, frame);
+        Py_DECREF(number);
+    }
+    Py_DECREF(frame);
+    return answered;
+}
+
+PyDoc_STRVAR(load_doc,
+"load(oid, before, fd, buckets, /)\n--\n\n"
+"The revision ``(data, tid, None)``, or None for what is not loaded here.");
+
+static PyObject *
+load_one(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    record found;
+    const unsigned char *oid, *before;
+    int fd;
+    PyObject *data, *tid, *revision = NULL;
+
+    (void)module;
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "load takes four arguments");
+        return NULL;
+    }
+    if ((oid = id_of(args[0])) == NULL || (before = id_of(args[1])) == NULL
+        || descriptor_of(args[2], &fd) < 0)
+    {
+        return NULL;
+    }
+    if (!find_record(fd, args[3], oid, before, &found)) {
+        Py_RETURN_NONE;
+    }
+    data = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)found.data_bytes);
+    if (data == NULL) {
+        return NULL;
+    }
+    if (!read_data(&found, (unsigned char *)PyBytes_AS_STRING(data))) {
+        Py_DECREF(data);
+        Py_RETURN_NONE;
+    }
+    tid = PyBytes_FromStringAndSize((const char *)found.start + ID_BYTES, ID_BYTES);
+    if (tid != NULL) {
+        revision = PyTuple_Pack(3, data, tid, Py_None);
+        Py_DECREF(tid);
+    }
+    Py_DECREF(data);
+    return revision;
 }
 
 static PyMethodDef methods[] = {
     {"answer", (PyCFunction)(void (*)(void))answer, METH_FASTCALL, answer_doc},
+    {"load", (PyCFunction)(void (*)(void))load_one, METH_FASTCALL, load_doc},
     {NULL, NULL, 0, NULL},
 };
 

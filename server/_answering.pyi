@@ -1,5 +1,8 @@
 from typing import Any
 
+def load(
+    oid: bytes, before: bytes, fd: int, buckets: Any, /
+) -> tuple[bytes, bytes, None] | None: ...
 def answer(
     data: bytes,
     last_request: int,

@@ -4,46 +4,37 @@ Nearly all that a server is asked for are current revisions that are in the page
 The general way of such a load, through some twenty functions in Python, takes half as
 long as what the kernel does to receive the request and to send the answer. The compiled
 ``answer`` has all of it in one function, from the bytes of the request to those of the
-answer.
+answer; the compiled ``load`` is the part of it that many loads in one request need.
 
-It refuses nothing and raises nothing: what it does not answer goes the general way, as
-everything does where it was not built or is switched off, and where what clients know
-is not what is in a file. The tests hold one way against the other.
+Neither refuses or raises anything: what they do not answer goes the general way, as
+everything does where they were not built or are switched off, and where what clients
+know is not what is in a file. The tests hold one way against the other.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zeolith.protocol.compiled import compiled_module
 from zeolith.protocol.connection import Answer
+from zeolith.server.loading import FindsRevision, Found
 
 if TYPE_CHECKING:
     from zeolith.server.served import Served
 
-_Compiled = Callable[[bytes, int, int, Any, bytes, bytes], tuple[int, bytes] | None]
-
-
-def compiled() -> _Compiled | None:
-    """The compiled function; None if it is switched off or was not built."""
-    module = compiled_module("zeolith.server._answering")
-    return None if module is None else module.answer
-
-
-_answer = compiled()
+_compiled = compiled_module("zeolith.server._answering")
 
 
 def answering(served: "Served") -> Answer | None:
     """The short way to what ``served`` serves; None if there is none."""
-    answer = _answer
-    if answer is None:
+    if _compiled is None:
         return None
+    answer = _compiled.answer
 
     def answer_load(data: bytes, last_request: int) -> tuple[int, bytes] | None:
         # A pack replaces it. As long as it is ours its file is open.
         near = served.database.near()
         if near is None:
             return None
-        answered = answer(
+        answered: tuple[int, bytes] | None = answer(
             data,
             last_request,
             near.fd,
@@ -56,3 +47,21 @@ def answering(served: "Served") -> Answer | None:
         return answered
 
     return answer_load
+
+
+def load_shortly(served: "Served") -> FindsRevision:
+    """The database's ``load_nowait``, by the short way as far as that leads.
+
+    To be used at once: a pack may replace the file.
+    """
+    database = served.database
+    near = database.near()
+    if _compiled is None or near is None:
+        return database.load_nowait
+    load, buckets = _compiled.load, near.buckets
+
+    def load_near(oid: bytes, before: bytes) -> Found | None:
+        found: Found | None = load(oid, before, near.fd, buckets)
+        return found or database.load_nowait(oid, before)
+
+    return load_near

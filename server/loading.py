@@ -16,6 +16,9 @@ from zeolith.storage.database import Database, Revision
 PREFETCHED = 100
 
 Load = Callable[[bytes, bytes], Revision | None]
+# What a Revision is, by whatever makes it.
+Found = tuple[bytes, bytes, bytes | None]
+FindsRevision = Callable[[bytes, bytes], Found | None]
 
 
 def load_announced(
@@ -53,14 +56,14 @@ def answer_of(as_of: bytes, found: Revision | None) -> tuple[Any, ...]:
 
 
 def load_several(
-    load: Load, oids: list[bytes], before: bytes, bytes_max: int
-) -> list[Revision | None]:
+    load: FindsRevision, oids: list[bytes], before: bytes, bytes_max: int
+) -> list[Found | None]:
     """The revisions of the first ``oids``, up to about ``bytes_max`` of data.
 
     An object that is not there is None, for the others are still wanted; the caller
     asks again for what is beyond the end of the list.
     """
-    loaded: list[Revision | None] = []
+    loaded: list[Found | None] = []
     size = 0
     for oid in oids:
         try:
@@ -68,7 +71,7 @@ def load_several(
         except KeyError:
             found = None
         loaded.append(found)
-        size += len(found.data) if found else 0
+        size += len(found[0]) if found else 0
         if size > bytes_max:
             break
     return loaded
@@ -76,9 +79,9 @@ def load_several(
 
 def load_several_slowly(
     database: Database, oids: list[bytes], before: bytes, bytes_max: int
-) -> list[Revision | None]:
+) -> list[Found | None]:
     """The same in a reader thread: ``database`` is told what will be wanted."""
-    loaded: list[Revision | None] = []
+    loaded: list[Found | None] = []
     size = 0
     # Not all at once: most of it may be beyond the end of the answer.
     for start in range(0, len(oids), PREFETCHED):
@@ -86,7 +89,7 @@ def load_several_slowly(
         database.prefetch(part, before)
         found = load_several(database.load, part, before, bytes_max - size)
         loaded += found
-        size += sum(len(each.data) for each in found if each)
+        size += sum(len(each[0]) for each in found if each)
         if size > bytes_max:
             break
     return loaded

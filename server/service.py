@@ -20,6 +20,7 @@ from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS, VERSION, Effect
 from zeolith.server import blobs, staging
+from zeolith.server.answering import load_shortly
 from zeolith.server.committer import Commit, Phase
 from zeolith.server.iteration import Iteration
 from zeolith.server.loading import (
@@ -341,7 +342,7 @@ class Service:
         as_of = served.changes.last_tid
         bytes_max = self.limits.batch_bytes_max
         try:
-            loaded = load_several(served.database.load_nowait, oids, before, bytes_max)
+            loaded = load_several(load_shortly(served), oids, before, bytes_max)
         except WouldBlock:
             return self._read(
                 peer,

@@ -47,8 +47,12 @@ from ..support.ids import number
 from ..support.memory import MemoryClient, MemorySession
 from ..support.model import HandWorkers, publish
 
-COMPILED = answering.compiled()
+COMPILED = answering._compiled
 OID = OIDS[0]
+# As in the C source: what is read of a record at first, and data of which the length
+# takes more than two bytes.
+START_BYTES = 1024
+DATA_BYTES_MAX = 0xFFFF
 AS_OF = b"as-of-56"
 
 
@@ -78,7 +82,9 @@ def shortly(
 ) -> tuple[int, bytes] | None:
     assert COMPILED is not None
     place = generation.fd, generation.buckets
-    return COMPILED(frame, last, *place, horizon, AS_OF)
+    answered: tuple[int, bytes] | None
+    answered = COMPILED.answer(frame, last, *place, horizon, AS_OF)
+    return answered
 
 
 def generally(
@@ -99,6 +105,15 @@ def generally(
     return None if sent is None else (request.id, sent)
 
 
+def loaded_shortly(
+    oid: bytes, generation: Generation, before: bytes = MAX_TID
+) -> tuple[bytes, bytes, None] | None:
+    assert COMPILED is not None
+    found: tuple[bytes, bytes, None] | None
+    found = COMPILED.load(oid, before, generation.fd, generation.buckets)
+    return found
+
+
 def load(oid: bytes = OID, before: bytes = MAX_TID, number: int = 1) -> bytes:
     frame = encode_load(number, [oid, before])
     assert frame is not None
@@ -106,6 +121,11 @@ def load(oid: bytes = OID, before: bytes = MAX_TID, number: int = 1) -> bytes:
 
 
 # One call against the pieces of the general way
+
+# Around where msgpack, and where reading takes another step.
+SIZES = [1, 255, 256, 500, DATA_BYTES_MAX]
+SIZES += [START_BYTES - HEADER_BYTES + more for more in (-1, 0, 1)]
+LONGER = 3 * START_BYTES
 
 Write = Callable[..., tuple[Generation, list[bytes]]]
 
@@ -142,14 +162,16 @@ def test_any_history_is_answered_as_the_general_way_answers_it(
                         assert known == generally(
                             asked, generation, last=last, horizon=horizon
                         )
+                found = loaded_shortly(oid, generation, before)
+                assert found is None or found == generation.load(oid, before)
         generation.close()
     finally:
         storage.close()
 
 
 @given(numbers)
-@pytest.mark.parametrize("size", [1, 255, 256, 500, READ_BYTES - HEADER_BYTES])
-def test_current_records_of_one_read_are_answered(tmp_path_factory, size, asked):
+@pytest.mark.parametrize("size", SIZES)
+def test_current_records_are_answered(tmp_path_factory, size, asked):
     storage = opened(tmp_path_factory.mktemp("answering") / "Data.fs")
     try:
         texts = {"user": b"", "description": b""}
@@ -160,6 +182,7 @@ def test_current_records_of_one_read_are_answered(tmp_path_factory, size, asked)
             known = shortly(frame, generation, last=asked - 1)
             assert known is not None
             assert known == generally(frame, generation)
+            assert loaded_shortly(oid, generation) == generation.load(oid, MAX_TID)
         generation.close()
     finally:
         storage.close()
@@ -174,14 +197,15 @@ def test_the_answer_is_bounded_by_what_is_announced(write_records):
 
 
 def test_what_is_older_missing_or_large_is_left_to_the_general_way(write_records):
-    generation, tids = write_records((OID, 50), (OID, 60), (OIDS[1], READ_BYTES))
+    large = DATA_BYTES_MAX + 1
+    generation, tids = write_records((OID, 50), (OID, 60), (OIDS[1], large))
     assert generally(load(before=tids[1]), generation) is not None
     assert shortly(load(before=tids[1]), generation) is None
-    assert shortly(load(MISSING), generation) is None
-    # Its bucket is not there either.
-    assert shortly(load(b"\xff" * 8), generation) is None
-    assert generally(load(OIDS[1]), generation) is not None
-    assert shortly(load(OIDS[1]), generation) is None
+    assert loaded_shortly(OID, generation, tids[1]) is None
+    # Of the last one the bucket is not there either.
+    for oid in (OIDS[1], MISSING, b"\xff" * 8):
+        assert shortly(load(oid), generation) is None
+        assert loaded_shortly(oid, generation) is None
 
 
 @pytest.mark.parametrize("last", [1, 7, 2**64 - 1])
@@ -232,18 +256,26 @@ def shared_generation(tmp_path_factory) -> Iterator[Generation]:
 # What the file and the index may say
 
 
-@pytest.mark.parametrize("left", [0, 10, HEADER_BYTES, HEADER_BYTES + 49])
+@pytest.mark.parametrize(
+    "left",
+    [0, 10, HEADER_BYTES, HEADER_BYTES + 49, START_BYTES, HEADER_BYTES + LONGER - 1],
+)
+@pytest.mark.parametrize("size", [50, LONGER])
 def test_a_file_that_ends_in_a_record_is_left_to_the_general_way(
-    write_records, tmp_path, left
+    write_records, tmp_path, size, left
 ):
-    generation, _tids = write_records((OID, 50))
+    generation, _tids = write_records((OID, size))
     position = generation._find(OID)
-    os.truncate(tmp_path / "Data.fs", position + left)
+    whole = HEADER_BYTES + size
+    os.truncate(tmp_path / "Data.fs", position + min(left, whole - 1))
     assert shortly(load(), generation) is None
-    os.truncate(tmp_path / "Data.fs", position + HEADER_BYTES + 50)
+    assert loaded_shortly(OID, generation) is None
+    os.truncate(tmp_path / "Data.fs", position + whole)
 
 
-@pytest.mark.parametrize("length", [0, 51, READ_BYTES, 2**63, 2**64 - HEADER_BYTES])
+@pytest.mark.parametrize(
+    "length", [0, 51, READ_BYTES, DATA_BYTES_MAX, 2**32, 2**63, 2**64 - HEADER_BYTES]
+)
 def test_a_length_beyond_what_was_read_is_left_to_the_general_way(
     write_records, tmp_path, length
 ):
@@ -256,6 +288,7 @@ def test_a_length_beyond_what_was_read_is_left_to_the_general_way(
         file.seek(at)
         file.write(length.to_bytes(8, "big"))
     assert shortly(load(), generation) is None
+    assert loaded_shortly(OID, generation) is None
 
 
 def test_a_record_of_another_object_is_left_to_the_general_way(write_records):
@@ -282,6 +315,7 @@ def test_an_index_that_is_none_is_left_to_the_general_way(write_records, buckets
     generation, _tids = write_records((OID, 50))
     generation.buckets = buckets
     assert shortly(load(), generation) is None
+    assert loaded_shortly(OID, generation) is None
 
 
 @pytest.mark.parametrize("size", [5, 7])
@@ -308,6 +342,7 @@ def test_a_file_that_is_closed_is_left_to_the_general_way(write_records):
         {1: "1"},
         {2: "1"},
         {2: 2**80},
+        {2: 2**31},
         {4: Z64[:7]},
         {4: None},
         {5: bytearray(8)},
@@ -320,9 +355,21 @@ def test_a_caller_who_is_wrong_is_told(write_records, wrong):
     right = [load(), 0, generation.fd, generation.buckets, MAX_TID, AS_OF]
     arguments: Any = [wrong.get(at, value) for at, value in enumerate(right)]
     with pytest.raises((TypeError, OverflowError)):
-        COMPILED(*arguments)
+        COMPILED.answer(*arguments)
     with pytest.raises(TypeError):
-        COMPILED(*arguments[:-1])
+        COMPILED.answer(*arguments[:-1])
+
+
+@pytest.mark.parametrize("wrong", [{0: Z64[:7]}, {0: None}, {1: "tid"}, {2: 2**31}])
+def test_a_caller_who_is_wrong_about_one_object_is_told(write_records, wrong):
+    assert COMPILED is not None
+    generation, _tids = write_records((OID, 50))
+    right = [OID, MAX_TID, generation.fd, generation.buckets]
+    arguments: Any = [wrong.get(at, value) for at, value in enumerate(right)]
+    with pytest.raises((TypeError, OverflowError)):
+        COMPILED.load(*arguments)
+    with pytest.raises(TypeError):
+        COMPILED.load(*arguments[:-1])
 
 
 @pytest.mark.parametrize("data", [None, "text", bytearray(load()), memoryview(load())])
@@ -333,7 +380,7 @@ def test_only_bytes_are_looked_at(write_records, data):
 
 def test_no_other_thread_runs_meanwhile(write_records):
     """A thread that computes would not give the interpreter back for long."""
-    generation, _tids = write_records((OID, 50))
+    generation, _tids = write_records((OID, LONGER))
     may_run = threading.Lock()
     ran = threading.Event()
     frame = load()
@@ -350,7 +397,8 @@ def test_no_other_thread_runs_meanwhile(write_records):
     sys.setswitchinterval(1000)
     try:
         may_run.release()
-        answers = [shortly(frame, generation) for _ in range(1000)]
+        answers: list[Any] = [shortly(frame, generation) for _ in range(1000)]
+        answers += [loaded_shortly(OID, generation) for _ in range(1000)]
         has_run = ran.is_set()
     finally:
         sys.setswitchinterval(before_s)
@@ -359,15 +407,28 @@ def test_no_other_thread_runs_meanwhile(write_records):
     assert not has_run
 
 
-def test_nothing_is_kept(write_records):
-    generation, _tids = write_records((OID, 50))
-    things = [load(), MAX_TID, AS_OF, generation.buckets, generation.buckets[OID[:6]]]
+def test_nothing_is_kept(write_records, tmp_path):
+    generation, _tids = write_records((OID, 50), (OIDS[1], LONGER))
+    # Its data are not there.
+    os.truncate(tmp_path / "Data.fs", generation._find(OIDS[1]) + START_BYTES)
+    cut_off = load(OIDS[1])
+    things = [
+        load(number=1000),
+        MAX_TID,
+        AS_OF,
+        generation.buckets,
+        generation.buckets[OID[:6]],
+    ]
     missing = load(MISSING)
     before = [sys.getrefcount(each) for each in things]
     blocks = sys.getallocatedblocks()
     for _ in range(1000):
         assert shortly(things[0], generation) is not None
         assert shortly(missing, generation) is None
+        assert shortly(cut_off, generation) is None
+        assert loaded_shortly(OID, generation) is not None
+        assert loaded_shortly(MISSING, generation) is None
+        assert loaded_shortly(OIDS[1], generation) is None
         assert shortly(b"something else", generation) is None
     assert [sys.getrefcount(each) for each in things] == before
     assert sys.getallocatedblocks() - blocks < 500
@@ -524,25 +585,75 @@ async def test_a_peer_that_reads_nothing_is_cut_off(database):
     assert channel.transport.is_closing()
 
 
+async def test_many_loads_go_the_short_way(database, monkeypatch):
+    first = commit(database, store(OID, b"data"), store(OIDS[1], b"other"))
+    second = commit(database, store(OID, b"newer", first))
+    serving = Serving(database)
+    channel = serving.channel()
+    asked: list[bytes] = []
+
+    def generally(oid: bytes, before: bytes) -> Any:
+        asked.append(oid)
+        return database.load(oid, before)
+
+    monkeypatch.setattr(database, "load_nowait", generally)
+    many = channel.ask("load_many", [OID, MISSING, OIDS[1]], MAX_TID)
+    other = [b"other", first, None]
+    assert channel.value(many) == [second, [[b"newer", second, None], None, other]]
+    assert asked == [MISSING]
+    # The older one of two is none of its.
+    many = channel.ask("load_many", [OIDS[1], OID], second)
+    assert channel.value(many) == [second, [other, [b"data", first, second]]]
+    assert asked == [MISSING, OID]
+    assert serving.served.counters.loads == 5
+
+
+async def test_of_many_loads_what_is_not_announced_does_not_exist(database):
+    first = commit(database, store(OID, b"data"))
+    serving = Serving(database)
+    second = commit(database, store(OID, b"newer", first), store(OIDS[1], b"new"))
+    channel = serving.channel()
+    many = channel.ask("load_many", [OID, OIDS[1]], MAX_TID)
+    assert channel.value(many) == [first, [[b"data", first, second], None]]
+
+
+async def test_many_loads_of_what_is_not_in_memory_are_made_in_a_thread(
+    database, monkeypatch
+):
+    tid = commit(database, store(OID, b"data"))
+    serving = Serving(database)
+    channel = serving.channel()
+    with monkeypatch.context() as patched:
+        patched.setattr(database.near(), "fd", -1)
+        many = channel.ask("load_many", [OID], MAX_TID)
+    assert channel.answer(many) is None
+    await serving.workers.work()
+    assert channel.value(many) == [tid, [[b"data", tid, None]]]
+
+
 async def test_storages_that_are_not_a_file_have_no_short_way(database, monkeypatch):
     tid = commit(database, store(OID, b"data"))
     monkeypatch.setattr(database, "near", lambda: None)
     serving = Serving(database)
     channel = serving.channel()
     assert channel.value(channel.ask("load", OID, MAX_TID))[1] == tid
-    assert serving.served.counters.loads == 1
+    many = channel.ask("load_many", [OID], MAX_TID)
+    assert channel.value(many) == [tid, [[b"data", tid, None]]]
+    assert serving.served.counters.loads == 2
 
 
 async def test_without_the_compiled_module_there_is_no_short_way(database, monkeypatch):
     tid = commit(database, store(OID, b"data"))
-    monkeypatch.setattr(answering, "_answer", None)
+    monkeypatch.setattr(answering, "_compiled", None)
     channel = Serving(database).session.channel()
     assert channel.peer.answer is None
     assert channel.value(channel.ask("load", OID, MAX_TID))[1] == tid
+    many = channel.ask("load_many", [OID], MAX_TID)
+    assert channel.value(many) == [tid, [[b"data", tid, None]]]
 
 
 def test_a_server_with_the_switch_has_no_short_way():
-    script = "from zeolith.server import answering; assert answering._answer is None"
+    script = "from zeolith.server import answering; assert answering._compiled is None"
     environment = {**os.environ, SWITCH: "0"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
