@@ -7,6 +7,7 @@
 * ``adapted``    any other ZODB storage behind the same interface
 * ``locks``      who may vote: a transaction and the objects that it needs
 * ``validation`` whether a transaction fits what was committed since it began
+* ``plain``      the operations of a transaction that only stores and checks, by columns
 * ``preparing``  the vote of a transaction that is written later, beside others
 * ``appending``  transactions that finish together, to the end of a Data.fs
 * ``commit``     the steps of a transaction that is alone, through its storage

@@ -40,7 +40,6 @@ from zeolith.storage.undoing import UNDO_ROUNDS_MAX, UndoConflicts
 from zeolith.storage.validation import (
     RESTORES,
     Validation,
-    current_tid,
     refuse_empty,
 )
 from zeolith.storage.wrapping import PLAIN, Form, bottom
@@ -72,9 +71,15 @@ class _Of(NamedTuple):
 
     storage: Any
 
-    def get_tid(self, oid: bytes) -> bytes:
-        tid: bytes = self.storage.getTid(oid)
-        return tid
+    def get_tid(self, oid: bytes) -> bytes | None:
+        with suppress(POSKeyError):
+            tid: bytes = self.storage.getTid(oid)
+            return tid
+        return None
+
+    def current_tids(self, oids: list[bytes]) -> dict[bytes, bytes]:
+        found = ((oid, self.get_tid(oid)) for oid in oids)
+        return {oid: tid for oid, tid in found if tid is not None}
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         data: bytes = self.storage.loadSerial(oid, tid)
@@ -261,7 +266,7 @@ class Committing:
         resolutions = self._validation.resolutions
         if oid in resolutions:
             data = resolutions[oid]
-            serial = current_tid(_Of(self._storage), oid) or serial
+            serial = _Of(self._storage).get_tid(oid) or serial
         refuse_empty(oid, data)
         return serial, data
 

@@ -238,8 +238,8 @@ class _Committed:
         self._store = store
         self._flags = flags
 
-    def get_tid(self, oid: bytes) -> bytes:
-        return self._store.generation.get_tid(oid, self._flags)
+    def current_tids(self, oids: list[bytes]) -> dict[bytes, bytes]:
+        return self._store.generation.current_tids(oids, self._flags)
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         return self._store.load_serial(oid, tid)

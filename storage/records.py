@@ -17,7 +17,7 @@ The layout of a record (ZODB.FileStorage.format)::
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ HEADER_BYTES = 42
 assert _HEADER.size == HEADER_BYTES
 parse_header = _HEADER.unpack_from
 _position = Struct(">Q").unpack_from
+# oid and tid, and what tells a record that was removed: length and place of the data.
+_parse_tid = Struct(">8s8s18x16s").unpack_from
 
 # A header, and the place of the data where they are in another record.
 _HEADER_AND_PLACE = HEADER_BYTES + 8
@@ -41,6 +43,13 @@ _REMOVED = bytes(16)
 # One read gets a header and, for most objects, all of the record.
 _READ_BYTES = 4096
 NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
+# Headers that are not farther apart are read with what is between them: to copy that
+# takes no longer than another call.
+_GAP_BYTES = 8 * 1024
+# What is read at once, about.
+_WINDOW_BYTES = 64 * 1024
+
+_Place = tuple[int, bytes]
 
 
 class Header(NamedTuple):
@@ -147,6 +156,29 @@ class Generation:
                 return start[8:16]
         raise POSKeyError(oid)
 
+    def current_tids(self, oids: Iterable[bytes], flags: int = 0) -> dict[bytes, bytes]:
+        """The tids of the current revisions of those of ``oids`` that exist.
+
+        As ``get_tid`` says for each. A vote asks for many, and what was written
+        together lies side by side: the headers of a hundred are found with one read.
+        """
+        find = self._find
+        places = [(position, oid) for oid in oids if (position := find(oid))]
+        tids: dict[bytes, bytes] = {}
+        for window in _windows(places):
+            start = window[0][0]
+            size = window[-1][0] + _HEADER_AND_PLACE - start
+            headers = self._read_bytes(start, size, flags)
+            if len(headers) < size:
+                raise CorruptedDataError(window[-1][1], b"", window[-1][0])
+            for position, oid in window:
+                known, tid, rest = _parse_tid(headers, position - start)
+                if known != oid:
+                    raise CorruptedDataError(oid, known, position)
+                if rest != _REMOVED:
+                    tids[oid] = tid
+        return tids
+
     def record_at(self, position: int, oid: bytes) -> tuple[bytes | None, bytes]:
         """The data of the record of ``oid`` at ``position``, and that record's tid."""
         header, start = self._read(position, oid, 0)
@@ -228,6 +260,24 @@ class Generation:
             # An error of the disk comes again, in the reader thread.
             raise WouldBlock from None
         return bytes(buffer[:got]) if got < size else bytes(buffer)
+
+
+def _windows(places: list[_Place]) -> Iterator[list[_Place]]:
+    """``places``, in order, those together whose headers are read at once."""
+    if not places:
+        return
+    places.sort()
+    window: list[_Place] = []
+    start = end = places[0][0]
+    for place in places:
+        position = place[0]
+        if position - end > _GAP_BYTES or position - start > _WINDOW_BYTES:
+            yield window
+            window = []
+            start = position
+        window.append(place)
+        end = position
+    yield window
 
 
 def _finder(index: Any) -> Callable[[bytes], int | None]:

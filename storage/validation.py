@@ -13,6 +13,7 @@ Belongs to one thread at a time. Invariants:
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 from ZODB.POSException import (
@@ -25,6 +26,11 @@ from ZODB.POSException import (
 
 from zeolith.storage import conflicts
 from zeolith.storage.database import Conflict, Transaction
+from zeolith.storage.plain import (
+    PLAIN_OPERATIONS_MAX,
+    PlainOperations,
+    plain_operations,
+)
 from zeolith.storage.tids import Z64
 from zeolith.storage.wrapping import Form
 
@@ -40,8 +46,8 @@ OID_MAX = b"\x7f" + b"\xff" * 7
 class Records(Protocol):
     """What was committed."""
 
-    def get_tid(self, oid: bytes) -> bytes:
-        """The tid of the current revision; POSKeyError, WouldBlock."""
+    def current_tids(self, oids: list[bytes]) -> dict[bytes, bytes]:
+        """The tids of the current revisions of those that exist; WouldBlock."""
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         """The record that transaction ``tid`` wrote; POSKeyError, Unsupported."""
@@ -63,19 +69,30 @@ class Validation:
         # Whether no object is stored twice, so that nobody need remember which is last:
         # it takes time, and of a large transaction memory, each time it is looked at.
         self._are_distinct = False
+        # The operations by columns, if that says all; known when they were looked at.
+        self.plain: PlainOperations | None = None
 
     def refuse_extremes(self) -> None:
-        """Raise StorageTransactionError for oids that leave too few for others."""
+        """Raise StorageTransactionError for oids that leave too few for others.
+
+        The first look at the operations.
+        """
+        plain = self.plain = plain_operations(self._transaction.operations)
+        if plain is not None:
+            _refuse_extreme(max(plain.oids))
+            return
         for operation in self._transaction.operations:
-            if operation[0] in WRITING and operation[1] > OID_MAX:
-                raise StorageTransactionError(
-                    f"oid {operation[1].hex()} is beyond all that are given out"
-                )
+            if operation[0] in WRITING:
+                _refuse_extreme(operation[1])
 
     def last_stores(self) -> Iterator[list[Any]]:
         """The operations, of several stores of one oid only the last one."""
         operations = self._transaction.operations
         if self._are_distinct:
+            return iter(operations)
+        if self.plain is not None:
+            self.written = dict.fromkeys(self.plain.oids)
+            self._are_distinct = True
             return iter(operations)
         stores = 0
         last: dict[bytes, int] = {}
@@ -147,12 +164,25 @@ class Validation:
         self, operations: Iterable[list[Any]], records: Records
     ) -> Iterator[tuple[list[Any], bytes]]:
         """The stores of what was changed since, each with the tid of the change."""
+        plain = self.plain
+        if plain is not None:
+            tids = records.current_tids([*plain.oids, *plain.checked_oids])
+            if not plain.are_current(tids):
+                yield from self._outdated_among(operations, tids)
+            return
+        for batch in batched(operations):
+            oids = [each[1] for each in batch if each[0] != "undo"]
+            yield from self._outdated_among(batch, records.current_tids(oids))
+
+    def _outdated_among(
+        self, operations: Iterable[list[Any]], tids: dict[bytes, bytes]
+    ) -> Iterator[tuple[list[Any], bytes]]:
         for operation in operations:
             name = operation[0]
             if name == "undo":
                 continue
             oid, serial = operation[1], operation[2]
-            committed_tid = current_tid(records, oid)
+            committed_tid = tids.get(oid)
             if name == "check":
                 _check_read(oid, serial, committed_tid)
             elif name in RESTORES:
@@ -203,12 +233,11 @@ class Validation:
         return None
 
 
-def current_tid(records: Records, oid: bytes) -> bytes | None:
-    """The tid of the current revision; None if there is no such object."""
-    try:
-        return records.get_tid(oid)
-    except POSKeyError:
-        return None
+def batched(operations: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
+    """``operations``, PLAIN_OPERATIONS_MAX of them at a time."""
+    rest = iter(operations)
+    while batch := list(islice(rest, PLAIN_OPERATIONS_MAX)):
+        yield batch
 
 
 def refuse_empty(oid: bytes, data: bytes) -> None:
@@ -217,6 +246,13 @@ def refuse_empty(oid: bytes, data: bytes) -> None:
         # In a Data.fs length 0 means that the data are elsewhere: the file would
         # end here at the next opening without an index.
         raise StorageTransactionError(f"the record of oid {oid.hex()} is empty")
+
+
+def _refuse_extreme(oid: bytes) -> None:
+    if oid > OID_MAX:
+        raise StorageTransactionError(
+            f"oid {oid.hex()} is beyond all that are given out"
+        )
 
 
 def _check_read(oid: bytes, serial: bytes, current: bytes | None) -> None:

@@ -311,7 +311,8 @@ def test_what_is_beyond_the_quota_is_refused_at_the_vote(tmp_path, way):
     database.room.give_back(1)
     with pytest.raises(FileStorageQuotaError):
         way(prepared(database, store(A, b"x" * 1000), store(B, b"x")))
-    way(prepared(database, store(A, b"x" * 100)))
+    # What counts is where the last record begins.
+    way(prepared(database, store(A, b"x" * 100), store(B, b"x" * 1000)))
     database.close()
 
 

@@ -101,6 +101,9 @@ def test_any_history_reads_as_file_storage_reads_it(tmp_path_factory, history):
                 assert revisions == [entry["tid"] for entry in history_of]
             else:
                 assert oid not in storage._index
+        there = {oid for oid in OIDS if type(outcome(storage.getTid, oid)) is bytes}
+        current = generation.current_tids([*OIDS, MISSING])
+        assert current == {oid: storage.getTid(oid) for oid in there}
         generation.close()
     finally:
         storage.close()
@@ -145,6 +148,93 @@ def test_an_object_that_never_existed_is_an_error(make):
         with pytest.raises(POSKeyError) as raised:
             read()
         assert raised.value.args == (MISSING,)
+
+
+# Many tids at once
+
+
+def side_by_side(count: int, size: int) -> Any:
+    """A history of one transaction with `count` records of `size` bytes."""
+    stores = {number(each): size for each in range(1, count + 1)}
+    return [(("store", stores), {"user": b"", "description": b""})]
+
+
+@pytest.fixture
+def reads(page_cache) -> list[tuple[int, int]]:
+    """(position, size) of each read."""
+    seen: list[tuple[int, int]] = []
+
+    def answer(position: int, size: int) -> int:
+        seen.append((position, size))
+        return size
+
+    page_cache(answer)
+    return seen
+
+
+def test_tids_of_records_that_lie_side_by_side_are_read_at_once(make, reads):
+    generation, (tid,) = make(side_by_side(100, 500))
+    oids = [number(each) for each in range(100, 0, -1)]
+    assert generation.current_tids([*oids, MISSING, *oids], FLAG) == dict.fromkeys(
+        oids, tid
+    )
+    assert len(reads) == 1
+
+
+def test_what_is_read_at_once_is_bounded(make, reads):
+    generation, (tid,) = make(side_by_side(1000, 500))
+    oids = [number(each) for each in range(1, 1001)]
+    assert generation.current_tids(oids, FLAG) == dict.fromkeys(oids, tid)
+    assert 1 < len(reads) < 20
+    assert max(size for _position, size in reads) < 66_000
+
+
+def test_large_records_between_two_headers_are_not_read(make, reads):
+    generation, (tid,) = make(side_by_side(3, 9000))
+    oids = [number(each) for each in (1, 2, 3)]
+    assert generation.current_tids(oids, FLAG) == dict.fromkeys(oids, tid)
+    assert [size for _position, size in reads] == [HEADER_BYTES + 8] * 3
+
+
+def test_no_tids_are_nothing_to_read(make, reads):
+    generation, _tids = make(one_record(10))
+    assert generation.current_tids([], FLAG) == {}
+    assert generation.current_tids([MISSING], FLAG) == {}
+    assert not reads
+
+
+def test_tids_of_what_is_not_in_memory_would_block(make, page_cache):
+    generation, _tids = make(side_by_side(2, 100))
+
+    def answer(position: int, size: int) -> int:
+        raise OSError(errno.EAGAIN, "it is on the disk")
+
+    page_cache(answer)
+    with pytest.raises(WouldBlock):
+        generation.current_tids([number(1), number(2)], FLAG)
+
+
+def test_tids_are_found_however_short_the_reads_are(make, page_cache):
+    generation, (tid,) = make(side_by_side(3, 100))
+    page_cache(lambda _position, _size: 7)
+    oids = [number(each) for each in (1, 2, 3)]
+    assert generation.current_tids(oids, FLAG) == dict.fromkeys(oids, tid)
+
+
+@pytest.mark.parametrize("oids", [[1], [1, 2]])
+def test_an_index_that_points_elsewhere_is_noticed(make, storage, oids):
+    generation, _tids = make(side_by_side(2, 100))
+    storage._index[number(1)] += 1
+    with pytest.raises(CorruptedDataError):
+        generation.current_tids(map(number, oids))
+
+
+@pytest.mark.parametrize("cut_bytes", [20, 150])
+def test_a_file_that_ends_in_a_header_is_noticed(make, storage, cut_bytes):
+    generation, _tids = make(side_by_side(2, 10))
+    os.truncate(storage._file_name, storage.getSize() - cut_bytes)
+    with pytest.raises(CorruptedDataError):
+        generation.current_tids([number(1), number(2)])
 
 
 # What the page cache can say

@@ -10,11 +10,11 @@ from ZODB.POSException import (
     StorageTransactionError,
 )
 
+from zeolith.storage.plain import PLAIN_OPERATIONS_MAX
 from zeolith.storage.tids import Z64
 from zeolith.storage.validation import (
     OID_MAX,
     Validation,
-    current_tid,
     refuse_empty,
 )
 from zeolith.storage.wrapping import PLAIN
@@ -42,11 +42,13 @@ class Revisions:
     def __init__(self, revisions: dict[bytes, dict[bytes, bytes]]):
         self._revisions = revisions
         self.loads = 0
+        # For how many tids at once.
+        self.asked: list[int] = []
 
-    def get_tid(self, oid: bytes) -> bytes:
-        if oid not in self._revisions:
-            raise POSKeyError(oid)
-        return list(self._revisions[oid])[-1]
+    def current_tids(self, oids: list[bytes]) -> dict[bytes, bytes]:
+        self.asked.append(len(oids))
+        there = [oid for oid in oids if oid in self._revisions]
+        return {oid: list(self._revisions[oid])[-1] for oid in there}
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
         self.loads += 1
@@ -162,12 +164,19 @@ def test_a_restore_is_not_compared_with_what_is_there(records):
     assert list(validation.written) == [A, B]
 
 
-@pytest.mark.parametrize("name", ["store", "delete", "restore"])
-def test_the_last_oids_are_refused(name):
-    validation_of([name, OID_MAX, Z64, b"data", None]).refuse_extremes()
+@pytest.mark.parametrize(
+    "operation", [["store", b"data"], ["delete"], ["restore", b"data", None]]
+)
+def test_the_last_oids_are_refused(operation):
+    name, *data = operation
+
+    def refuse(oid: bytes) -> None:
+        validation_of(store(A, b"data"), [name, oid, Z64, *data]).refuse_extremes()
+
+    refuse(OID_MAX)
     with pytest.raises(StorageTransactionError, match="beyond all"):
-        validation_of([name, b"\xff" * 8, Z64, b"data", None]).refuse_extremes()
-    validation_of(check(b"\xff" * 8, Z64)).refuse_extremes()
+        refuse(b"\xff" * 8)
+    validation_of(check(b"\xff" * 8, Z64), store(A, b"data")).refuse_extremes()
 
 
 def test_an_empty_record_is_refused():
@@ -176,6 +185,45 @@ def test_an_empty_record_is_refused():
         refuse_empty(A, b"")
 
 
-def test_an_object_that_is_not_there_has_no_tid(records):
-    assert current_tid(records, A) == SECOND
-    assert current_tid(records, C) is None
+# By columns, or one after the other
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [store(A, length(3), SECOND), store(C, plain(1)), check(B, SECOND)],
+        [store(A, length(3), FIRST), check(B, SECOND)],
+        [store(B, plain(3), FIRST), store(A, length(3), SECOND)],
+        [store(A, length(3), SECOND), check(B, FIRST)],
+        [store(A, length(3), SECOND), check(C, SECOND)],
+        [store(A, length(2)), check(B, SECOND)],
+    ],
+)
+def test_what_is_found_does_not_depend_on_how_it_is_looked_at(records, operations):
+    def found(*looked_at: list[Any], plainly: bool) -> Any:
+        validation = validation_of(*looked_at)
+        validation.refuse_extremes()
+        assert (validation.plain is not None) == plainly
+        try:
+            return conflicts(validation, records), validation.resolutions
+        except (ConflictError, POSKeyError) as error:
+            return type(error), str(error)
+
+    # Any undo is left to the general way, and an undo is not validated.
+    by_one = found(*operations, undo(FIRST), plainly=False)
+    assert found(*operations, plainly=True) == by_one
+
+
+def test_all_tids_are_asked_for_at_once(records):
+    validation = validation_of(store(A, length(3), FIRST), check(B, SECOND))
+    validation.refuse_extremes()
+    conflicts(validation, records)
+    assert records.asked == [2]
+
+
+def test_the_tids_of_a_large_transaction_are_asked_for_a_part_at_a_time(records):
+    count = 2 * PLAIN_OPERATIONS_MAX + 1
+    validation = validation_of(*(store(number(n), b"1") for n in range(9, 9 + count)))
+    validation.refuse_extremes()
+    assert not conflicts(validation, records)
+    assert records.asked == [PLAIN_OPERATIONS_MAX, PLAIN_OPERATIONS_MAX, 1]
