@@ -30,7 +30,7 @@ from struct import Struct
 from typing import Any
 
 from ZODB.blob import remove_committed
-from ZODB.FileStorage.format import DATA_HDR, TRANS_HDR
+from ZODB.FileStorage.format import DATA_HDR, DATA_HDR_LEN, TRANS_HDR
 
 from zeolith.storage import blobs
 from zeolith.storage.database import BrokenDatabase, Finished, NotCommitted
@@ -167,7 +167,7 @@ class Appender:
         ``status`` is that of the first transaction; ZODB cuts off all after one that is
         under way.
         """
-        find: Callable[[bytes, int], int] = self._file._index.get
+        find: Callable[[bytes], int | None] = self._file.generation.position_of
         position = start
         for tid, preparation in members:
             transaction = preparation.transaction
@@ -183,10 +183,10 @@ class Appender:
             position += len(header) + len(texts)
             for oid, data in preparation.records():
                 places[oid] = position
-                header = _record_header(oid, tid, find(oid, 0), at, 0, len(data))
-                yield header
+                size = len(data)
+                yield _record_header(oid, tid, find(oid) or 0, at, 0, size)
                 yield data
-                position += len(header) + len(data)
+                position += DATA_HDR_LEN + size
             yield _length(length)
             position += 8
             status = _WHOLE

@@ -46,6 +46,7 @@ from zeolith.storage.database import (
 )
 from zeolith.storage.disk import Disk
 from zeolith.storage.identity import Identity
+from zeolith.storage.index import put_places
 from zeolith.storage.indexed import IndexedFile
 from zeolith.storage.iteration import current_in_file, iterate_file
 from zeolith.storage.locks import Claim
@@ -127,7 +128,7 @@ class _DataFile(IndexedFile):
         """
         with self._lock:
             self.will_change(places)
-            self._index.update(places)
+            put_places(self._index, places)
             self._pos = end
             self._ltid = tid
             self._ts = TimeStamp(tid)

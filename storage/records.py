@@ -184,6 +184,11 @@ class Generation:
         header, start = self._read(position, oid, 0)
         return self._data(header, position, start, 0), header.tid
 
+    @property
+    def position_of(self) -> Callable[[bytes], int | None]:
+        """Tells where the current record of an oid is; None if there is none."""
+        return self._find
+
     def oid_from(self, first: bytes) -> bytes | None:
         """The smallest oid not smaller than ``first``; None if there is none."""
         try:

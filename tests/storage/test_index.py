@@ -5,10 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ZODB.fsIndex import fsIndex
 
 from zeolith.storage import index
-from zeolith.storage.index import Buckets, IndexChanged, load, save, save_still
+from zeolith.storage.index import (
+    Buckets,
+    IndexChanged,
+    load,
+    put_places,
+    save,
+    save_still,
+)
 
 from ..support.ids import number
 
@@ -188,3 +197,17 @@ def test_a_damaged_one_is_an_error(tmp_path):
         path.write_bytes(content)
         with pytest.raises(Exception):  # noqa: B017, PT011 - whatever pickle raises
             load(path)
+
+
+_places = st.dictionaries(
+    st.builds(oid, st.integers(0, 3), st.integers(0, 2)), st.integers(0, 2**48 - 1)
+)
+
+
+@given(st.lists(_places))
+def test_places_are_put_as_zodb_puts_them(rounds):
+    ours, zodbs = fsIndex(), fsIndex()
+    for places in rounds:
+        put_places(ours, places)
+        zodbs.update(places)
+        assert ours.items() == zodbs.items()
