@@ -192,7 +192,7 @@ class Prepared(Protocol):
 
     transaction: Transaction
 
-    def vote_nowait(self) -> Voted:
+    def vote_nowait(self) -> Voted | Unresolved:
         """On the loop; WouldBlock if it is to be done in a thread."""
 
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:

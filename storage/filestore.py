@@ -243,6 +243,8 @@ class _Committed:
         return self._store.generation.current_tids(oids, self._flags)
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
+        if self._flags:
+            return self._store.generation.load_serial(oid, tid, self._flags)
         return self._store.load_serial(oid, tid)
 
 

@@ -7,7 +7,7 @@ FileStorage's check of the last records would refuse it.
 
 ``save`` writes one that is right while transactions are committed. ``Source`` is how it
 asks for what must not change under its hands; the owner serialises the calls of
-``save``. Called from worker threads, by ``indexed``.
+``save``. Called from worker threads, by ``indexed`` and ``filestore``.
 """
 
 import os

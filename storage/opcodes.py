@@ -9,6 +9,7 @@ is there twice; and nothing is nested so deeply that to hash it takes all of the
 Buckets of a BTree are like that. Pure; any thread.
 """
 
+import re
 from struct import Struct
 
 _length = Struct("<I").unpack_from
@@ -23,6 +24,10 @@ _FIXED = {
     ord("J"): 4,  # BININT
     ord("G"): 8,  # BINFLOAT
 }
+# A bucket of numbers is a few of these: what is fixed, nests nothing and ends nothing.
+_run_of_fixed = re.compile(
+    rb"(?:[(N\])0Q\x88\x89]|K.|M..|J....|G.{8})+", re.DOTALL
+).match
 # Opcode -> how many bytes say how many follow.
 _COUNTED_BY_ONE = frozenset(b"CU\x8a")
 _COUNTED_BY_FOUR = frozenset(b"BTX")
@@ -49,7 +54,8 @@ def is_simple(record: bytes) -> bool:
         opcode = record[position]
         follow = fixed.get(opcode)
         if follow is not None:
-            position += 1 + follow
+            run = _run_of_fixed(record, position)
+            position = run.end() if run else position + 1 + follow
             if opcode in _NESTING:
                 nestings += 1
             elif opcode == _STOP:

@@ -21,11 +21,18 @@ from ZODB.FileStorage.format import DATA_HDR_LEN, TRANS_HDR_LEN
 from ZODB.POSException import StorageTransactionError, Unsupported
 
 from zeolith.storage.blobs import name_in
+from zeolith.storage.conflicts import Quickly, TakesLong, resolve_encoded
 from zeolith.storage.database import Transaction, Unresolved, Voted, WouldBlock
 from zeolith.storage.locks import ALONE, Claim
 from zeolith.storage.plain import PlainOperations
 from zeolith.storage.room import Room
-from zeolith.storage.validation import STORES, Records, Validation, refuse_empty
+from zeolith.storage.validation import (
+    STORES,
+    Records,
+    Resolve,
+    Validation,
+    refuse_empty,
+)
 from zeolith.storage.wrapping import Form
 
 # How many operations are looked at on the loop. Stores and checks of objects that lie
@@ -95,39 +102,37 @@ class Preparation:
         # Of its blobs, while they are on their way to their places.
         self.marks: list[Path] = []
 
-    def vote_nowait(self) -> Voted:
+    def vote_nowait(self) -> Voted | Unresolved:
         """Vote on the loop; WouldBlock if it must be done in a thread."""
         operations = self.transaction.operations
         if type(operations) is not list or len(operations) > NOWAIT_OPERATIONS_MAX:
             raise WouldBlock
         if self._home.form_inside is not None:
             raise WouldBlock
-        validation = self._validation
-        records = self._home.records(nowait=True)
-        self._refuse_texts()
-        validation.refuse_extremes()
-        if validation.has_conflict(validation.last_stores(), records):
-            raise WouldBlock
-        self._gather()
-        if not self._home.room.take(self.file_bytes, self._last_at):
-            raise WouldBlock
-        self._has_room = True
-        return self._voted()
+        try:
+            return self._vote(True, Quickly())
+        except TakesLong:
+            raise WouldBlock from None
 
     def vote(self, resolutions: dict[bytes, bytes]) -> Voted | Unresolved:
         """Vote in a worker thread, with what the client has resolved."""
+        self._validation.take(resolutions)
+        return self._vote(False, resolve_encoded)
+
+    def _vote(self, nowait: bool, resolve: Resolve) -> Voted | Unresolved:
         validation = self._validation
         self._refuse_texts()
         validation.refuse_extremes()
-        validation.take(resolutions)
-        records = self._home.records(nowait=False)
-        unresolved = validation.conflicts(validation.last_stores(), records)
+        records = self._home.records(nowait)
+        unresolved = validation.conflicts(validation.last_stores(), records, resolve)
         if unresolved:
             validation.ask(unresolved)
             return Unresolved(unresolved)
         self._gather()
         room = self._home.room
         if not room.take(self.file_bytes, self._last_at):
+            if nowait:
+                raise WouldBlock
             room.make(self.file_bytes, self._last_at)
         self._has_room = True
         return self._voted()

@@ -43,6 +43,8 @@ _REMOVED = bytes(16)
 # One read gets a header and, for most objects, all of the record.
 _READ_BYTES = 4096
 NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
+# How many newer revisions the loop looks at to find one: 3 us each.
+NOWAIT_NEWER_MAX = 32
 # Headers that are not farther apart are read with what is between them: to copy that
 # takes no longer than another call.
 _GAP_BYTES = 8 * 1024
@@ -132,13 +134,20 @@ class Generation:
                     return Revision(bytes(self._view[HEADER_BYTES:end]), tid, None)
         return self.load(oid, before, NOWAIT)
 
-    def load_serial(self, oid: bytes, tid: bytes) -> bytes:
-        """See Database.load_serial."""
-        for header, position, start in self.revisions(oid):
+    def load_serial(self, oid: bytes, tid: bytes, flags: int = 0) -> bytes:
+        """See Database.load_serial; ``flags`` as for ``load``.
+
+        With NOWAIT it takes a bounded time: what is large or long ago would block.
+        """
+        for newer, (header, position, start) in enumerate(self.revisions(oid, flags)):
+            if flags and newer > NOWAIT_NEWER_MAX:
+                raise WouldBlock
             if header.tid <= tid:
                 data = None
                 if header.tid == tid:
-                    data = self._data(header, position, start, 0)
+                    if flags and header.length > _READ_BYTES:
+                        raise WouldBlock
+                    data = self._data(header, position, start, flags)
                 if data is None:
                     break
                 return data
@@ -198,11 +207,13 @@ class Generation:
             return None
         return oid
 
-    def revisions(self, oid: bytes) -> Iterator[tuple[Header, int, bytes]]:
+    def revisions(
+        self, oid: bytes, flags: int = 0
+    ) -> Iterator[tuple[Header, int, bytes]]:
         """The records of ``oid``, newest first: header, position, first bytes."""
         position = self._find(oid)
         while position:
-            header, start = self._read(position, oid, 0)
+            header, start = self._read(position, oid, flags)
             yield header, position, start
             position = header.previous
 

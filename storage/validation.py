@@ -12,7 +12,7 @@ Belongs to one thread at a time. Invariants:
 2. ``written`` names every object that gets a new revision, whatever resolves it.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any, Protocol
 
@@ -43,6 +43,10 @@ WRITING = STORES | RESTORES | {"delete"}
 OID_MAX = b"\x7f" + b"\xff" * 7
 
 
+# conflicts.resolve_encoded, or one that may raise more.
+Resolve = Callable[[Form, bytes, bytes, bytes], bytes]
+
+
 class Records(Protocol):
     """What was committed."""
 
@@ -50,7 +54,10 @@ class Records(Protocol):
         """The tids of the current revisions of those that exist; WouldBlock."""
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
-        """The record that transaction ``tid`` wrote; POSKeyError, Unsupported."""
+        """The record that transaction ``tid`` wrote.
+
+        Raises POSKeyError, Unsupported, WouldBlock.
+        """
 
 
 class Validation:
@@ -113,21 +120,17 @@ class Validation:
         )
 
     def conflicts(
-        self, operations: Iterable[list[Any]], records: Records
+        self,
+        operations: Iterable[list[Any]],
+        records: Records,
+        resolve: Resolve = conflicts.resolve_encoded,
     ) -> list[Conflict]:
         """Validate ``operations``; what only the client can resolve.
 
-        Raises ConflictError, ReadConflictError, POSKeyError.
+        Raises ConflictError, ReadConflictError, POSKeyError, and what ``records`` and
+        ``resolve`` raise; then it may be asked again.
         """
-        return list(self._conflicts(operations, records))
-
-    def has_conflict(self, operations: Iterable[list[Any]], records: Records) -> bool:
-        """Whether one of ``operations`` has to be resolved; resolves nothing.
-
-        Raises as ``conflicts`` does; what remains to be seen, for what is not there
-        any more, too.
-        """
-        return any(True for _ in self._outdated(operations, records))
+        return list(self._conflicts(operations, records, resolve))
 
     def ask(self, unresolved: list[Conflict]) -> None:
         """The client is about to be asked to resolve these."""
@@ -149,16 +152,24 @@ class Validation:
         )
 
     def _conflicts(
-        self, operations: Iterable[list[Any]], records: Records
+        self, operations: Iterable[list[Any]], records: Records, resolve: Resolve
     ) -> Iterator[Conflict]:
         for operation, committed_tid in self._outdated(operations, records):
             name, oid, serial, data = operation[:4]
             if serial == Z64 and name != "store":
                 # All blobs have the same record; their files differ.
                 raise ConflictError(oid=oid, serials=(committed_tid, serial))
-            conflict = self._resolve(records, oid, serial, committed_tid, data)
-            if conflict is not None:
-                yield conflict
+            if oid in self.resolutions:
+                continue
+            if serial == Z64:
+                self._resolve_new(records, oid, committed_tid, data)
+                continue
+            states = _older_states(records, oid, serial, committed_tid)
+            try:
+                self.resolutions[oid] = resolve(self._form, data, *states)
+            except conflicts.Unresolvable:
+                old, committed = states
+                yield Conflict(oid, committed_tid, serial, committed, old, data)
 
     def _outdated(
         self, operations: Iterable[list[Any]], records: Records
@@ -200,37 +211,29 @@ class Validation:
                 " transaction; begin it with that tid"
             )
 
-    def _resolve(
-        self,
-        records: Records,
-        oid: bytes,
-        old_tid: bytes,
-        committed_tid: bytes,
-        new: bytes,
-    ) -> Conflict | None:
-        if oid in self.resolutions:
-            return None
-        if old_tid == Z64:
-            # Two clients made an object of the same oid: there is no common state. If
-            # they made the same thing of it, as two that open an empty database do
-            # with its root, there is no conflict either.
-            if records.load_serial(oid, committed_tid) != new:
-                raise ConflictError(oid=oid, serials=(committed_tid, old_tid))
-            self.resolutions[oid] = new
-            return None
-        try:
-            old = records.load_serial(oid, old_tid)
-            committed = records.load_serial(oid, committed_tid)
-        except (POSKeyError, Unsupported):
-            # Packed away, or never stored under this serial.
-            raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
-        try:
-            self.resolutions[oid] = conflicts.resolve_encoded(
-                self._form, new, old, committed
-            )
-        except conflicts.Unresolvable:
-            return Conflict(oid, committed_tid, old_tid, committed, old, new)
-        return None
+    def _resolve_new(
+        self, records: Records, oid: bytes, committed_tid: bytes, new: bytes
+    ) -> None:
+        """Two clients made an object of the same oid: there is no common state.
+
+        If they made the same thing of it, as two that open an empty database do with
+        its root, there is no conflict either.
+        """
+        if records.load_serial(oid, committed_tid) != new:
+            raise ConflictError(oid=oid, serials=(committed_tid, Z64))
+        self.resolutions[oid] = new
+
+
+def _older_states(
+    records: Records, oid: bytes, old_tid: bytes, committed_tid: bytes
+) -> tuple[bytes, bytes]:
+    try:
+        return records.load_serial(oid, old_tid), records.load_serial(
+            oid, committed_tid
+        )
+    except (POSKeyError, Unsupported):
+        # Packed away, or never stored under this serial.
+        raise ConflictError(oid=oid, serials=(committed_tid, old_tid)) from None
 
 
 def batched(operations: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:

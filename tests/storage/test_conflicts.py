@@ -28,11 +28,15 @@ from ZODB.utils import get_pickle_metadata
 
 from zeolith.storage import conflicts
 from zeolith.storage.conflicts import (
+    QUICK_BYTES_MAX,
     RECORD_BYTES_MAX,
     RESOLVABLE,
+    Quickly,
+    TakesLong,
     Unresolvable,
     resolve,
 )
+from zeolith.storage.wrapping import PLAIN, Form
 
 OID, OTHER_OID = b"oid45678", b"oid45679"
 OLD_TID, COMMITTED_TID = b"tid45671", b"tid45672"
@@ -215,6 +219,17 @@ def test_btrees_merge_as_zodb_merges_them(records):
         assert get_pickle_metadata(record) == get_pickle_metadata(expected)
 
 
+@given(conflicting_records())
+def test_what_is_merged_quickly_is_merged_as_it_would_be_slowly(records):
+    try:
+        quickly: bytes | None = Quickly()(PLAIN, *records)
+    except Unresolvable:
+        quickly = None
+    except TakesLong:
+        return
+    assert quickly == resolved_here(*records)
+
+
 @given(st.integers(), st.integers(), st.integers())
 def test_lengths_add_up(old, committed, new):
     records = [pickled(Length, value) for value in (new, old, committed)]
@@ -234,6 +249,42 @@ def test_every_class_that_btrees_ships_is_resolvable():
 
 def bucket(**items: Any) -> bytes:
     return pickled(OOBucket, OOBucket(items).__getstate__())
+
+
+def test_what_may_be_large_is_not_merged_quickly():
+    def states(size: int) -> list[bytes]:
+        value = "x" * size
+        return [bucket(a=value, ours=1), bucket(a=value), bucket(a=value, theirs=1)]
+
+    room = QUICK_BYTES_MAX - sum(map(len, states(300))) + 3 * 300
+    fits, does_not = states(room // 3), states(room // 3 + 1)
+    assert Quickly()(PLAIN, *fits) == resolve(*fits)
+    with pytest.raises(TakesLong):
+        Quickly()(PLAIN, *does_not)
+
+
+def test_no_more_is_merged_quickly_than_fits_into_one_vote():
+    quickly = Quickly()
+    states = [pickled(Length, value) for value in (3, 1, 2)]
+    fit = QUICK_BYTES_MAX // sum(map(len, states))
+    for _ in range(fit):
+        assert state_of(quickly(PLAIN, *states)) == 4
+    with pytest.raises(TakesLong):
+        quickly(PLAIN, *states)
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_only_what_is_simple_is_merged_quickly(where):
+    states = [bucket(a=1, ours=2), bucket(a=1), bucket(a=1, theirs=2)]
+    states[where] = bucket(a={"not": "simple"})
+    with pytest.raises(TakesLong):
+        Quickly()(PLAIN, *states)
+
+
+def test_what_must_be_converted_is_not_merged_quickly():
+    states = [bucket(a=1, ours=2), bucket(a=1), bucket(a=1, theirs=2)]
+    with pytest.raises(TakesLong):
+        Quickly()(Form(), *states)
 
 
 def test_what_is_resolved_can_be_loaded_by_zodb_alone():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from BTrees.Length import Length
+from BTrees.OOBTree import OOBucket
 from ZODB.FileStorage.FileStorage import FileStorageError, FileStorageQuotaError
 from ZODB.POSException import (
     ConflictError,
@@ -16,10 +17,12 @@ from ZODB.POSException import (
     Unsupported,
 )
 
+from zeolith.storage.conflicts import QUICK_BYTES_MAX
 from zeolith.storage.database import Finished, Unresolved, Voted, WouldBlock
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.locks import ALONE, Claim
 from zeolith.storage.preparing import NOWAIT_OPERATIONS_MAX, Preparation, claim_of
+from zeolith.storage.records import NOWAIT_NEWER_MAX
 from zeolith.storage.room import AHEAD_BYTES
 from zeolith.storage.tids import MAX_TID, Z64
 from zeolith.storage.validation import OID_MAX
@@ -32,6 +35,7 @@ from .transactions import (
     check,
     length,
     plain,
+    record,
     state_of,
     store,
     transaction,
@@ -140,23 +144,23 @@ def test_what_was_read_must_be_current(database, way):
         way(prepared(database, check(C, Z64), store(B, plain(1))))
 
 
-def test_a_conflict_is_not_looked_into_on_the_loop(database):
+@WAYS
+def test_what_the_server_can_resolve_is_written_as_resolved(database, way):
     old = committed(database, store(A, length(1)))
     committed(database, store(A, length(2), old))
-    preparation = prepared(database, store(A, length(5), old))
-    with pytest.raises(WouldBlock):
-        preparation.vote_nowait()
-    assert preparation.vote({}) == Voted(None, [A])
-    ((oid, data),) = preparation.records()
+    preparation = prepared(database, store(B, plain(1)), store(A, length(5), old))
+    assert way(preparation) == Voted(None, [A])
+    (_first, (oid, data)) = preparation.records()
     assert (oid, state_of(data)) == (A, 6)
     assert Length.__module__.encode() in data
 
 
-def test_what_the_server_cannot_resolve_the_client_is_asked_for(database):
+@WAYS
+def test_what_the_server_cannot_resolve_the_client_is_asked_for(database, way):
     old = committed(database, store(A, plain(1)))
     new = committed(database, store(A, plain(2), old))
     preparation = prepared(database, store(A, plain(3), old), store(B, plain(1)))
-    unresolved = preparation.vote({})
+    unresolved = way(preparation)
     assert isinstance(unresolved, Unresolved)
     ((oid, committed_tid, old_tid, theirs, first, ours),) = unresolved.conflicts
     assert (oid, committed_tid, old_tid) == (A, new, old)
@@ -165,11 +169,12 @@ def test_what_the_server_cannot_resolve_the_client_is_asked_for(database):
     assert list(preparation.records()) == [(A, plain(23)), (B, plain(1))]
 
 
-def test_a_client_must_resolve_all_that_it_was_asked_for(database):
+@WAYS
+def test_a_client_must_resolve_all_that_it_was_asked_for(database, way):
     old = committed(database, store(A, plain(1)))
     committed(database, store(A, plain(2), old))
     preparation = prepared(database, store(A, plain(3), old))
-    preparation.vote({})
+    way(preparation)
     with pytest.raises(StorageTransactionError, match="not all of the conflicts"):
         preparation.vote({B: plain(1)})
 
@@ -177,12 +182,8 @@ def test_a_client_must_resolve_all_that_it_was_asked_for(database):
 @WAYS
 def test_a_conflict_that_nobody_can_resolve_is_refused(database, way):
     committed(database, store(A, plain(1)))
-    preparation = prepared(database, store(A, plain(2)))
-    if way is vote_nowait:
-        with pytest.raises(WouldBlock):
-            way(preparation)
     with pytest.raises(ConflictError):
-        preparation.vote({})
+        way(prepared(database, store(A, plain(2))))
 
 
 @WAYS
@@ -260,6 +261,52 @@ def test_many_operations_are_not_looked_at_on_the_loop(database):
     assert preparation.vote({}) == Voted(None, [])
 
 
+def bucket(count: int, **more: Any) -> bytes:
+    """The record of a bucket with so many keys."""
+    keys = {f"key {number}": "value" for number in range(count)}
+    return record(OOBucket, OOBucket({**keys, **more}).__getstate__())
+
+
+def test_a_small_conflict_is_merged_on_the_loop_and_a_large_one_is_not(database):
+    def conflicting(count: int) -> tuple[Preparation, int]:
+        oid = number(count)
+        old = committed(database, store(oid, bucket(count)))
+        committed(database, store(oid, bucket(count, theirs=1), old))
+        data = bucket(count, ours=1)
+        return prepared(database, store(oid, data, old)), 3 * len(data)
+
+    small, small_bytes = conflicting(30)
+    assert small_bytes < QUICK_BYTES_MAX
+    assert small.vote_nowait() == Voted(None, [number(30)])
+    large, large_bytes = conflicting(100)
+    assert large_bytes > QUICK_BYTES_MAX
+    with pytest.raises(WouldBlock):
+        large.vote_nowait()
+    assert large.vote({}) == Voted(None, [number(100)])
+
+
+def test_what_is_left_to_a_thread_is_resolved_there_from_the_start(database):
+    old = committed(database, store(A, length(1)), store(B, bucket(100)))
+    committed(database, store(A, length(2), old), store(B, bucket(100, theirs=1), old))
+    ours = [store(A, length(5), old), store(B, bucket(100, ours=1), old)]
+    preparation = prepared(database, *ours)
+    with pytest.raises(WouldBlock):
+        preparation.vote_nowait()
+    assert preparation.vote({}) == Voted(None, [A, B])
+    (_a, data), _b = preparation.records()
+    assert state_of(data) == 6
+
+
+def test_a_revision_of_long_ago_is_looked_for_in_a_thread(database):
+    tid = old = committed(database, store(A, length(0)))
+    for value in range(NOWAIT_NEWER_MAX + 1):
+        tid = committed(database, store(A, length(value), tid))
+    preparation = prepared(database, store(A, length(5), old))
+    with pytest.raises(WouldBlock):
+        preparation.vote_nowait()
+    assert preparation.vote({}) == Voted(None, [A])
+
+
 def test_what_is_not_in_memory_is_read_in_a_thread_as_often_as_needed(database):
     class OnDisk:
         def __init__(self, *operations: list[Any]):
@@ -299,7 +346,7 @@ def test_a_vote_takes_room_until_its_end(database, way):
 @WAYS
 def test_a_vote_that_fails_takes_no_room(database, way):
     committed(database, store(A, plain(1)))
-    with pytest.raises((ConflictError, WouldBlock)):
+    with pytest.raises(ConflictError):
         way(prepared(database, store(A, plain(2))))
     assert database.room._taken_bytes == 0
 
@@ -328,5 +375,8 @@ def test_the_disk_is_not_asked_for_room_that_is_there(database, monkeypatch):
     prepared(database, store(A, plain(1))).vote({})
     assert not asked
     large = prepared(database, store(B, b"x" * (AHEAD_BYTES + 1)))
+    with pytest.raises(WouldBlock):
+        large.vote_nowait()
+    assert not asked
     large.vote({})
     assert asked == [large.file_bytes]

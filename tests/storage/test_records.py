@@ -16,7 +16,12 @@ from ZODB.POSException import POSKeyError
 
 from zeolith.storage import records
 from zeolith.storage.database import Revision, WouldBlock
-from zeolith.storage.records import HEADER_BYTES, NOWAIT, Generation
+from zeolith.storage.records import (
+    HEADER_BYTES,
+    NOWAIT,
+    NOWAIT_NEWER_MAX,
+    Generation,
+)
 from zeolith.storage.tids import MAX_TID, Z64
 
 from ..support.ids import number
@@ -148,6 +153,17 @@ def test_an_object_that_never_existed_is_an_error(make):
         with pytest.raises(POSKeyError) as raised:
             read()
         assert raised.value.args == (MISSING,)
+
+
+def test_an_old_revision_is_read_on_the_loop_if_it_is_small_and_not_long_ago(
+    make, page_cache
+):
+    page_cache(lambda _position, size: size)
+    history = one_record(READ_BYTES) + one_record(READ_BYTES + 1) * NOWAIT_NEWER_MAX
+    generation, tids = make(history)
+    assert len(generation.load_serial(OID, tids[0], FLAG)) == READ_BYTES
+    with pytest.raises(WouldBlock):
+        generation.load_serial(OID, tids[1], FLAG)
 
 
 # Many tids at once

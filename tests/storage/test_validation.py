@@ -10,6 +10,7 @@ from ZODB.POSException import (
     StorageTransactionError,
 )
 
+from zeolith.storage.conflicts import TakesLong
 from zeolith.storage.plain import PLAIN_OPERATIONS_MAX
 from zeolith.storage.tids import Z64
 from zeolith.storage.validation import (
@@ -76,16 +77,11 @@ def conflicts(validation: Validation, records: Revisions) -> Any:
     return validation.conflicts(validation.last_stores(), records)
 
 
-def has_conflict(validation: Validation, records: Revisions) -> bool:
-    return validation.has_conflict(validation.last_stores(), records)
-
-
 def test_what_is_current_and_what_is_new_has_no_conflict(records):
     validation = validation_of(
         store(A, length(3), SECOND), store(C, plain(1)), check(B, SECOND), undo(FIRST)
     )
     assert not conflicts(validation, records)
-    assert not has_conflict(validation, records)
     assert list(validation.written) == [A, C]
     assert not validation.resolutions
 
@@ -96,11 +92,20 @@ def test_a_known_class_is_resolved_here(records):
     assert state_of(validation.resolutions[A]) == 6
 
 
-def test_whether_there_is_a_conflict_is_said_without_resolving_it(records):
+def test_whoever_asks_says_how_it_is_resolved(records):
     validation = validation_of(store(A, length(5), FIRST))
-    assert has_conflict(validation, records)
+
+    def refuse(*_states: Any) -> bytes:
+        raise TakesLong
+
+    with pytest.raises(TakesLong):
+        validation.conflicts(validation.last_stores(), records, refuse)
     assert not validation.resolutions
-    assert not records.loads
+    resolved = validation.conflicts(
+        validation.last_stores(), records, lambda _form, *states: b"|".join(states)
+    )
+    assert not resolved
+    assert validation.resolutions == {A: b"|".join(map(length, (5, 1, 2)))}
 
 
 def test_an_unknown_class_is_for_the_client_and_its_answer_is_taken(records):
@@ -140,7 +145,6 @@ def test_a_revision_that_is_packed_away_cannot_be_merged_with(records):
         conflicts(validation_of(store(A, length(3), number(99))), records)
 
 
-@pytest.mark.parametrize("look", [conflicts, has_conflict])
 @pytest.mark.parametrize(
     ("operation", "error"),
     [
@@ -151,9 +155,9 @@ def test_a_revision_that_is_packed_away_cannot_be_merged_with(records):
         (["restore", A, FIRST, b"data", None], StorageTransactionError),
     ],
 )
-def test_what_nobody_can_resolve_is_refused(records, look, operation, error):
+def test_what_nobody_can_resolve_is_refused(records, operation, error):
     with pytest.raises(error):
-        look(validation_of(operation), records)
+        conflicts(validation_of(operation), records)
 
 
 def test_a_restore_is_not_compared_with_what_is_there(records):
