@@ -59,8 +59,8 @@ def is_simple(record: bytes) -> bool:
             if opcode in _NESTING:
                 nestings += 1
             elif opcode == _STOP:
+                # What is remembered stays so: the state says "h\0" for its own class.
                 stops += 1
-                without_parts.clear()
         elif opcode == _PUT and position + 1 < size:
             place = record[position + 1]
             if before in _WITHOUT_PARTS:

@@ -53,11 +53,26 @@ def bucket(keys: Any, of_class: Any) -> bytes:
     return data
 
 
+def first_bucket(keys: Any, of_class: Any) -> bytes:
+    """The record of the first of several buckets, which refers to the next one."""
+    db = DB(None)
+    connection = db.open()
+    tree = of_class(dict.fromkeys(keys, "value"))
+    connection.root()["tree"] = tree
+    connection.transaction_manager.commit()
+    data: bytes = db.storage.load(tree._firstbucket._p_oid)[0]
+    db.close()
+    return data
+
+
 @pytest.mark.parametrize(
     "wanted",
     [
         length(5),
         bucket(range(20), IOBTree),
+        bucket(range(200), IOBTree),
+        first_bucket(range(200), IOBTree),
+        first_bucket([f"key {n}" for n in range(200)], OOBTree),
         bucket([f"key {n}" for n in range(20)], OOBTree),
         references(number(1), number(2)),
         two(b"(K\x01M\x00\x01J\xff\xff\xff\xffG" + bytes(8) + b"\x88\x89Nt"),
