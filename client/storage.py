@@ -38,7 +38,10 @@ from zeolith.protocol.limits import DEFAULT, Limits
 
 logger = logging.getLogger(__name__)
 
+# How many oids are asked for first, and, by somebody who makes many objects, at last:
+# the time that the round trip takes counts. What is left of them is dropped some day.
 NEW_OIDS = 100
+NEW_OIDS_MAX = 1600
 # What we can do if the server's storage can.
 _OPTIONAL_INTERFACES = {
     interface.__name__: interface
@@ -254,8 +257,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
 
     def _take_nothing_ahead(self) -> None:
         """At the beginning, and in a forked child, which must not use its parent's."""
-        # The session that gave the oids, and those not used yet.
-        self._oids: tuple[Session | None, list[bytes]] = (None, [])
+        # The session that gave the oids, those not used yet, how many were asked for.
+        self._oids: tuple[Session | None, list[bytes], int] = (None, [], 0)
         self._oids_lock = threading.Lock()
         self._current_records = iteration.CurrentRecords(self.call)
 
@@ -367,14 +370,15 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             raise ReadOnlyError("the storage is read-only")
         session = self._connector.session(self._wait_timeout_s)
         with self._oids_lock:
-            source, oids = self._oids
+            source, oids, asked = self._oids
             if source is session and oids:
                 return oids.pop()
+        count = min(2 * asked, NEW_OIDS_MAX) if source is session else NEW_OIDS
         # Not under the lock: two threads that find nothing both ask.
-        oids = list(reversed(self.call("new_oids", NEW_OIDS)))
+        oids = list(reversed(self.call("new_oids", count)))
         oid: bytes = oids.pop()
         with self._oids_lock:
-            self._oids = (session, oids)
+            self._oids = (session, oids, count)
         return oid
 
     # Committing

@@ -36,7 +36,10 @@ class Stores:
         self.oids: set[bytes] = set()
         # oid -> the record last stored, for the cache; empty if there are too many.
         self.kept: dict[bytes, bytes] = {}
-        self._limits = limits
+        self._data_bytes_max = limits.transaction_bytes_max
+        self._batch_bytes_max = limits.batch_bytes_max
+        # Kept, for it is worked out each time.
+        self._record_bytes_max = limits.record_bytes_max
         self._data_bytes = 0
         self._gathered_bytes = 0
         self._kept_bytes = 0
@@ -96,17 +99,17 @@ class Stores:
         if type(data) is not bytes:
             # A buffer may change before it is sent, or while it is in the cache.
             data = bytes(memoryview(data))
-        if len(data) > self._limits.record_bytes_max:
+        if len(data) > self._record_bytes_max:
             raise StorageError(
                 f"a record of {len(data)} bytes is too large to be sent"
-                f" (record_bytes_max is {self._limits.record_bytes_max});"
+                f" (record_bytes_max is {self._record_bytes_max});"
                 " keep large data in a blob"
             )
         self._data_bytes += len(data)
-        if self._data_bytes > self._limits.transaction_bytes_max:
+        if self._data_bytes > self._data_bytes_max:
             raise StorageError(
                 "the transaction has more data than a server takes at once"
-                f" (transaction_bytes_max is {self._limits.transaction_bytes_max});"
+                f" (transaction_bytes_max is {self._data_bytes_max});"
                 " divide it into several"
             )
         return data
@@ -132,8 +135,10 @@ class Stores:
             self._spill.close()
 
     def _add(self, operation: list[Any], data_bytes: int) -> None:
-        limit = self._limits.batch_bytes_max
-        if self.operations and self._gathered_bytes + data_bytes > limit:
+        if (
+            self._gathered_bytes + data_bytes > self._batch_bytes_max
+            and self.operations
+        ):
             self._spill_gathered()
         self.operations.append(operation)
         self._gathered_bytes += data_bytes + _OPERATION_BYTES

@@ -106,7 +106,7 @@ def test_a_forked_child_in_the_middle_of_a_transaction_has_none(server, storage)
     storage.forget_parent()
     assert storage.tpc_transaction() is None
     assert storage.current_session is None
-    assert storage._oids == (None, [])
+    assert storage._oids == (None, [], 0)
 
 
 def test_a_storage_is_watched_until_it_is_closed(server):

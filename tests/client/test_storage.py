@@ -29,7 +29,7 @@ from zope.interface.verify import verifyObject
 from zeolith.client import connector as connector_module
 from zeolith.client.errors import ClientDisconnected, NotSupportedYet
 from zeolith.client.loading import REQUEST_OIDS, REQUESTS_AHEAD
-from zeolith.client.storage import NEW_OIDS, ClientStorage
+from zeolith.client.storage import NEW_OIDS, NEW_OIDS_MAX, ClientStorage
 from zeolith.client.tids import MAX_TID, Z64
 from zeolith.protocol.errors import HelloRefused, LocalProtocolError
 from zeolith.protocol.limits import Limits
@@ -437,21 +437,29 @@ def oids_from(server: ScriptedServer) -> None:
     server.answers["new_oids"] = new_oids
 
 
-def test_oids_come_in_batches_and_in_order(server, storage):
+def test_oids_come_in_order_and_the_more_at_once_the_more_are_used(server, storage):
     oids_from(server)
-    oids = [u64(storage.new_oid()) for _ in range(NEW_OIDS + 1)]
-    assert oids == list(range(1, NEW_OIDS + 2))
-    assert server.asked("new_oids") == [[NEW_OIDS]] * 2
+    oids = [u64(storage.new_oid()) for _ in range(5 * NEW_OIDS_MAX)]
+    assert oids == list(range(1, 5 * NEW_OIDS_MAX + 1))
+    (first,), (second,), *_others, (before,), (last,) = server.asked("new_oids")
+    assert (first, second, before, last) == (
+        NEW_OIDS,
+        2 * NEW_OIDS,
+        NEW_OIDS_MAX,
+        NEW_OIDS_MAX,
+    )
 
 
 def test_unused_oids_are_dropped_with_the_session_that_gave_them(server, storage):
     """The server, restarted, may give them to somebody else."""
     oids_from(server)
-    storage.new_oid()
+    for _ in range(NEW_OIDS + 1):
+        storage.new_oid()
     first = storage.current_session
     server.streams()[0].hang_up()
     wait_until(lambda: storage.current_session not in (None, first), "the next session")
-    assert u64(storage.new_oid()) == NEW_OIDS + 1
+    assert u64(storage.new_oid()) == 3 * NEW_OIDS + 1
+    assert server.asked("new_oids") == [[NEW_OIDS], [2 * NEW_OIDS], [NEW_OIDS]]
 
 
 def test_oids_that_came_from_the_next_session_are_used_once(server, storage):
