@@ -18,6 +18,7 @@ The layout of a record (ZODB.FileStorage.format)::
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -282,7 +283,8 @@ def _windows(places: list[_Place]) -> Iterator[list[_Place]]:
     """``places``, in order, those together whose headers are read at once."""
     if not places:
         return
-    places.sort()
+    # Numbers are compared in half the time that tuples take.
+    places.sort(key=itemgetter(0))
     window: list[_Place] = []
     start = end = places[0][0]
     for place in places:
