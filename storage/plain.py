@@ -10,6 +10,8 @@ way is right, and fast enough. Pure; any thread.
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+# Of fewer each is looked at sooner than all are turned over.
+PLAIN_OPERATIONS_MIN = 4
 # What is called for all of them lets no other thread run meanwhile: half a millisecond.
 PLAIN_OPERATIONS_MAX = 5000
 
@@ -39,8 +41,10 @@ class PlainOperations(NamedTuple):
 
 
 def plain_operations(operations: Collection[list[Any]]) -> PlainOperations | None:
-    """``operations`` by columns; None if they are not in memory, or not plain."""
-    if type(operations) is not list or len(operations) > PLAIN_OPERATIONS_MAX:
+    """``operations`` by columns; None if that is not possible, or of no use."""
+    if type(operations) is not list:
+        return None
+    if not PLAIN_OPERATIONS_MIN <= len(operations) <= PLAIN_OPERATIONS_MAX:
         return None
     stores = [each for each in operations if each[0] == "store"]
     if not stores:

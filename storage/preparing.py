@@ -215,6 +215,8 @@ class Preparation:
         return transaction.user, transaction.description, transaction.extension
 
     def _refuse_texts(self) -> None:
+        if max(map(len, self._texts)) <= _TEXT_BYTES_MAX:
+            return
         names = ("user name", "description", "extension data")
         for name, text in zip(names, self._texts, strict=True):
             if len(text) > _TEXT_BYTES_MAX:

@@ -175,7 +175,9 @@ class Generation:
         find = self._find
         places = [(position, oid) for oid in oids if (position := find(oid))]
         tids: dict[bytes, bytes] = {}
-        for window in _windows(places):
+        if not places:
+            return tids
+        for window in _windows(places) if len(places) > 1 else (places,):
             start = window[0][0]
             size = window[-1][0] + _HEADER_AND_PLACE - start
             headers = self._read_bytes(start, size, flags)
@@ -281,8 +283,6 @@ class Generation:
 
 def _windows(places: list[_Place]) -> Iterator[list[_Place]]:
     """``places``, in order, those together whose headers are read at once."""
-    if not places:
-        return
     # Numbers are compared in half the time that tuples take.
     places.sort(key=itemgetter(0))
     window: list[_Place] = []

@@ -241,6 +241,8 @@ def batched(operations: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
     rest = iter(operations)
     while batch := list(islice(rest, PLAIN_OPERATIONS_MAX)):
         yield batch
+        if len(batch) < PLAIN_OPERATIONS_MAX:
+            return
 
 
 def refuse_empty(oid: bytes, data: bytes) -> None:

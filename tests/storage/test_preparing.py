@@ -21,6 +21,7 @@ from zeolith.storage.conflicts import QUICK_BYTES_MAX
 from zeolith.storage.database import Finished, Unresolved, Voted, WouldBlock
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.locks import ALONE, Claim
+from zeolith.storage.plain import PLAIN_OPERATIONS_MIN
 from zeolith.storage.preparing import NOWAIT_OPERATIONS_MAX, Preparation, claim_of
 from zeolith.storage.records import NOWAIT_NEWER_MAX
 from zeolith.storage.room import AHEAD_BYTES
@@ -78,6 +79,13 @@ def vote(preparation: Preparation) -> Any:
 
 
 WAYS = pytest.mark.parametrize("way", [vote_nowait, vote])
+# Of few operations each is looked at, of many all together.
+MANY = pytest.mark.parametrize("many", [0, PLAIN_OPERATIONS_MIN])
+
+
+def others(many: int) -> list[list[Any]]:
+    """So many stores of objects that nobody else uses."""
+    return [store(number(100 + each), plain(each)) for each in range(many)]
 
 
 # What a transaction claims
@@ -108,11 +116,14 @@ def test_what_changes_more_than_it_names_is_alone(wanted):
 
 
 @WAYS
-def test_new_objects_are_voted_on(database, way):
-    preparation = prepared(database, store(A, plain(1)), store(B, plain(2)))
+@MANY
+def test_new_objects_are_voted_on(database, way, many):
+    stores = [store(A, plain(1)), store(B, plain(2)), *others(many)]
+    preparation = prepared(database, *stores)
     assert way(preparation) == Voted(None, [])
-    assert list(preparation.written) == [A, B]
-    assert list(preparation.records()) == [(A, plain(1)), (B, plain(2))]
+    assert list(preparation.written) == [oid for _name, oid, *_rest in stores]
+    written = [(oid, data) for _name, oid, _serial, data in stores]
+    assert list(preparation.records()) == written
 
 
 @WAYS
@@ -145,12 +156,13 @@ def test_what_was_read_must_be_current(database, way):
 
 
 @WAYS
-def test_what_the_server_can_resolve_is_written_as_resolved(database, way):
+@MANY
+def test_what_the_server_can_resolve_is_written_as_resolved(database, way, many):
     old = committed(database, store(A, length(1)))
     committed(database, store(A, length(2), old))
-    preparation = prepared(database, store(B, plain(1)), store(A, length(5), old))
+    preparation = prepared(database, *others(many), store(A, length(5), old))
     assert way(preparation) == Voted(None, [A])
-    (_first, (oid, data)) = preparation.records()
+    *_others, (oid, data) = preparation.records()
     assert (oid, state_of(data)) == (A, 6)
     assert Length.__module__.encode() in data
 
@@ -201,9 +213,10 @@ def test_texts_that_a_file_has_no_room_for_are_refused(database, way, texts, wha
 
 
 @WAYS
-def test_an_empty_record_is_refused(database, way):
+@MANY
+def test_an_empty_record_is_refused(database, way, many):
     with pytest.raises(StorageTransactionError, match="is empty"):
-        way(prepared(database, store(A, b"")))
+        way(prepared(database, *others(many), store(A, b"")))
 
 
 def test_an_empty_record_of_a_client_that_resolves_is_refused(database):
@@ -352,14 +365,15 @@ def test_a_vote_that_fails_takes_no_room(database, way):
 
 
 @WAYS
-def test_what_is_beyond_the_quota_is_refused_at_the_vote(tmp_path, way):
+@MANY
+def test_what_is_beyond_the_quota_is_refused_at_the_vote(tmp_path, way, many):
     database = FileStore("main", str(tmp_path / "q.fs"), quota=1000)
     database.room.make(1, 0)
     database.room.give_back(1)
     with pytest.raises(FileStorageQuotaError):
-        way(prepared(database, store(A, b"x" * 1000), store(B, b"x")))
+        way(prepared(database, *others(many), store(A, b"x" * 1000), store(B, b"x")))
     # What counts is where the last record begins.
-    way(prepared(database, store(A, b"x" * 100), store(B, b"x" * 1000)))
+    way(prepared(database, *others(many), store(B, b"x" * 1000)))
     database.close()
 
 

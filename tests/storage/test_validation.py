@@ -11,7 +11,7 @@ from ZODB.POSException import (
 )
 
 from zeolith.storage.conflicts import TakesLong
-from zeolith.storage.plain import PLAIN_OPERATIONS_MAX
+from zeolith.storage.plain import PLAIN_OPERATIONS_MAX, PLAIN_OPERATIONS_MIN
 from zeolith.storage.tids import Z64
 from zeolith.storage.validation import (
     OID_MAX,
@@ -183,6 +183,13 @@ def test_the_last_oids_are_refused(operation):
     validation_of(check(b"\xff" * 8, Z64), store(A, b"data")).refuse_extremes()
 
 
+def test_the_last_oids_are_refused_among_many():
+    many = [store(number(n), b"data") for n in range(PLAIN_OPERATIONS_MIN)]
+    validation_of(*many, store(OID_MAX, b"data")).refuse_extremes()
+    with pytest.raises(StorageTransactionError, match="beyond all"):
+        validation_of(*many, store(b"\xff" * 8, b"data")).refuse_extremes()
+
+
 def test_an_empty_record_is_refused():
     refuse_empty(A, b"x")
     with pytest.raises(StorageTransactionError, match="is empty"):
@@ -213,16 +220,20 @@ def test_what_is_found_does_not_depend_on_how_it_is_looked_at(records, operation
         except (ConflictError, POSKeyError) as error:
             return type(error), str(error)
 
+    more = [check(B, SECOND)] * PLAIN_OPERATIONS_MIN
     # Any undo is left to the general way, and an undo is not validated.
-    by_one = found(*operations, undo(FIRST), plainly=False)
-    assert found(*operations, plainly=True) == by_one
+    by_one = found(*operations, *more, undo(FIRST), plainly=False)
+    assert found(*operations, *more, plainly=True) == by_one
 
 
 def test_all_tids_are_asked_for_at_once(records):
-    validation = validation_of(store(A, length(3), FIRST), check(B, SECOND))
-    validation.refuse_extremes()
-    conflicts(validation, records)
-    assert records.asked == [2]
+    more = [check(B, SECOND)] * PLAIN_OPERATIONS_MIN
+    for operations in ([store(A, length(3), FIRST), *more], more[1:], more[:1]):
+        validation = validation_of(*operations)
+        validation.refuse_extremes()
+        conflicts(validation, records)
+        assert records.asked.pop() == len(operations)
+        assert not records.asked
 
 
 def test_the_tids_of_a_large_transaction_are_asked_for_a_part_at_a_time(records):
