@@ -12,8 +12,9 @@ would run a client's choice of code in the server. Here
 * record size is bounded.
 
 What cannot be resolved so is not lost: the client, which has the classes, gets the
-three states. Called in threads that may take their time, several at once; and, through
-``Quickly``, by the loop, for what is small and simple.
+three states, unless a class that both have says that there is no way. Called in threads
+that may take their time, several at once; and, through ``Quickly``, by the loop, for
+what is small and simple.
 """
 
 from functools import partial
@@ -51,6 +52,10 @@ class Unresolvable(Exception):
     """This conflict cannot be resolved here; the client may still be able to."""
 
 
+class Contradiction(Unresolvable):
+    """The class itself says so: a client, which has the same one, would say it, too."""
+
+
 class TakesLong(Exception):
     """Nothing for the loop, which has others to look after."""
 
@@ -82,8 +87,8 @@ RESOLVABLE = _resolvable()
 def resolve(new: bytes, old: bytes, committed: bytes) -> bytes:
     """The record that holds both the change old -> committed and old -> new.
 
-    Raises Unresolvable if the class is not known, a state is not plain, or the class
-    itself finds the changes to contradict each other (a ConflictError).
+    Raises Unresolvable if the class is not known, or a state is not plain, and
+    Contradiction if the class itself finds that the changes contradict each other.
     """
     return _resolve(new, old, committed, only_simple=False)
 
@@ -99,13 +104,13 @@ def _resolve(new: bytes, old: bytes, committed: bytes, only_simple: bool) -> byt
         resolved = resolvable()._p_resolveConflict(
             load(old)[1], load(committed)[1], new_state
         )
-        if references.were_in_doubt:
-            raise Unresolvable("two references may mean equal objects or not")
+        references.check()
         return _dump(resolvable, resolved, references)
     except (Unresolvable, TakesLong):
         raise
     except ConflictError as error:
-        raise Unresolvable(str(error)) from None
+        references.check()
+        raise Contradiction(str(error)) from None
     except Exception as error:
         raise Unresolvable(f"{type(error).__name__}: {error}") from error
 
@@ -168,6 +173,11 @@ class _References:
     def __init__(self) -> None:
         self.were_in_doubt = False
         self._known: dict[Any, _Reference] = {}
+
+    def check(self) -> None:
+        """Raise Unresolvable if the merge was not sure of one."""
+        if self.were_in_doubt:
+            raise Unresolvable("two references may mean equal objects or not")
 
     @property
     def are_any(self) -> bool:

@@ -167,6 +167,8 @@ class Validation:
             states = _older_states(records, oid, serial, committed_tid)
             try:
                 self.resolutions[oid] = resolve(self._form, data, *states)
+            except conflicts.Contradiction:
+                raise ConflictError(oid=oid, serials=(committed_tid, serial)) from None
             except conflicts.Unresolvable:
                 old, committed = states
                 yield Conflict(oid, committed_tid, serial, committed, old, data)

@@ -31,6 +31,7 @@ from zeolith.storage.conflicts import (
     QUICK_BYTES_MAX,
     RECORD_BYTES_MAX,
     RESOLVABLE,
+    Contradiction,
     Quickly,
     TakesLong,
     Unresolvable,
@@ -320,9 +321,20 @@ def test_a_class_is_known_however_the_record_spells_it(meta):
         ({}, {"a": 1, "b": 2}),
     ],
 )
-def test_changes_that_contradict_each_other_are_unresolvable(new, committed):
-    with pytest.raises(Unresolvable):
-        resolve(bucket(**new), bucket(a=1), bucket(**committed))
+def test_changes_that_contradict_each_other_are_so_for_whoever_merges_them(
+    new, committed
+):
+    records = bucket(**new), bucket(a=1), bucket(**committed)
+    with pytest.raises(Contradiction):
+        resolve(*records)
+    assert resolved_by_zodb(*records) is None
+
+
+def test_what_is_only_in_doubt_is_no_contradiction():
+    records = [bucket(a=Reference(oid)) for oid in (OID, OTHER_OID, b"oid4567a")]
+    with pytest.raises(Unresolvable) as raised:
+        resolve(*records)
+    assert not isinstance(raised.value, Contradiction)
 
 
 def test_values_that_only_the_application_can_make_are_left_to_it_silently(capsys):

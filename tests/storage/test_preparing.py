@@ -78,6 +78,12 @@ def vote(preparation: Preparation) -> Any:
     return preparation.vote({})
 
 
+def bucket(count: int, **more: Any) -> bytes:
+    """The record of a bucket with so many keys."""
+    keys = {f"key {number}": "value" for number in range(count)}
+    return record(OOBucket, OOBucket({**keys, **more}).__getstate__())
+
+
 WAYS = pytest.mark.parametrize("way", [vote_nowait, vote])
 # Of few operations each is looked at, of many all together.
 MANY = pytest.mark.parametrize("many", [0, PLAIN_OPERATIONS_MIN])
@@ -182,6 +188,17 @@ def test_what_the_server_cannot_resolve_the_client_is_asked_for(database, way):
 
 
 @WAYS
+def test_what_no_client_could_resolve_either_it_is_not_asked_for(database, way):
+    old = committed(database, store(A, bucket(2)))
+    new = committed(database, store(A, bucket(2, added="theirs"), old))
+    preparation = prepared(database, store(A, bucket(2, added="ours"), old))
+    with pytest.raises(ConflictError) as raised:
+        way(preparation)
+    assert (raised.value.oid, raised.value.serials) == (A, (new, old))
+    assert database.room._taken_bytes == 0
+
+
+@WAYS
 def test_a_client_must_resolve_all_that_it_was_asked_for(database, way):
     old = committed(database, store(A, plain(1)))
     committed(database, store(A, plain(2), old))
@@ -272,12 +289,6 @@ def test_many_operations_are_not_looked_at_on_the_loop(database):
     with pytest.raises(WouldBlock):
         preparation.vote_nowait()
     assert preparation.vote({}) == Voted(None, [])
-
-
-def bucket(count: int, **more: Any) -> bytes:
-    """The record of a bucket with so many keys."""
-    keys = {f"key {number}": "value" for number in range(count)}
-    return record(OOBucket, OOBucket({**keys, **more}).__getstate__())
 
 
 def test_a_small_conflict_is_merged_on_the_loop_and_a_large_one_is_not(database):
