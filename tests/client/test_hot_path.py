@@ -8,17 +8,19 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ZODB.utils import p64
+from ZODB import DB
+from ZODB.utils import p64, z64
 
 from zeolith.client import round_trip
 from zeolith.client.round_trip import RoundTrip
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import MAX_TID
-from zeolith.protocol.compiled import SWITCH
+from zeolith.protocol.compiled import SWITCH, compiled_module
 
 from ..support.script import tid
 from ..support.serving import ServerProcess
@@ -165,3 +167,46 @@ def test_a_load_is_two_system_calls(endpoint, strace, tmp_path, switch):
     # A heartbeat of the other thread's may be among them.
     for names in (SENDING, RECEIVING):
         assert LOADS <= sum(related.get(name, 0) for name in names) <= LOADS + 2
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_a_load_is_three_system_calls_of_the_server(
+    strace, tmp_path, monkeypatch, switch
+):
+    """One to receive, one to read the record, one to send; by either of its ways."""
+    if switch == "1" and compiled_module("zeolith.server._answering") is None:
+        pytest.skip("there is no compiled module")
+    monkeypatch.setenv(SWITCH, switch)
+    listed = tmp_path / "calls"
+    with ServerProcess(tmp_path) as server, client_with_root(server) as storage:
+        process = str(server.process.pid)
+        tracing = subprocess.Popen(
+            [strace, "-f", "-p", process, "-o", listed],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert tracing.stderr is not None
+        assert "attached" in tracing.stderr.readline()
+        try:
+            for _ in range(LOADS):
+                storage.cache.forget(z64)
+                assert storage.loadBefore(z64, MAX_TID)
+        finally:
+            tracing.terminate()
+            tracing.communicate()
+    calls = Counter(re.findall(r"^\d+ +(\w+)\(", listed.read_text(), re.MULTILINE))
+    if not calls["preadv2"]:
+        pytest.skip("nobody can say here what is in memory")
+    # A heartbeat may be among them, and what is in memory is not always to be had.
+    for name in ("read", "preadv2", "write"):
+        assert LOADS <= calls[name] <= LOADS + 6, calls
+
+
+@contextmanager
+def client_with_root(server: ServerProcess) -> Iterator[ClientStorage]:
+    """A storage whose server has an object, the root, of which nothing is cached."""
+    storage = ClientStorage(server.address)
+    DB(storage).close()
+    storage = ClientStorage(server.address)
+    yield storage
+    storage.close()
