@@ -43,6 +43,7 @@ from zeolith.storage.database import (
     Revision,
     Transaction,
     Wish,
+    WouldBlock,
 )
 from zeolith.storage.disk import Disk
 from zeolith.storage.identity import Identity
@@ -235,17 +236,21 @@ class _DataFile(IndexedFile):
 class _Committed:
     """What was committed to a FileStore, as a validation reads it."""
 
-    def __init__(self, store: "FileStore", flags: int):
+    def __init__(self, store: "FileStore", nowait: bool):
         self._store = store
-        self._flags = flags
+        self._nowait = nowait
 
     def current_tids(self, oids: list[bytes]) -> dict[bytes, bytes]:
-        return self._store.generation.current_tids(oids, self._flags)
+        flags = NOWAIT if self._nowait else 0
+        return self._store.generation.current_tids(oids, flags)
 
     def load_serial(self, oid: bytes, tid: bytes) -> bytes:
-        if self._flags:
-            return self._store.generation.load_serial(oid, tid, self._flags)
-        return self._store.load_serial(oid, tid)
+        if not self._nowait:
+            return self._store.load_serial(oid, tid)
+        if not NOWAIT:
+            # A whole record, and a search for it: too much for who cannot say nowait.
+            raise WouldBlock
+        return self._store.generation.load_serial(oid, tid, NOWAIT)
 
 
 class FileStore(AdaptedStorage):
@@ -327,7 +332,7 @@ class FileStore(AdaptedStorage):
 
     def records(self, nowait: bool) -> _Committed:
         """What was committed, for a validation."""
-        return _Committed(self, NOWAIT if nowait else 0)
+        return _Committed(self, nowait)
 
     def see_oid(self, oid: bytes) -> None:
         """Give out no oid up to this one any more: a client has brought it."""

@@ -1,9 +1,9 @@
 """A transaction that votes beside others: checked, resolved, and written later.
 
 Nothing is written before it finishes, so to give it up is to forget it. It votes on the
-loop, if all that is to be looked at is in memory (``vote_nowait``), or in a worker
-thread (``vote``); one thread at a time. Whoever calls sees to it that nobody writes its
-objects between the vote and its end (``locks``).
+loop, if all that is to be looked at is in memory and what is to be merged is small
+(``vote_nowait``), or in a worker thread (``vote``); one thread at a time. Whoever calls
+sees to it that nobody writes its objects between the vote and its end (``locks``).
 
 Invariants:
 

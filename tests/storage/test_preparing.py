@@ -17,6 +17,7 @@ from ZODB.POSException import (
     Unsupported,
 )
 
+from zeolith.storage import filestore
 from zeolith.storage.conflicts import QUICK_BYTES_MAX
 from zeolith.storage.database import Finished, Unresolved, Voted, WouldBlock
 from zeolith.storage.filestore import FileStore
@@ -325,6 +326,18 @@ def test_a_revision_of_long_ago_is_looked_for_in_a_thread(database):
     tid = old = committed(database, store(A, length(0)))
     for value in range(NOWAIT_NEWER_MAX + 1):
         tid = committed(database, store(A, length(value), tid))
+    preparation = prepared(database, store(A, length(5), old))
+    with pytest.raises(WouldBlock):
+        preparation.vote_nowait()
+    assert preparation.vote({}) == Voted(None, [A])
+
+
+def test_where_nobody_says_what_is_in_memory_conflicts_are_for_threads(
+    database, monkeypatch
+):
+    old = committed(database, store(A, length(1)))
+    committed(database, store(A, length(2), old))
+    monkeypatch.setattr(filestore, "NOWAIT", 0)
     preparation = prepared(database, store(A, length(5), old))
     with pytest.raises(WouldBlock):
         preparation.vote_nowait()
