@@ -230,16 +230,18 @@ class Commit:
         try:
             tid, others = self._call("finish", sent_at)
         except ChannelLost as error:
-            position.give_up(self.stores.id)
-            tid, others = (
-                self._ask_for_outcome(sent_at, self._session.lost(error)),
-                None,
-            )
+            cause = self._session.lost(error)
+            self._forgo_answer(str(cause))
+            tid, others = self._ask_for_outcome(sent_at, cause), None
         except StorageSystemError as error:
             position.give_up(self.stores.id)
             self.end()
             raise CommitOutcomeUnknown(str(error)) from error
-        except BaseException:
+        except BaseException as error:
+            channel = self._channel
+            if channel is None or channel.is_busy or channel.is_lost:
+                # The thread was interrupted.
+                self._forgo_answer(f"an answer was given up: {error!r}")
             position.give_up(self.stores.id)
             self.end()
             raise
@@ -262,6 +264,16 @@ class Commit:
             position.give_up(self.stores.id)
             self.end()
         return tid
+
+    def _forgo_answer(self, reason: str) -> None:
+        """The answer to finish will not come, nor what it tells.
+
+        The stream may have been spared that, so a new session has to bring it.
+        """
+        position = self._storage.position
+        self._session.close(reason)
+        position.leave(self._session)
+        position.give_up(self.stores.id)
 
     def _ask_for_outcome(self, sent_at: bytes, cause: ChannelLost) -> bytes:
         """The tid of the transaction, if it was committed; else raises the truth."""

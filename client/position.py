@@ -61,7 +61,9 @@ class Position:
 
     def __init__(self, cache: Cache):
         self._cache = cache
-        self._condition = threading.Condition()
+        # The lock is taken as it is: a condition's own ways to it are in Python.
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         # None until the first session is adopted.
         self._tid: bytes | None = None
         # The ZODB database that wants to hear of changes.
@@ -82,7 +84,7 @@ class Position:
     @property
     def tid(self) -> bytes | None:
         """The last change applied. Waits for one that is being applied."""
-        with self._condition:
+        with self._lock:
             return self._tid
 
     @property
@@ -92,7 +94,7 @@ class Position:
 
     def register(self, listener: Any) -> None:
         """Tell ``listener`` (a ZODB database) of changes from now on."""
-        with self._condition:
+        with self._lock:
             self._listener = listener
 
     def adopt(
@@ -103,7 +105,7 @@ class Position:
         ``changes`` are those since the position that the source was told in its
         hello; None means that there is no way from there to ``last_tid``.
         """
-        with self._condition:
+        with self._lock:
             self._source = self._last_source = source
             self._pending.clear()
             if self._tid is None:
@@ -121,14 +123,14 @@ class Position:
 
     def leave(self, source: Source) -> None:
         """``source`` is lost; nobody need wait for what it would have brought."""
-        with self._condition:
+        with self._lock:
             if self._source is source:
                 self._source = None
                 self._condition.notify_all()
 
     def receive(self, source: Source, changes: Iterable[Change]) -> None:
         """Changes have come over a stream."""
-        with self._condition:
+        with self._lock:
             if source is self._source:
                 self._merge(changes)
                 self._advance()
@@ -138,7 +140,7 @@ class Position:
         self, source: Source, last_tid: bytes, changes: Iterable[Change] | None
     ) -> None:
         """The answer to a sync; returns when ``last_tid`` is applied."""
-        with self._condition:
+        with self._lock:
             if source is self._source and changes is not None:
                 self._merge(changes)
                 self._advance()
@@ -151,15 +153,16 @@ class Position:
 
         Whether it is so; then ``let_go`` must follow, by the same thread.
         """
-        return self._condition.acquire(timeout=FORK_WAIT_S)
+        return self._lock.acquire(timeout=FORK_WAIT_S)
 
     def let_go(self) -> None:
         """After a fork, in the parent."""
-        self._condition.release()
+        self._lock.release()
 
     def forget(self) -> None:
         """In a forked child: the locks may be held by threads that are not here."""
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         self._source = self._last_source = None
         self._pending = []
         self._finishing = set()
@@ -170,14 +173,14 @@ class Position:
 
     def begin_finish(self, transaction: bytes) -> bytes:
         """A thread is about to finish ``transaction``; returns the position to send."""
-        with self._condition:
+        with self._lock:
             self._finishing.add(transaction)
             self._unanswered.add(transaction)
             return self._at()
 
     def give_up(self, transaction: bytes) -> None:
         """The thread that was finishing ``transaction`` has lost its channel."""
-        with self._condition:
+        with self._lock:
             self._finishing.discard(transaction)
             self._unanswered.discard(transaction)
             self._advance()
@@ -199,7 +202,7 @@ class Position:
         once, but after the database was told to trust nothing that it has in memory.
         The next session then brings the change like anybody's.
         """
-        with self._condition:
+        with self._lock:
             is_in_place = self._wait_for_turn(source, change, others)
             if is_in_place:
                 del self._pending[0]
@@ -277,13 +280,15 @@ class Position:
         source, self._source = self._source, None
         self._last_source = None
         self._pending.clear()
+        if source is None:
+            # The next session brings what is missing.
+            return
         at, since = self._at().hex(), change.since.hex()
         reason = f"changes between {at} and {since} are missing"
         if change.since < self._at():
             reason = f"the server's history goes on from {since}, without our {at}"
         logger.error("%s; the session is opened anew", reason)
-        if source is not None:
-            source.close(reason)
+        source.close(reason)
 
     def _apply(self, change: Change) -> None:
         self._cache.apply(change.tid, change.oids)

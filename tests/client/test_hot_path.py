@@ -93,6 +93,7 @@ def test_a_load_is_one_send_and_one_receive_and_takes_no_lock_of_the_connection(
         patched.setattr(channel, "_round_trip", RoundTrip(counting))
         patched.setattr(session, "_lock", Untouchable())
         patched.setattr(session._pool, "_lock", Untouchable())
+        patched.setattr(storage.position, "_lock", Untouchable())
         patched.setattr(storage.position, "_condition", Untouchable())
         patched.setattr(storage._connector, "_changed", Untouchable())
         for oid in OIDS:

@@ -139,6 +139,47 @@ def test_the_stream_may_bring_what_follows_a_commit_before_its_answer(
     assert seen(reader, "x") == b"own"
 
 
+def test_what_a_lost_answer_told_comes_with_the_next_session(server, writer, reader):
+    """The stream was spared it, and nobody commits afterwards."""
+    commit(writer, y=b"old")
+    transaction = vote(reader, x=b"own")
+    peer = committing_channel(server)
+    answers = HeldAnswers(server, peer)
+    answers.hold()
+    told: list[bytes] = []
+    finishing = Background(finish, reader, transaction, told)
+    answers.wait_for_one()
+    server.on_loop(peer.cut_off)
+    own = finishing.result()
+    assert told == [own]
+    wait_for_position(reader, own)
+    assert seen(reader, "x") == b"own"
+    assert commit(reader, x=b"later") > own
+
+
+def test_what_nobody_waits_for_any_more_comes_with_the_next_session(server, reader):
+    """The thread that finishes is interrupted while the answer is on its way."""
+    transaction = vote(reader, x=b"own")
+    channel: Any = reader._commits[transaction]._channel
+    before = reader.lastTransaction()
+    socket = channel._socket
+
+    def last_tid() -> bytes:
+        tid: bytes = server.on_loop(lambda: server.served.changes.last_tid)
+        return tid
+
+    def interrupted(data: bytes) -> bytes:
+        socket.sendall(data)
+        wait_until(lambda: last_tid() > before, "the commit")
+        raise KeyboardInterrupt
+
+    channel._round_trip = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        reader.tpc_finish(transaction)
+    wait_for_position(reader, last_tid())
+    assert seen(reader, "x") == b"own"
+
+
 def test_two_threads_may_finish_and_be_answered_in_the_wrong_order(server, reader):
     """The second commit's answer comes first: its thread waits for the first one's."""
     database = Listening()
