@@ -67,13 +67,22 @@ def decode(payload: bytes) -> Message:
         raise RemoteProtocolError(f"there is no message of kind {code!r:.40}")
     kind, classes = _DECODING[code]
     del array[0]
-    if len(array) != len(classes):
+    # Compared at once; what an answer brings may be of any class, so it is looked at.
+    if tuple(map(type, array)) != classes:
+        _check_fields(kind, classes, array)
+    return kind._make(array)
+
+
+def _check_fields(
+    kind: type[Message], classes: tuple[type, ...], fields: list[Any]
+) -> None:
+    """Raise RemoteProtocolError unless ``fields`` are of ``classes``."""
+    if len(fields) != len(classes):
         raise RemoteProtocolError(
-            f"a {kind.__name__} has {len(classes)} fields, not {len(array)}"
+            f"a {kind.__name__} has {len(classes)} fields, not {len(fields)}"
         )
-    for value, wanted in zip(array, classes, strict=True):
+    for value, wanted in zip(fields, classes, strict=True):
         if type(value) is not wanted and wanted is not object:
             raise RemoteProtocolError(
                 f"a {kind.__name__} with {type(value).__name__} for {wanted.__name__}"
             )
-    return kind._make(array)

@@ -345,8 +345,11 @@ class Connection:
         """Client: ask; the answer carries the id in ``last_request``."""
         number = self._last_request + 1
         sent = None
-        if method == "load" and self._asks_loads:
-            sent = encode_load(number, args)
+        if self._asks_loads:
+            if method == "load":
+                sent = encode_load(number, args)
+            # Other answers need not be looked at twice.
+            self._recognise = None if sent is None else decode_loaded
         if sent is None or len(sent) > self._known_bytes_max:
             sent = self._send(Request(number, method, args), now)
         self.sent_at = now

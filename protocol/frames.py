@@ -60,8 +60,14 @@ class FrameReader:
         return self._cut(data)
 
     def _cut(self, data: bytes) -> list[bytes]:
-        payloads = []
         start, end = 0, len(data)
+        if end > PREFIX_BYTES:
+            (length,) = _unpack_length(data)
+            if PREFIX_BYTES + length == end and length <= self.frame_bytes_max:
+                # One frame and nothing else, as nearly always.
+                self._need_bytes = PREFIX_BYTES
+                return [data[PREFIX_BYTES:]]
+        payloads = []
         while True:
             body = start + PREFIX_BYTES
             if body > end:
