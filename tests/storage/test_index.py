@@ -204,10 +204,12 @@ _places = st.dictionaries(
 )
 
 
-@given(st.lists(_places))
-def test_places_are_put_as_zodb_puts_them(rounds):
+@given(st.lists(_places), st.integers(1, 4))
+def test_places_are_put_as_zodb_puts_them(rounds, at_once):
     ours, zodbs = fsIndex(), fsIndex()
-    for places in rounds:
-        put_places(ours, places)
-        zodbs.update(places)
-        assert ours.items() == zodbs.items()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(index, "PLACES_AT_ONCE", at_once)
+        for places in rounds:
+            put_places(ours, places)
+            zodbs.update(places)
+            assert ours.items() == zodbs.items()
