@@ -9,7 +9,7 @@ import gc
 import sys
 
 # How long a thread that computes keeps the interpreter when the loop wants it; 5 ms is
-# the default. Each load may need it three times. While a vote of 100,000 objects went
+# the default. A load may need it three times. While a vote of 100,000 objects went
 # on, a tenth of them took 3-6 ms; with this it is less than 2, and the vote takes as
 # long.
 SWITCH_INTERVAL_S = 0.0005
