@@ -227,11 +227,16 @@ class Position:
         self._unanswered.discard(change.transaction or b"")
         if others is not None and source is self._last_source:
             self._merge([*others, change])
-            self._advance()
-            self._condition.notify_all()
+        self._advance()
+        self._condition.notify_all()
         while self._at() < change.tid:
             pending = self._pending
-            if pending and pending[0].transaction == change.transaction:
+            if (
+                pending
+                and pending[0].transaction == change.transaction
+                # Or something is missing that another answer will bring.
+                and pending[0].since == self._at()
+            ):
                 return True
             # What is pending waits for nothing but threads that finish.
             is_pending = any(each.tid == change.tid for each in pending)

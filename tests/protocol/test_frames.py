@@ -125,3 +125,10 @@ def test_a_piece_is_kept_as_it_is_not_copied():
     piece = frame(b"x" * 500)[:400]
     reader.feed(piece)
     assert reader._fragments[0] is piece
+
+
+def test_a_whole_frame_that_is_too_long_is_refused():
+    reader = FrameReader(10)
+    assert reader.feed(frame(bytes(10))) == [bytes(10)]
+    with pytest.raises(RemoteProtocolError, match="11 bytes"):
+        reader.feed(frame(bytes(11)))
