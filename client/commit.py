@@ -232,6 +232,7 @@ class Commit:
         except ChannelLost as error:
             cause = self._session.lost(error)
             self._forgo_answer(str(cause))
+            position.give_up(self.stores.id)
             tid, others = self._ask_for_outcome(sent_at, cause), None
         except StorageSystemError as error:
             position.give_up(self.stores.id)
@@ -270,10 +271,8 @@ class Commit:
 
         The stream may have been spared that, so a new session has to bring it.
         """
-        position = self._storage.position
         self._session.close(reason)
-        position.leave(self._session)
-        position.give_up(self.stores.id)
+        self._storage.position.leave(self._session)
 
     def _ask_for_outcome(self, sent_at: bytes, cause: ChannelLost) -> bytes:
         """The tid of the transaction, if it was committed; else raises the truth."""

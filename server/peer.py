@@ -34,7 +34,7 @@ class Peer(asyncio.Protocol):
         self.connection = Connection(Role.SERVER, self._now(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
-        # The short way of a load, if its session has one; a channel has it.
+        # The short way of a load, if its database has one; a channel has it.
         self.answer: Answer | None = None
         self.transactions = ChannelTransactions(limits)
         # The blobs of the transaction that will vote next; a channel has it.
@@ -49,7 +49,7 @@ class Peer(asyncio.Protocol):
         self._is_lingering = False
         # Whether more waits for it than the limit says; the transport tells.
         self.is_lagging = False
-        # What its session was told with an answer already; see Follower.
+        # See Follower.
         self.told_tid = Z64
         # How many want nothing to be read now.
         self._holds = 0

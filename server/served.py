@@ -20,6 +20,7 @@ from typing import Protocol
 from zeolith.protocol.codec import encode
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Notice
+from zeolith.server.answering import answering
 from zeolith.server.committer import Committer
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
@@ -102,6 +103,8 @@ class Served:
         # The pack under way, if there is one.
         self.packing: Packing | None = None
         self.committer = Committer(self)
+        # The short way of a load, if there is one.
+        self.answer = answering(self)
 
     @property
     def is_read_only(self) -> bool:

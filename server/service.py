@@ -181,7 +181,7 @@ class Service:
             if session is None:
                 raise HelloRefused("session", "the session has ended")
             peer.session = session
-            peer.answer = session.answer
+            peer.answer = session.served.answer
             session.channels.add(peer)
         return _welcome(None)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ZODB.POSException import StorageTransactionError
 
 from zeolith.protocol.limits import Limits
-from zeolith.server.answering import answering
 from zeolith.server.committer import Commit
 from zeolith.server.served import Served
 from zeolith.server.staging import Reading, Staged
@@ -32,8 +31,6 @@ class Session:
     ):
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self.served = served
-        # For its channels.
-        self.answer = answering(served)
         self.stream = stream
         self.channels: set[Peer] = set()
         self.is_read_only = is_read_only

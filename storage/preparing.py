@@ -36,8 +36,8 @@ from zeolith.storage.validation import (
 from zeolith.storage.wrapping import Form
 
 # How many operations are looked at on the loop. Stores and checks of objects that lie
-# side by side take 1 us each; a quarter of a millisecond together if all of them lie
-# apart, which is what a load of hundreds takes, too.
+# side by side take 1 us each; 0.3 ms together if all of them lie apart, which is what a
+# load of hundreds takes, too.
 NOWAIT_OPERATIONS_MAX = 128
 # What a Data.fs has for the length of user, description and extension.
 _TEXT_BYTES_MAX = 65535

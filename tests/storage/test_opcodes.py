@@ -1,4 +1,5 @@
 import pickle
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -43,24 +44,21 @@ STATES = st.recursive(
 
 def bucket(keys: Any, of_class: Any) -> bytes:
     """The record of a BTree that is small enough to be one bucket."""
-    db = DB(None)
-    connection = db.open()
-    tree = of_class(dict.fromkeys(keys, "value"))
-    connection.root()["tree"] = tree
-    connection.transaction_manager.commit()
-    data: bytes = db.storage.load(tree._p_oid)[0]
-    db.close()
-    return data
+    return _record(keys, of_class, lambda tree: tree)
 
 
 def first_bucket(keys: Any, of_class: Any) -> bytes:
     """The record of the first of several buckets, which refers to the next one."""
+    return _record(keys, of_class, lambda tree: tree._firstbucket)
+
+
+def _record(keys: Any, of_class: Any, part: Callable[[Any], Any]) -> bytes:
     db = DB(None)
     connection = db.open()
     tree = of_class(dict.fromkeys(keys, "value"))
     connection.root()["tree"] = tree
     connection.transaction_manager.commit()
-    data: bytes = db.storage.load(tree._firstbucket._p_oid)[0]
+    data: bytes = db.storage.load(part(tree)._p_oid)[0]
     db.close()
     return data
 
