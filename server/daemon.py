@@ -116,8 +116,8 @@ async def _serve(
             logger.info("the configuration was read again")
 
     for number in _STOPPING:
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        _heed(number, loop, stop.set)
+    _heed(signal.SIGHUP, loop, on_hangup)
     listener = Listener(lambda: Peer(service, DEFAULT))
     ticking = loop.create_task(_tick(service, index_saver))
     try:
@@ -134,21 +134,27 @@ async def _serve(
         await listener.close()
         ticking.cancel()
         all_ended = await _wind_down(service, options.shutdown_timeout_s)
-        _heed_no_more_signals(loop)
+        _heed_no_more_signals()
     return all_ended
 
 
-def _heed_no_more_signals(loop: asyncio.AbstractEventLoop) -> None:
-    """Let nobody who is impatient end the process before the indexes are saved.
+def _heed(
+    number: signal.Signals,
+    loop: asyncio.AbstractEventLoop,
+    callback: Callable[[], object],
+) -> None:
+    """Have the loop call ``callback`` for each signal ``number``.
 
-    The loop would restore the default, which is to die, when it is closed.
+    Not by the loop's own ``add_signal_handler``: such a handler can only be removed by
+    way of the default, which is to die, and the loop removes it when it is closed.
     """
-    numbers = (*_STOPPING, signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    for number in numbers:
-        loop.remove_signal_handler(number)
+    signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
+
+
+def _heed_no_more_signals() -> None:
+    """Let nobody who is impatient end the process before the indexes are saved."""
+    for number in (*_STOPPING, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> Served:

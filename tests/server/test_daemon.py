@@ -247,3 +247,41 @@ def test_clients_that_said_nothing_do_not_hold_up_the_end(tmp_path):
         silent.settimeout(WAIT_S)
         while silent.recv(4096):
             pass
+
+
+IMPATIENT = """
+import os, signal, sys
+from zeolith.server import config, daemon
+
+change = signal.signal
+
+def change_in_vain(number, handler):
+    if handler is signal.SIG_IGN and is_ready:
+        os.kill(os.getpid(), number)
+    return change(number, handler)
+
+def announce(line):
+    if line == "ready":
+        is_ready.append(True)
+        signal.raise_signal(signal.SIGTERM)
+
+is_ready = []
+options = config.quick_options([("127.0.0.1", 0)], sys.argv[1], None)
+signal.signal = change_in_vain
+daemon.run(options, announce, lambda: None)
+"""
+
+
+def test_no_signal_kills_between_being_heeded_and_being_ignored(tmp_path):
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        IMPATIENT,
+        str(tmp_path / "Data.fs"),
+    ]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=WAIT_S
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
