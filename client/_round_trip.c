@@ -10,6 +10,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <sched.h>
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <time.h>
@@ -21,6 +22,8 @@
 #define PREFIX_BYTES 4
 /* On the stack: most answers are smaller, and a large one is put together elsewhere. */
 #define STACK_BYTES 16384
+/* Whoever gives its core away for longer than this has somebody who wants it. */
+#define ALONE_NS 5000
 
 /* One call: what is to be sent, and what has come. */
 typedef struct {
@@ -109,17 +112,45 @@ look(trip *t, long long look_ns)
     return error == EWOULDBLOCK || error == EINTR ? EAGAIN : error;
 }
 
-/* Wait for the answer while other threads run; 0, or an error. A signal's handler runs
- * here, as in a socket's methods; if it raises, the error is EINTR. regain_ns tells how
- * long it took to get the interpreter back, the last time. */
+/* Look for the answer for up to watch_ns, unless somebody else wants this core; 0 if it
+ * came, EAGAIN if it is to be waited for, or an error. Needs no interpreter. */
 static int
-await(trip *t, long long *regain_ns)
+watch(trip *t, long long watch_ns)
+{
+    long long before_ns, now_ns = monotonic_ns();
+    long long end_ns = now_ns + watch_ns;
+    int error;
+
+    do {
+        error = receive_enough(t, MSG_DONTWAIT);
+        if (error != EAGAIN && error != EWOULDBLOCK) {
+            return error;
+        }
+        before_ns = monotonic_ns();
+        sched_yield();
+        now_ns = monotonic_ns();
+    } while (now_ns < end_ns && now_ns - before_ns < ALONE_NS);
+    return EAGAIN;
+}
+
+/* Wait for the answer while other threads run; 0, or an error. A signal's handler runs
+ * here, as in a socket's methods; if it raises, the error is EINTR. The first watch_ns
+ * are spent awake; is_late tells whether that was in vain. regain_ns tells how long it
+ * took to get the interpreter back, the last time. */
+static int
+await(trip *t, long long watch_ns, long long *regain_ns, int *is_late)
 {
     int error;
 
     do {
         Py_BEGIN_ALLOW_THREADS
         error = send_rest(t, 0);
+        if (!error && watch_ns > 0) {
+            error = watch(t, watch_ns);
+            *is_late = error == EAGAIN;
+            error = *is_late ? 0 : error;
+            watch_ns = 0;
+        }
         if (!error) {
             error = receive_enough(t, 0);
         }
@@ -132,22 +163,25 @@ await(trip *t, long long *regain_ns)
 
 /* What is to be sent, and where; 0, or -1 with an exception. */
 static int
-parse(PyObject *const *args, Py_ssize_t count, trip *t, long long *look_ns)
+parse(PyObject *const *args, Py_ssize_t count, trip *t, long long times_ns[2])
 {
     PyObject *fd;
     Py_ssize_t sending;
     char *data;
 
-    if (count != 3) {
-        PyErr_SetString(PyExc_TypeError, "exchange takes a socket, bytes and a time");
+    if (count != 4) {
+        PyErr_SetString(
+            PyExc_TypeError, "exchange takes a socket, bytes and two times");
         return -1;
     }
     if (PyBytes_AsStringAndSize(args[1], &data, &sending) < 0) {
         return -1;
     }
-    *look_ns = PyLong_AsLongLong(args[2]);
-    if (*look_ns == -1 && PyErr_Occurred()) {
-        return -1;
+    for (int i = 0; i < 2; i++) {
+        times_ns[i] = PyLong_AsLongLong(args[2 + i]);
+        if (times_ns[i] == -1 && PyErr_Occurred()) {
+            return -1;
+        }
     }
     /* Asked for each time: -1 of a closed socket is EBADF, its old number may be
      * somebody else's. */
@@ -166,31 +200,32 @@ parse(PyObject *const *args, Py_ssize_t count, trip *t, long long *look_ns)
 }
 
 PyDoc_STRVAR(exchange_doc,
-"exchange(sock, data, look_ns, /)\n--\n\n"
-"Send all of ``data``; return ``(received, regain_ns)``.\n\n"
+"exchange(sock, data, look_ns, watch_ns, /)\n--\n\n"
+"Send all of ``data``; return ``(received, regain_ns, is_late)``.\n\n"
 "What is received holds a whole frame at least, if that is not too large, or is nothing\n"
 "if the peer has ended. It is looked for without letting other threads run for up to\n"
 "``look_ns``; ``regain_ns`` is negative if that was enough, else what it took to get\n"
-"the interpreter back. Raises OSError as the methods of a socket do, and what a\n"
-"signal's handler raises.");
+"the interpreter back. Then it is watched for, for up to ``watch_ns``, before the thread\n"
+"sleeps; ``is_late`` tells whether that was in vain. Raises OSError as the methods of a\n"
+"socket do, and what a signal's handler raises.");
 
 static PyObject *
 exchange(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     char buffer[STACK_BYTES];
     trip t = {.buffer = buffer, .size_bytes = sizeof(buffer)};
-    long long look_ns, regain_ns = -1;
-    int error = EAGAIN;
+    long long times_ns[2], regain_ns = -1;
+    int error = EAGAIN, is_late = 0;
 
     (void)module;
-    if (parse(args, count, &t, &look_ns) < 0) {
+    if (parse(args, count, &t, times_ns) < 0) {
         return NULL;
     }
-    if (look_ns > 0) {
-        error = look(&t, look_ns);
+    if (times_ns[0] > 0) {
+        error = look(&t, times_ns[0]);
     }
     if (error == EAGAIN) {
-        error = await(&t, &regain_ns);
+        error = await(&t, times_ns[1], &regain_ns, &is_late);
     }
     if (error) {
         if (!PyErr_Occurred()) {
@@ -199,7 +234,8 @@ exchange(PyObject *module, PyObject *const *args, Py_ssize_t count)
         }
         return NULL;
     }
-    return Py_BuildValue("y#L", t.buffer, (Py_ssize_t)t.have_bytes, regain_ns);
+    return Py_BuildValue("y#LO", t.buffer, (Py_ssize_t)t.have_bytes, regain_ns,
+                         is_late ? Py_True : Py_False);
 }
 
 static PyMethodDef methods[] = {

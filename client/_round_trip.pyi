@@ -1,5 +1,5 @@
 import socket
 
 def exchange(
-    sock: socket.socket, data: bytes, look_ns: int, /
-) -> tuple[bytes, int]: ...
+    sock: socket.socket, data: bytes, look_ns: int, watch_ns: int, /
+) -> tuple[bytes, int, bool]: ...

@@ -78,7 +78,7 @@ class Channel:
         data = connection.request(method, list(args), _monotonic())
         # What ask and answer do, spelled out, for this is the hot path.
         try:
-            received = self._round_trip(data)
+            received = self._round_trip(data, method == "load")
             while received:
                 for message in connection.receive_data(received, _monotonic()):
                     if type(message) is Reply:

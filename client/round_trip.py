@@ -8,6 +8,12 @@ it looks for the answer first, for a moment in which no other thread runs. (To l
 always was tried: threads that only load get in each other's way.) Where the server is
 too far away, or has to share a busy core, it looks in vain, and soon hardly ever.
 
+The answer to a load comes sooner than a processor falls asleep and wakes again, if the
+server is near and has a core of its own: 65 us a load became 33, with no more of the
+processor's time. So that answer is *watched* for by a thread that stays awake for a
+moment; other threads run meanwhile, and whoever else wants the core gets it. This, too,
+is done less and less often where it is in vain.
+
 ``exchange`` below is its twin, for sockets that are more than a socket and for
 installations without the compiled module. A ``RoundTrip`` belongs to a channel, and so
 to one thread at a time.
@@ -29,19 +35,25 @@ DEAR_NS = 2_500_000
 DEAR_TIMES = 2
 # After so many answers that were found by looking it is tried whether it is still dear.
 FOUND_MAX = 200
-# How many answers at most are not looked for after it was in vain again and again.
+# How long an answer is watched for: about what it takes to fall asleep and wake. Who
+# waits for longer has lost no more than as much again.
+WATCH_NS = 50_000
+# How many answers at most are not looked or watched for after it was in vain again and
+# again.
 SKIPPED_MAX = 15
-# Sends all, and receives something, nothing if the peer has ended; looks so many
-# nanoseconds for it. Also returned: what it took to get the interpreter back, negative
-# if it was not let go of or that is not known. Raises OSError, and what a signal's
-# handler raises.
-Exchange = Callable[[socket.socket, bytes, int], tuple[bytes, int]]
+# Sends all, and receives something, nothing if the peer has ended; looks for it, and
+# then watches, for so many nanoseconds. Also returned: what it took to get the
+# interpreter back, negative if it was not let go of or that is not known; and whether
+# it was watched for in vain. Raises OSError, and what a signal's handler raises.
+Exchange = Callable[[socket.socket, bytes, int, int], tuple[bytes, int, bool]]
 
 
-def exchange(sock: socket.socket, data: bytes, _look_ns: int) -> tuple[bytes, int]:
-    """The twin, which never looks; what it returns may be less than a frame."""
+def exchange(
+    sock: socket.socket, data: bytes, _look_ns: int, _watch_ns: int
+) -> tuple[bytes, int, bool]:
+    """The twin, which only waits; what it returns may be less than a frame."""
     sock.sendall(data)
-    return sock.recv(RECEIVE_BYTES), -1
+    return sock.recv(RECEIVE_BYTES), -1, False
 
 
 def compiled() -> Exchange | None:
@@ -60,39 +72,67 @@ def exchange_for(sock: socket.socket) -> Exchange:
     return exchange
 
 
+class _Trial:
+    """Something that pays or not: less and less often when it was in vain."""
+
+    __slots__ = ("_pause", "skip")
+
+    def __init__(self) -> None:
+        # How many times it is not done now, and when it is in vain the next time.
+        self.skip = self._pause = 0
+
+    def is_due(self) -> bool:
+        """Whether to do it this time."""
+        if self.skip:
+            self.skip -= 1
+            return False
+        return True
+
+    def ended(self, was_in_vain: bool) -> None:
+        """It was done."""
+        if was_in_vain:
+            self.skip = self._pause
+            self._pause = min(2 * self._pause + 1, SKIPPED_MAX)
+        else:
+            self._pause = 0
+
+
 class RoundTrip:
     """Round trips on ``sock``; call it with what is to be sent."""
 
-    __slots__ = ("_dear", "_exchange", "_found", "_pause", "_skip", "_socket")
+    __slots__ = ("_dear", "_exchange", "_found", "_look", "_socket", "_watch")
 
     def __init__(self, sock: socket.socket, exchange: Exchange | None = None):
         self._socket = sock
         self._exchange = exchange or exchange_for(sock)
         # How often it was dear in a row, and how many answers were found meanwhile.
         self._dear = self._found = 0
-        # How many are not looked for now, and when it is in vain the next time.
-        self._skip = self._pause = 0
+        self._look, self._watch = _Trial(), _Trial()
 
-    def __call__(self, data: bytes) -> bytes:
+    def __call__(self, data: bytes, is_quick: bool = False) -> bytes:
         """What came after ``data`` was sent; nothing if the peer has ended.
 
-        Raises OSError, and what a signal's handler raises.
+        ``is_quick``: a server has the answer at once. Raises OSError, and what a
+        signal's handler raises.
         """
-        look_ns = 0
+        look_ns = watch_ns = 0
         if self._dear >= DEAR_TIMES:
-            if self._skip:
-                self._skip -= 1
-            else:
+            if self._look.is_due():
                 look_ns = LOOK_NS
-        received, regain_ns = self._exchange(self._socket, data, look_ns)
+        elif is_quick and self._watch.is_due():
+            watch_ns = WATCH_NS
+        received, regain_ns, is_late = self._exchange(
+            self._socket, data, look_ns, watch_ns
+        )
+        if watch_ns:
+            self._watch.ended(is_late)
         if regain_ns >= 0:
             self._dear = self._dear + 1 if regain_ns > DEAR_NS else 0
             if look_ns:
-                self._skip = self._pause
-                self._pause = min(2 * self._pause + 1, SKIPPED_MAX)
+                self._look.ended(True)
         elif look_ns:
-            self._pause = 0
+            self._look.ended(False)
             self._found += 1
             if self._found == FOUND_MAX:
-                self._found, self._skip = 0, 1
+                self._found, self._look.skip = 0, 1
         return received

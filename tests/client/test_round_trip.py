@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -33,19 +34,20 @@ needs_compiled = pytest.mark.skipif(
     COMPILED is None, reason="there is no compiled module"
 )
 # Long enough for an answer that is there, or comes from another thread.
-LOOK_NS = 20_000_000
+LOOK_NS = WATCH_NS = 20_000_000
 
 
 @pytest.fixture(
     params=[
-        pytest.param((round_trip.exchange, 0), id="twin"),
-        pytest.param((COMPILED, 0), id="compiled", marks=needs_compiled),
-        pytest.param((COMPILED, LOOK_NS), id="looking", marks=needs_compiled),
+        pytest.param((round_trip.exchange, 0, 0), id="twin"),
+        pytest.param((COMPILED, 0, 0), id="compiled", marks=needs_compiled),
+        pytest.param((COMPILED, LOOK_NS, 0), id="looking", marks=needs_compiled),
+        pytest.param((COMPILED, 0, WATCH_NS), id="watching", marks=needs_compiled),
     ]
 )
 def exchange(request: pytest.FixtureRequest) -> Callable[[Any, Any], bytes]:
-    function, look_ns = request.param
-    return lambda sock, data: function(sock, data, look_ns)[0]
+    function, *times_ns = request.param
+    return lambda sock, data: function(sock, data, *times_ns)[0]
 
 
 @pytest.fixture
@@ -108,17 +110,16 @@ def test_the_beginning_of_a_large_frame_is_returned(exchange, ends):
 
 
 @needs_compiled
-@pytest.mark.parametrize("look_ns", [0, LOOK_NS])
+@pytest.mark.parametrize("times_ns", [(0, 0), (LOOK_NS, 0), (0, WATCH_NS)])
 @pytest.mark.parametrize("cut_at", range(1, len(ANSWER)))
-def test_the_compiled_one_returns_whole_frames(ends, cut_at, look_ns):
+def test_the_compiled_one_returns_whole_frames(ends, cut_at, times_ns):
     near, far = ends
     assert COMPILED is not None
     far.sendall(ANSWER[:cut_at])
-    calling = Background(COMPILED, near, REQUEST, look_ns)
+    calling = Background(COMPILED, near, REQUEST, *times_ns)
     assert far.recv(100) == REQUEST
     far.sendall(ANSWER[cut_at:])
-    received, _regain_ns = calling.result()
-    assert received == ANSWER
+    assert calling.result()[0] == ANSWER
 
 
 @pytest.mark.parametrize("length", [0, 2**32 - 1])
@@ -280,9 +281,9 @@ def test_an_answer_that_is_there_is_found_by_looking(ends):
     near, far = ends
     assert COMPILED is not None
     far.sendall(ANSWER)
-    assert COMPILED(near, REQUEST, LOOK_NS) == (ANSWER, -1)
+    assert COMPILED(near, REQUEST, LOOK_NS, 0) == (ANSWER, -1, False)
     far.sendall(ANSWER)
-    received, regain_ns = COMPILED(near, REQUEST, 0)
+    received, regain_ns, _is_late = COMPILED(near, REQUEST, 0, 0)
     assert received == ANSWER
     assert regain_ns >= 0
 
@@ -298,7 +299,7 @@ def test_no_other_thread_runs_while_an_answer_is_looked_for(ends):
     try:
         echoing = threading.Thread(target=lambda: far.sendall(far.recv(100) and ANSWER))
         echoing.start()
-        received, regain_ns = COMPILED(near, REQUEST, LOOK_NS)
+        received, regain_ns, _is_late = COMPILED(near, REQUEST, LOOK_NS, 0)
     finally:
         sys.setswitchinterval(before_s)
     echoing.join()
@@ -306,16 +307,68 @@ def test_no_other_thread_runs_while_an_answer_is_looked_for(ends):
     assert regain_ns >= 0, "it was found while it was looked for"
 
 
+@needs_compiled
+def test_an_answer_that_is_there_is_seen_by_watching(ends):
+    near, far = ends
+    assert COMPILED is not None
+    far.sendall(ANSWER)
+    received, regain_ns, is_late = COMPILED(near, REQUEST, 0, WATCH_NS)
+    assert (received, is_late) == (ANSWER, False)
+    assert regain_ns >= 0, "no other thread could run"
+
+
+@needs_compiled
+def test_one_that_does_not_come_in_time_is_waited_for(ends):
+    near, far = ends
+    assert COMPILED is not None
+    calling = Background(COMPILED, near, REQUEST, 0, 1)
+    assert not calling.returns_soon()
+    far.sendall(ANSWER)
+    received, _regain_ns, is_late = calling.result()
+    assert (received, is_late) == (ANSWER, True)
+
+
+@needs_compiled
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="nobody says here who runs where"
+)
+def test_nobody_watches_who_keeps_others_from_their_core(ends):
+    """The kernel gives the core to a process that wants it, and that is noticed."""
+    near, _far = ends
+    assert COMPILED is not None
+    limit_silence(near, 0.001)
+    cores = os.sched_getaffinity(0)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        for process in (0, busy.pid):
+            os.sched_setaffinity(process, {min(cores)})
+        before = resource.getrusage(resource.RUSAGE_THREAD)
+        with pytest.raises(BlockingIOError):
+            COMPILED(near, REQUEST, 0, 500_000_000)
+        after = resource.getrusage(resource.RUSAGE_THREAD)
+    finally:
+        os.sched_setaffinity(0, cores)
+        busy.kill()
+        busy.wait()
+    # It might have given the core away for half a second, again and again.
+    assert after.ru_nivcsw - before.ru_nivcsw < 20
+
+
 class Exchanges:
     """An exchange that tells what the test wants, and writes down what is asked."""
 
     def __init__(self) -> None:
         self.regain_ns = 0
+        self.is_late = False
         self.looks: list[int] = []
+        self.watches: list[int] = []
 
-    def __call__(self, _sock: Any, _data: bytes, look_ns: int) -> tuple[bytes, int]:
+    def __call__(
+        self, _sock: Any, _data: bytes, look_ns: int, watch_ns: int
+    ) -> tuple[bytes, int, bool]:
         self.looks.append(look_ns)
-        return ANSWER, self.regain_ns
+        self.watches.append(watch_ns)
+        return ANSWER, self.regain_ns, self.is_late
 
 
 @pytest.fixture
@@ -382,6 +435,45 @@ def test_one_that_is_found_makes_up_for_those_in_vain(exchanges, trip):
     looked(exchanges, trip, DEAR, DEAR)
     assert looked(exchanges, trip, DEAR, DEAR, DEAR) == [True, True, False]
     assert looked(exchanges, trip, FOUND, DEAR, DEAR) == [True] * 3
+
+
+# Whether the answer is watched for
+
+
+def watched(exchanges: Exchanges, trip: RoundTrip, *are_late: bool) -> list[bool]:
+    """In which of some quick calls, with these outcomes, the answer was watched for."""
+    exchanges.watches.clear()
+    for is_late in are_late:
+        exchanges.is_late = is_late
+        assert trip(REQUEST, True) == ANSWER
+    assert set(exchanges.watches) <= {0, round_trip.WATCH_NS}
+    return [watch_ns > 0 for watch_ns in exchanges.watches]
+
+
+def test_only_quick_answers_are_watched_for(exchanges, trip):
+    assert watched(exchanges, trip, False, False) == [True, True]
+    trip(REQUEST)
+    assert exchanges.watches[-1] == 0
+
+
+def test_who_watches_in_vain_watches_less_and_less_often(exchanges, trip):
+    calls = watched(exchanges, trip, *[True] * 200)
+    watches = [number for number, is_watch in enumerate(calls) if is_watch]
+    skipped = [after - before - 1 for before, after in pairwise(watches)]
+    assert skipped[:5] == [0, 1, 3, 7, SKIPPED_MAX]
+    assert set(skipped[5:]) == {SKIPPED_MAX}
+
+
+def test_one_that_came_in_time_makes_up_for_those_that_did_not(exchanges, trip):
+    assert watched(exchanges, trip, True, True, True) == [True, True, False]
+    assert watched(exchanges, trip, False, True, True) == [True] * 3
+
+
+def test_who_looks_does_not_watch(exchanges, trip):
+    looked(exchanges, trip, DEAR, DEAR)
+    exchanges.regain_ns = FOUND
+    assert watched(exchanges, trip, False) == [False]
+    assert exchanges.looks[-1] == round_trip.LOOK_NS
 
 
 # Which one

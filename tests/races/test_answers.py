@@ -168,7 +168,7 @@ def test_what_nobody_waits_for_any_more_comes_with_the_next_session(server, read
         tid: bytes = server.on_loop(lambda: server.served.changes.last_tid)
         return tid
 
-    def interrupted(data: bytes) -> bytes:
+    def interrupted(data: bytes, _is_quick: bool) -> bytes:
         socket.sendall(data)
         wait_until(lambda: last_tid() > before, "the commit")
         raise KeyboardInterrupt
