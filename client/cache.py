@@ -40,6 +40,8 @@ class Cache(Protocol):
 
     # All changes up to this one have been applied.
     valid_through: bytes
+    # Database id and epoch of what is cached, if that is known without a session.
+    identity: tuple[bytes, int] | None
 
     def load(
         self, oid: bytes, before: bytes
@@ -82,6 +84,15 @@ class Cache(Protocol):
     def reset(self, valid_through: bytes) -> None:
         """In a forked child: start afresh, whatever was going on in the parent."""
 
+    def identify(self, database_id: bytes, epoch: int) -> bool:
+        """The server's database is this one, as a session says before it is adopted.
+
+        True if something else is cached now than before, and ``valid_through`` is new.
+        """
+
+    def close(self) -> None:
+        """Let go of everything; what is asked for from now on is a miss."""
+
 
 class Entry:
     """One revision. ``end`` is set at most once, by a change."""
@@ -103,6 +114,7 @@ class MemoryCache:
     def __init__(self, cache_bytes: int = DEFAULT_CACHE_BYTES):
         self.cache_bytes = cache_bytes
         self.valid_through = Z64
+        self.identity: tuple[bytes, int] | None = None
         self.history = 0
         self.hits = self.misses = 0
         self._lock = threading.Lock()
@@ -230,6 +242,13 @@ class MemoryCache:
         """See Cache.reset."""
         self._lock = threading.Lock()
         self.forget_all(valid_through)
+
+    def identify(self, _database_id: bytes, _epoch: int) -> bool:
+        """See Cache.identify."""
+        return False
+
+    def close(self) -> None:
+        """See Cache.close."""
 
     def _with(self, have: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
         """``have`` and one more, without the oldest if they are too many."""

@@ -22,9 +22,9 @@ from ZODB.POSException import (
     UndoError,
 )
 
+from zeolith.client.changes import Change
 from zeolith.client.channel import Channel
 from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcomeUnknown
-from zeolith.client.position import Change
 from zeolith.client.session import Session
 from zeolith.client.stores import Stores
 from zeolith.client.uploads import Uploads

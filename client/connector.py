@@ -18,9 +18,11 @@ import threading
 import time
 from collections.abc import Callable
 
+from zeolith.client.cache import Cache
+from zeolith.client.changes import Change
 from zeolith.client.dial import RETRY_MAX_S, Reached, Wish, delays, dial_any, is_refusal
 from zeolith.client.errors import ClientDisconnected
-from zeolith.client.position import Change, Position
+from zeolith.client.position import Position
 from zeolith.client.session import Session
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.errors import HelloRefused, ZeolithError
@@ -48,6 +50,7 @@ class Connector:
         falls_back: bool,
         limits: Limits,
         on_session: Callable[[Session], None],
+        cache: Cache,
     ):
         self._addresses = addresses
         self._position = position
@@ -63,8 +66,10 @@ class Connector:
         # Database id and epoch of the session that is, or is being, adopted.
         self.identity: tuple[bytes, int] | None = None
         # Of the database, to know it again.
-        self._database_id: bytes | None = None
-        self._epoch: int | None = None
+        self._cache = cache
+        known = cache.identity
+        self._database_id: bytes | None = None if known is None else known[0]
+        self._epoch: int | None = None if known is None else known[1]
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
@@ -184,6 +189,8 @@ class Connector:
                 self._note(error)
                 self._pause(next(waits))
             else:
+                if self._is_cached_otherwise(session):
+                    continue
                 began = time.monotonic()
                 self._live(session)
                 lived_s = time.monotonic() - began
@@ -192,6 +199,16 @@ class Connector:
                 if lived_s <= RETRY_MAX_S and self._better is None:
                     # A server that accepts us and then drops us is not hurried.
                     self._pause(next(waits))
+
+    def _is_cached_otherwise(self, session: Session) -> bool:
+        """Whether we have to come again: we know more of the database, or another."""
+        welcome = session.welcome
+        if not self._cache.identify(welcome["database_id"], welcome["epoch"]):
+            return False
+        self._position.stand_at_cache()
+        self._database_id, self._epoch = welcome["database_id"], welcome["epoch"]
+        session.discard("the cache stands elsewhere")
+        return True
 
     def _live(self, session: Session) -> None:
         """Adopt ``session`` and listen to it until it is lost."""

@@ -11,6 +11,10 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+# Imported first for its own hooks: a child must be able to open files when it comes to
+# what is below.
+from zeolith.client import cache_files as cache_files
+
 if TYPE_CHECKING:
     from zeolith.client.position import Position
     from zeolith.client.storage import ClientStorage

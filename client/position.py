@@ -25,9 +25,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from zeolith.client.cache import Cache
+from zeolith.client.changes import Change
 from zeolith.client.tids import Z64
 
 logger = logging.getLogger(__name__)
@@ -43,17 +44,11 @@ class Source(Protocol):
         """End the session without waiting; a new one will be opened."""
 
 
-class Change(NamedTuple):
-    """One committed transaction: its predecessor, its tid, what it changed."""
-
-    since: bytes
-    tid: bytes
-    oids: list[bytes]
-    # The id its client chose; None where the server does not know it any more.
-    transaction: bytes | None
-
-
 _tid_of = attrgetter("tid")
+
+
+def _tid_of_cache(cache: Cache) -> bytes | None:
+    return None if cache.valid_through == Z64 else cache.valid_through
 
 
 class Position:
@@ -64,8 +59,8 @@ class Position:
         # The lock is taken as it is: a condition's own ways to it are in Python.
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
-        # None until the first session is adopted.
-        self._tid: bytes | None = None
+        # None until the first session is adopted, unless there is something cached.
+        self._tid = _tid_of_cache(cache)
         # The ZODB database that wants to hear of changes.
         self._listener: Any = None
         # The session that feeds us, and the one that did last: it may be lost, but what
@@ -91,6 +86,19 @@ class Position:
     def tid_now(self) -> bytes | None:
         """The last change applied, without waiting: may be one behind."""
         return self._tid
+
+    def stand_at_cache(self) -> None:
+        """The cache is of another database now, or has come to know of its own.
+
+        There is no session; what is in memory is of no use.
+        """
+        with self._lock:
+            self._pending.clear()
+            had_one = self._tid is not None
+            self._tid = _tid_of_cache(self._cache)
+            if had_one and self._listener is not None:
+                self._listener.invalidateCache()
+            self._condition.notify_all()
 
     def register(self, listener: Any) -> None:
         """Tell ``listener`` (a ZODB database) of changes from now on."""

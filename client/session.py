@@ -13,11 +13,12 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
+from zeolith.client.changes import Change
 from zeolith.client.channel import Channel, limit_silence, shut_down
 from zeolith.client.dial import Reached, dial_channel
 from zeolith.client.errors import ChannelLost
 from zeolith.client.pool import Pool
-from zeolith.client.position import Change, Position
+from zeolith.client.position import Position
 from zeolith.client.round_trip import RECEIVE_BYTES
 from zeolith.protocol.connection import Connection
 from zeolith.protocol.errors import ZeolithError

@@ -22,13 +22,15 @@ from zope.interface import alsoProvides, implementer
 
 from zeolith.client import forks, iteration, loading, packing, uploads
 from zeolith.client.addressing import addresses_of
-from zeolith.client.cache import DEFAULT_CACHE_BYTES, MemoryCache
+from zeolith.client.cache import DEFAULT_CACHE_BYTES
+from zeolith.client.changes import Change
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
+from zeolith.client.disk_cache import open_cache
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
 from zeolith.client.log_methods import LogMethods
-from zeolith.client.position import Change, Position
+from zeolith.client.position import Position
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64
@@ -100,7 +102,6 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         limits: Limits = DEFAULT,
     ):
         _refuse_arguments_to_come(
-            cache=cache,
             ssl=ssl,
             ssl_server_hostname=ssl_server_hostname,
             username=username,
@@ -118,7 +119,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self.blobs = uploads.open_blobs(
             blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
         )
-        self.cache = MemoryCache(cache_size)
+        self.cache = open_cache(cache, storage, cache_size, self._changes_after)
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
         self._take_nothing_ahead()
@@ -131,6 +132,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             falls_back=bool(read_only_fallback),
             limits=limits,
             on_session=self._welcome,
+            cache=self.cache,
         )
         forks.watch(self)
         self._connector.start()
@@ -219,6 +221,14 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             session, last_tid, [Change(*change) for change in changes]
         )
 
+    def _changes_after(self, position: bytes) -> list[Change] | None:
+        """For the cache, when other processes have brought it less far than we are."""
+        session = self._connector.current
+        if session is None:
+            raise ClientDisconnected("there is no session now")
+        _last_tid, changes = session.call("changes_since", position)
+        return None if changes is None else [Change(*change) for change in changes]
+
     def ping(self) -> None:
         """A round trip to the server and back."""
         self.call("ping")
@@ -238,6 +248,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             commit.abort()
         if self.blobs is not None:
             self.blobs.close()
+        self.cache.close()
         forks.forget(self)
 
     def _welcome(self, session: Session) -> None:

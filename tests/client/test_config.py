@@ -201,4 +201,4 @@ def test_a_database_from_a_file_is_the_servers(tmp_path):
 
 def test_what_is_not_supported_is_said_when_it_is_asked_for(tmp_path):
     with pytest.raises(NotImplementedError, match="not supported yet"):
-        storageFromString(section("server 8100\ncache-path cache"))
+        storageFromString(section("server 8100\nusername ann"))

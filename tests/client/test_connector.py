@@ -80,6 +80,7 @@ def connecting(
         falls_back=falls_back,
         limits=limits,
         on_session=on_session,
+        cache=MemoryCache(),
     )
     connector.start()
     try:
@@ -760,6 +761,7 @@ def test_a_forked_child_lets_go_of_the_parents_sessions(server):
         falls_back=False,
         limits=DEFAULT,
         on_session=lambda session: None,
+        cache=MemoryCache(),
     )
     sessions = [connector._dial(), connector._dial()]
     connector._current, connector._better = sessions

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ZODB.utils import p64
 
 from zeolith.client.cache import MemoryCache
-from zeolith.client.position import Change, Position
+from zeolith.client.changes import Change
+from zeolith.client.position import Position
 from zeolith.client.tids import Z64
 
 from ..support.gates import Background

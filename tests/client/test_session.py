@@ -10,10 +10,11 @@ from ZODB.POSException import POSKeyError
 from ZODB.utils import p64
 
 from zeolith.client.cache import MemoryCache
+from zeolith.client.changes import Change
 from zeolith.client.channel import Channel
 from zeolith.client.dial import Wish, dial
 from zeolith.client.errors import ChannelLost
-from zeolith.client.position import Change, Position
+from zeolith.client.position import Position
 from zeolith.client.session import Session
 from zeolith.protocol.codec import encode
 from zeolith.protocol.errors import HelloRefused

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ZODB.POSException import ReadOnlyError
 
+from zeolith.client.changes import Change
 from zeolith.client.errors import ClientDisconnected
-from zeolith.client.position import Change
 from zeolith.client.storage import ClientStorage
 from zeolith.storage.changes import Changes
 from zeolith.storage.filestore import FileStore

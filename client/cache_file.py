@@ -1,0 +1,594 @@
+"""One cache file: what is known of one database, for all processes of a host.
+
+An LMDB environment. Readers take no lock and write nothing; writers exclude each other,
+and what a writer that is killed had begun is not there. It holds
+
+=========  ============================================================================
+current    oid -> revision that is open: no change up to ``through`` touched it
+ended      oid, end -> revision that was good until ``end``, which is exact
+order      number -> oid, tid of a revision, in the order of eviction
+recent     oid -> tid of its last change, of all changes after ``since``
+changes    tid of each change that was applied; of those long ago only some
+meta       state -> lineage, through, since; format
+=========  ============================================================================
+
+A revision is a checksum of it and its oid, its tid, its data. Invariants, which hold
+between any two write transactions:
+
+1. ``through`` moves over contiguous changes of one history only. Whoever gives a part
+   of it up (the server was restored, or does not know the way) begins a new *lineage*.
+2. A revision in ``current`` that began at or before ``through`` is the one at
+   ``through``. One that began later is the one at its beginning.
+3. All changes after ``since`` and up to ``through`` are in ``recent``.
+
+A process may read and write only if its own history goes through the file's: see
+``agrees``. Used by DiskCache: ``find`` and ``state`` in any thread, everything that
+writes in its writer thread, because it may have to wait for another process.
+"""
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import lmdb
+
+from zeolith.client import cache_place
+from zeolith.client.cache_backlog import Batch, Revision
+from zeolith.client.cache_eviction import UsedMarks
+from zeolith.client.cache_place import FILE_MODE, Presence
+from zeolith.client.changes import Change
+from zeolith.client.tids import Z64
+
+logger = logging.getLogger(__name__)
+
+FORMAT = b"1"
+# Reserved in the address space, not on the disk: no process meets a file that is larger
+# than what it has mapped.
+MAP_BYTES_MIN = 16 * 1024**3
+READERS_MAX = 2000
+# Of one object: what changes with every commit must not cost more each time.
+REVISIONS_MAX = 8
+RECENT_OIDS_MAX = 50_000
+CHANGES_MAX = 10_000
+# Eviction stops at this part of what is allowed; and for one transaction at so many.
+GOAL = 0.95
+EVICTED_MAX = 5000
+# A file may be larger than what is allowed: pages that somebody still reads are not
+# used again. If that goes on (a process is stopped), nothing is added.
+SLACK_BYTES = 32 * 1024**2
+# A reader who reads what so many write transactions ago was true was stopped.
+OLD_TXNS = 20
+OPEN_BATCH = 1000
+# A fork waits no longer for a write; the child then does without the file.
+FORK_WAIT_S = 5.0
+
+# A line of LMDB's list of readers: process, thread, transaction; none is a dash.
+_READER = re.compile(r"^ *\d+ +[0-9a-f]+ +(\d+) *$", re.MULTILINE)
+_STATE = b"state"
+_NAMES = (b"current", b"ended", b"order", b"recent", b"changes", b"meta")
+_CRC, _TID, _DATA = slice(0, 4), slice(4, 12), slice(12, None)
+
+
+class State(NamedTuple):
+    """Where the file stands; each is 8 bytes."""
+
+    lineage: bytes
+    through: bytes
+    since: bytes
+
+    @classmethod
+    def parse(cls, data: bytes) -> "State":
+        """The state that is stored as ``data``."""
+        return cls(data[:8], data[8:16], data[16:])
+
+
+class Foreign(Exception):
+    """The file is of another history than ours, or of ours no more."""
+
+
+class Behind(Exception):
+    """The file lacks changes that we have not got either: those after ``through``."""
+
+    def __init__(self, through: bytes):
+        self.through = through
+
+
+class Crowded(Exception):
+    """The file is too large, and its free pages cannot be had."""
+
+
+class CacheFile:
+    """One environment; all storages of a process that name it share it."""
+
+    def __init__(self, path: Path, cache_bytes: int):
+        """Open ``path``, or begin it; the place is locked.
+
+        Raises OSError and lmdb.Error if there can be no such file.
+        """
+        self.path = path
+        self.cache_bytes = cache_bytes
+        self._presence = Presence(path)
+        # Held by the thread that writes, and while a fork is under way.
+        self._writing = threading.Lock()
+        self.is_paused = False
+        try:
+            self._begin()
+            self.used = UsedMarks(path.with_suffix(".used"))
+            self._presence.stay()
+        except BaseException:
+            self._presence.abandon()
+            raise
+
+    def _begin(self) -> None:
+        presence = self._presence
+        if presence.is_alone and not (presence.is_trusted and _is_whole(self.path)):
+            if self.path.exists():
+                logger.warning(
+                    "%s is dropped: it is damaged, or the machine stopped before it was"
+                    " closed",
+                    self.path,
+                )
+            cache_place.remove(self.path)
+        try:
+            self._open()
+        except lmdb.Error as error:
+            if not presence.is_alone:
+                raise
+            logger.warning("%s is dropped: %s", self.path, error)
+            cache_place.remove(self.path)
+            self._open()
+
+    def _open(self) -> None:
+        self._env = env = lmdb.open(
+            str(self.path),
+            map_size=max(MAP_BYTES_MIN, 4 * self.cache_bytes),
+            subdir=False,
+            mode=FILE_MODE,
+            max_dbs=len(_NAMES),
+            max_readers=READERS_MAX,
+            max_spare_txns=16,
+            readahead=False,
+            sync=False,
+            metasync=False,
+        )
+        try:
+            env.reader_check()
+            (
+                self._current,
+                self._ended,
+                self._order,
+                self._recent,
+                self._changes,
+                self._meta,
+            ) = (env.open_db(name) for name in _NAMES)
+            self._page_bytes = env.stat()["psize"]
+            with env.begin(write=True) as txn:
+                if txn.get(b"format", FORMAT, self._meta) != FORMAT:
+                    raise lmdb.VersionMismatchError("it is of another version")
+                txn.put(b"format", FORMAT, db=self._meta)
+        except BaseException:
+            env.close()
+            raise
+
+    def close(self) -> None:
+        """Nobody of this process uses it any more."""
+        self._presence.leave(lambda: self._env.sync(True))
+        self._env.close()
+
+    def pause(self) -> None:
+        """Before a fork: a child must not have what its parent has open.
+
+        LMDB says so, and to close it in the child would take the parent's readers their
+        places. Whoever reads now gets an error, which is a miss.
+        """
+        if self._writing.acquire(timeout=FORK_WAIT_S):
+            self.is_paused = True
+            self._env.close()
+
+    def resume(self) -> None:
+        """After the fork, in the parent; raises lmdb.Error."""
+        if self.is_paused:
+            try:
+                self._open()
+            finally:
+                self.is_paused = False
+                self._writing.release()
+
+    @contextmanager
+    def _write(self) -> Iterator[Any]:
+        with self._writing, self._env.begin(write=True) as txn:
+            yield txn
+
+    # Reading
+
+    def find(
+        self, oid: bytes, before: bytes
+    ) -> tuple[bytes | None, bytes, bytes | None, bytes]:
+        """``(state, tid, end, data)`` of the last revision before ``before``.
+
+        ``data`` is empty if there is none. ``state`` is as stored. Whether an open
+        one is good for ``before`` is the caller's to say. Raises lmdb.Error.
+        """
+        end = None
+        with self._env.begin(self._current) as txn:
+            state = txn.get(_STATE, None, self._meta)
+            value = txn.get(oid)
+            if value is None or value[_TID] >= before:
+                with txn.cursor(self._ended) as cursor:
+                    if not cursor.set_range(oid + before):
+                        return state, Z64, None, b""
+                    key, value = cursor.item()
+                if key[:8] != oid or value[_TID] >= before:
+                    return state, Z64, None, b""
+                end = key[8:]
+        tid, data = value[_TID], value[_DATA]
+        if crc32(data, crc32(oid + tid)).to_bytes(4, "big") != value[_CRC]:
+            raise lmdb.CorruptedError(f"a revision of {oid.hex()} is damaged")
+        return state, tid, end, data
+
+    def state(self) -> State | None:
+        """Where it stands; None if nothing was ever kept."""
+        with self._env.begin() as txn:
+            return self._state(txn)
+
+    def agrees(self, state: State, base: bytes, tids: Sequence[bytes]) -> bool:
+        """Whether ``state`` is of the history of somebody who stands at ``tids[-1]``.
+
+        He has all of ``tids``, the changes after ``base``, and knows that the file was
+        at ``base`` once.
+        """
+        with self._env.begin() as txn:
+            return self._is_on_the_way(txn, state, base, tids)
+
+    def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        """(oid, tid) of what is in ``current``, in batches."""
+        after = b""
+        while True:
+            batch: list[tuple[bytes, bytes]] = []
+            with self._env.begin() as txn, txn.cursor(self._current) as cursor:
+                is_there = cursor.set_range(after)
+                while is_there and len(batch) < OPEN_BATCH:
+                    oid, value = cursor.item()
+                    batch.append((oid, value[_TID]))
+                    is_there = cursor.next()
+            if not batch:
+                return
+            yield batch
+            after = batch[-1][0] + b"\0"
+
+    def known_tids(self) -> list[bytes]:
+        """Of changes that were applied, newest first, and fewer of those long ago."""
+        with self._env.begin() as txn, txn.cursor(self._changes) as cursor:
+            tids = list(cursor.iternext(keys=True, values=False))
+        tids.reverse()
+        # The oldest are thinned out already, so these few reach back far.
+        newest, middle, oldest = tids[:30], tids[30:-40], tids[30:][-40:]
+        return [*newest, *middle[:: len(middle) // 30 + 1], *oldest]
+
+    def last_number(self) -> int:
+        """How many revisions were ever kept: those that come now have greater ones."""
+        with self._env.begin() as txn:
+            return self._last_number(txn)
+
+    @property
+    def used_bytes(self) -> int:
+        """The pages that hold something, in bytes."""
+        with self._env.begin() as txn:
+            return self._used_bytes(txn)
+
+    def __len__(self) -> int:
+        with self._env.begin() as txn:
+            return sum(txn.stat(db)["entries"] for db in (self._current, self._ended))
+
+    # Writing
+
+    def extend(self, lineage: bytes, batch: Batch) -> tuple[State, int]:
+        """Apply the changes of ``batch``, then keep its revisions.
+
+        Returns the new state and how many were evicted. Raises Foreign, Behind, Crowded
+        and lmdb.Error; then nothing was done.
+        """
+        with self._write() as txn:
+            state = self._state(txn)
+            if state is None or state.lineage != lineage:
+                raise Foreign
+            if state.through < batch.base:
+                raise Behind(state.through)
+            self._refuse_if_crowded()
+            tids = [change.tid for change in batch.changes]
+            if not self._is_on_the_way(txn, state, batch.base, tids):
+                raise Foreign
+            for change in batch.changes:
+                if change.tid > state.through:
+                    state = self._apply(txn, state, change)
+            for oid in batch.forgotten:
+                self._drop(txn, oid)
+            number = self._last_number(txn)
+            for revision in batch.revisions:
+                if self._keep(txn, state, revision):
+                    number += 1
+                    where = revision.oid + revision.tid
+                    txn.put(number.to_bytes(8, "big"), where, db=self._order)
+            evicted = self._evict(txn)
+            self._put_state(txn, state)
+        return state, evicted
+
+    def start(self, through: bytes, given_up: bytes | None) -> State:
+        """Begin a new lineage at ``through``, with nothing.
+
+        ``given_up`` is the lineage that is of no more use. If somebody else has begun
+        another one that leads to ``through``, or will, it is that.
+        """
+        with self._write() as txn:
+            state = self._state(txn)
+            if (
+                state is not None
+                and state.lineage != given_up
+                and self._leads_to(txn, state, through)
+            ):
+                return state
+            for db in (
+                self._current,
+                self._ended,
+                self._order,
+                self._recent,
+                self._changes,
+            ):
+                txn.drop(db, delete=False)
+            return self._new_lineage(txn, through)
+
+    def verified(
+        self,
+        lineage: bytes,
+        through: bytes,
+        stale: Collection[bytes],
+        last_number: int,
+    ) -> State:
+        """All open revisions but those of ``stale`` are current as of ``through``.
+
+        But not those that were kept after ``last_number``: nobody has asked for them.
+        Raises Foreign.
+        """
+        with self._write() as txn:
+            state = self._state(txn)
+            if state is None or state.lineage != lineage:
+                raise Foreign
+            for oid in stale:
+                txn.delete(oid, db=self._current)
+            if state.through >= through:
+                return state
+            with txn.cursor(self._order) as cursor:
+                is_there = cursor.set_range((last_number + 1).to_bytes(8, "big"))
+                while is_there:
+                    txn.delete(cursor.value()[:8], db=self._current)
+                    is_there = cursor.next()
+            # What lies between is not known: nobody else may conclude anything of it.
+            txn.drop(self._recent, delete=False)
+            return self._new_lineage(txn, through)
+
+    def cut_back(self, through: bytes, given_up: Collection[bytes]) -> State:
+        """Forget what came after ``through``: the history goes another way from there.
+
+        ``given_up`` are tids of the other way that the caller has gone. If none of them
+        is here somebody else has done it already, and it is his lineage.
+        """
+        with self._write() as txn:
+            state = self._state(txn)
+            has_gone_on = any(
+                txn.get(tid, None, self._changes) is not None
+                for tid in given_up
+                if tid > through
+            )
+            if (
+                state is not None
+                and not has_gone_on
+                and self._leads_to(txn, state, through)
+            ):
+                return state
+            self._drop_if(txn, self._current, lambda _key, value: value[_TID] > through)
+            # Whether one that ended later has ended in the new history is not known.
+            self._drop_if(txn, self._ended, lambda key, _value: key[8:] > through)
+            self._drop_if(txn, self._changes, lambda key, _value: key > through)
+            txn.drop(self._recent, delete=False)
+            return self._new_lineage(txn, through)
+
+    def shrink(self) -> None:
+        """Evict down to what is allowed, if it is less than it was once."""
+        while True:
+            with self._write() as txn:
+                if not self._evict(txn):
+                    return
+
+    # Of a write transaction
+
+    def _state(self, txn: Any) -> State | None:
+        data = txn.get(_STATE, None, self._meta)
+        return None if data is None else State.parse(data)
+
+    def _put_state(self, txn: Any, state: State) -> None:
+        txn.put(_STATE, b"".join(state), db=self._meta)
+
+    def _new_lineage(self, txn: Any, through: bytes) -> State:
+        state = State(os.urandom(8), through, through)
+        txn.put(through, b"", db=self._changes)
+        self._put_state(txn, state)
+        return state
+
+    def _leads_to(self, txn: Any, state: State, through: bytes) -> bool:
+        if state.through < through:
+            # Whoever began it will bring it there, or we will.
+            return True
+        return txn.get(through, None, self._changes) is not None
+
+    def _is_on_the_way(
+        self, txn: Any, state: State, base: bytes, tids: Sequence[bytes]
+    ) -> bool:
+        at = tids[-1] if tids else base
+        if state.through <= at:
+            return state.through == base or state.through in tids
+        return txn.get(at, None, self._changes) is not None
+
+    def _apply(self, txn: Any, state: State, change: Change) -> State:
+        tid, oids = change.tid, change.oids
+        for oid in oids:
+            value = txn.get(oid, None, self._current)
+            if value is not None and value[_TID] < tid:
+                txn.delete(oid, db=self._current)
+                self._keep_ended(txn, oid, tid, value)
+            txn.put(oid, tid, db=self._recent)
+        since = state.since
+        if txn.stat(self._recent)["entries"] > RECENT_OIDS_MAX:
+            txn.drop(self._recent, delete=False)
+            since = tid
+        txn.put(tid, b"", db=self._changes)
+        if txn.stat(self._changes)["entries"] > CHANGES_MAX:
+            self._thin_out(txn)
+        return State(state.lineage, tid, since)
+
+    def _thin_out(self, txn: Any) -> None:
+        """Of the older half of the changes, keep every other one."""
+        with txn.cursor(self._changes) as cursor:
+            tids = list(islice(cursor.iternext(values=False), CHANGES_MAX // 2))
+        for tid in tids[1::2]:
+            txn.delete(tid, db=self._changes)
+
+    def _keep(self, txn: Any, state: State, revision: Revision) -> bool:
+        """Keep ``revision`` if that is right; whether it is there now, and was not."""
+        oid, tid, end, data, as_of = revision
+        value = crc32(data, crc32(oid + tid)).to_bytes(4, "big") + tid + data
+        if end is not None:
+            if txn.get(oid + end, None, self._ended) is not None:
+                return False
+            return self._keep_ended(txn, oid, end, value)
+        if as_of < state.through:
+            changed = txn.get(oid, None, self._recent)
+            if as_of < state.since or (changed is not None and changed > as_of):
+                # It has ended by now, and nobody here knows when.
+                return False
+        # Whatever is there is as new, or its end will be known when ``through`` is
+        # there; the new one is asked for again then.
+        return bool(txn.put(oid, value, overwrite=False, db=self._current))
+
+    def _keep_ended(self, txn: Any, oid: bytes, end: bytes, value: bytes) -> bool:
+        with txn.cursor(self._ended) as cursor:
+            count, oldest = 0, b""
+            is_there = cursor.set_range(oid)
+            while is_there and (key := cursor.key())[:8] == oid:
+                oldest = oldest or key
+                count += 1
+                is_there = cursor.next()
+        if count >= REVISIONS_MAX:
+            if end < oldest[8:]:
+                return False
+            txn.delete(oldest, db=self._ended)
+        txn.put(oid + end, value, db=self._ended)
+        return True
+
+    def _drop(self, txn: Any, oid: bytes) -> None:
+        txn.delete(oid, db=self._current)
+        with txn.cursor(self._ended) as cursor:
+            is_there = cursor.set_range(oid)
+            while is_there and cursor.key()[:8] == oid:
+                is_there = cursor.delete()
+
+    def _drop_if(self, txn: Any, db: Any, is_wrong: Any) -> None:
+        with txn.cursor(db) as cursor:
+            is_there = cursor.first()
+            while is_there:
+                if is_wrong(*cursor.item()):
+                    # It is at the next one then, or at none.
+                    is_there = cursor.delete() and bool(cursor.key())
+                else:
+                    is_there = cursor.next()
+
+    # Room
+
+    def _last_number(self, txn: Any) -> int:
+        with txn.cursor(self._order) as cursor:
+            return int.from_bytes(cursor.key(), "big") if cursor.last() else 0
+
+    def _used_bytes(self, txn: Any) -> int:
+        pages = 0
+        for db in (
+            self._current,
+            self._ended,
+            self._order,
+            self._recent,
+            self._changes,
+            self._meta,
+        ):
+            stat = txn.stat(db)
+            pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        return int(pages * self._page_bytes)
+
+    def _refuse_if_crowded(self) -> None:
+        file_bytes = self._env.info()["last_pgno"] * self._page_bytes
+        if file_bytes <= 2 * self.cache_bytes + SLACK_BYTES:
+            return
+        env = self._env
+        env.reader_check()
+        oldest = min(map(int, _READER.findall(env.readers())), default=None)
+        if oldest is not None and oldest < env.info()["last_txnid"] - OLD_TXNS:
+            # There are free pages, but somebody who was stopped may still read them.
+            raise Crowded(f"{self.path} has {file_bytes} bytes")
+
+    def _evict(self, txn: Any) -> int:
+        """Make room if there is too little; how many were evicted."""
+        if self._used_bytes(txn) <= self.cache_bytes:
+            return 0
+        goal = int(self.cache_bytes * GOAL)
+        evicted = 0
+        number = self._last_number(txn)
+        with txn.cursor(self._order) as cursor:
+            for _ in range(EVICTED_MAX):
+                if not cursor.first():
+                    break
+                where = cursor.value()
+                cursor.delete()
+                oid, tid = where[:8], where[8:]
+                if self.used.take(oid) and self._is_open(txn, oid, tid):
+                    number += 1
+                    txn.put(number.to_bytes(8, "big"), where, db=self._order)
+                elif self._drop_one(txn, oid, tid):
+                    evicted += 1
+                    if evicted % 32 == 0 and self._used_bytes(txn) <= goal:
+                        break
+        return evicted
+
+    def _is_open(self, txn: Any, oid: bytes, tid: bytes) -> bool:
+        value = txn.get(oid, None, self._current)
+        return value is not None and value[_TID] == tid
+
+    def _drop_one(self, txn: Any, oid: bytes, tid: bytes) -> bool:
+        if self._is_open(txn, oid, tid):
+            return bool(txn.delete(oid, db=self._current))
+        with txn.cursor(self._ended) as cursor:
+            is_there = cursor.set_range(oid + tid)
+            if is_there and cursor.key()[:8] == oid and cursor.value()[_TID] == tid:
+                return bool(cursor.delete())
+        return False
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all pages are there that the file says it has; LMDB itself does not look.
+
+    To read one that is not there would be a signal that ends the process.
+    """
+    try:
+        size = path.stat().st_size
+        with lmdb.open(
+            str(path), subdir=False, readonly=True, lock=False, map_size=max(size, 1)
+        ) as env:
+            pages: int = env.info()["last_pgno"] + 1
+            return size >= pages * int(env.stat()["psize"])
+    except FileNotFoundError:
+        return True
+    except (lmdb.Error, OSError):
+        return False

@@ -1,0 +1,537 @@
+"""What one process does with the cache on disk that all of its host share.
+
+The file (cache_file) is shared and stands at ``through``. A process stands at a
+position of its own, ``valid_through``, usually a moment ahead: the changes it has
+applied and the revisions it has loaded wait in memory until its *writer thread* writes
+them, together. So applying a change costs a few stores to memory, whoever else writes.
+
+::
+
+    the file's history  ───────────────●── through
+    written by us, or seen  ──────● base        (base <= through, always)
+    our changes                    ├──┬───┬────● valid_through
+                                     in memory: _changed, _changes
+
+Why that is right:
+
+1. A revision of the file that is open has no change after its beginning and up to
+   ``through``; our own memory has all changes after ``base``. As ``base`` <=
+   ``through``, together that is all of them up to ``valid_through``.
+2. A reader takes the dictionary of changes *before* it looks into the file. What is
+   trimmed from memory was written before, and the dictionary is replaced, not emptied:
+   whoever still has the old one has all changes after the old ``base``.
+3. Whatever is read comes with the file's state, in one snapshot. It counts only if the
+   file's history is ours: if its ``through`` is one of our tids, or our position is one
+   of its (``CacheFile.agrees``); asked once for each state. Otherwise it is a miss.
+4. What the server answered is kept as open only if no change after its ``as_of`` is
+   known: by us when it comes, by the file when it is written.
+
+Nothing here raises into the application: an error is a miss, and is counted. If the
+file is of another history, or cannot be written for long, this process goes on *aside*:
+with a cache in memory of its own, until it has a new session.
+
+Threads: ``load`` takes no lock and may run anywhere. ``apply``, ``forget_all``,
+``verified`` and ``cut_back`` are called by the holder of the position's lock. All that
+writes to the file is done by the writer thread, which may have to wait for a writer of
+another process that was stopped; whoever waits for it waits for WRITER_WAIT_S at most.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import lmdb
+
+from zeolith.client import cache_files
+from zeolith.client.cache import Cache, MemoryCache
+from zeolith.client.cache_backlog import Backlog, Batch, Revision, first_after
+from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, State
+from zeolith.client.cache_place import CachePlace, Identity
+from zeolith.client.cache_writer import Writer
+from zeolith.client.changes import Change
+from zeolith.client.tids import Z64, following
+
+logger = logging.getLogger(__name__)
+
+# With more changes that wait the file is of no use: something keeps us from writing.
+CHANGED_OIDS_MAX = 200_000
+# This part of the cache, at most, is one record.
+RECORD_PART = 64
+
+# The changes since a tid; None if nobody knows. Raises if there is no server.
+Ask = Callable[[bytes], list[Change] | None]
+_FILE_ERRORS = (lmdb.Error, OSError)
+
+
+def open_cache(
+    directory: str | None, storage: str, cache_bytes: int, ask: Ask
+) -> Cache:
+    """The cache in ``directory``; in memory, if there is none or it cannot be used.
+
+    Raises ValueError if it is on a network file system.
+    """
+    if directory is None:
+        return MemoryCache(cache_bytes)
+    try:
+        place = CachePlace(directory)
+    except OSError as error:
+        logger.warning(
+            "the cache directory %s is not used, each process caches in memory: %s",
+            directory,
+            error,
+        )
+        return MemoryCache(cache_bytes)
+    return DiskCache(place, storage, cache_bytes, ask)
+
+
+class _NoWay(Exception):
+    """Nobody knows any more what changed since the file was written last."""
+
+
+class DiskCache:
+    """Revisions in a file that is shared; see client.cache.Cache for the methods."""
+
+    def __init__(
+        self, place: CachePlace, storage: str, cache_bytes: int, ask: Ask | None = None
+    ):
+        """What was used last as ``storage`` is used until ``identify`` says more.
+
+        Then ``valid_through`` says where the file stands, and the server is to be asked
+        for all changes since.
+        """
+        self.cache_bytes = cache_bytes
+        self.valid_through = Z64
+        self.history = 0
+        self.hits = self.misses = self.evicted = self.errors = 0
+        self._place = place
+        self._storage = storage
+        self._ask = ask
+        self._record_bytes_max = cache_bytes // RECORD_PART
+        self.identity: tuple[bytes, int] | None = None
+        self._file: CacheFile | None = None
+        # Used while there is no file to use.
+        self._aside: MemoryCache | None = MemoryCache(cache_bytes)
+        self._lock = threading.Lock()
+        self._writer = Writer(self._flush_safely)
+        self._stand_at(None, Z64)
+        # following(valid_through), made when it is first needed.
+        self._horizon = (Z64, following(Z64))
+        self._listed_number = 0
+        identity = place.last(storage)
+        if identity is not None:
+            self._open(identity)
+
+    def _stand_at(self, state: State | None, base: bytes) -> None:
+        """Nothing waits in memory: what there was is written, or given up."""
+        # The file's state that was found to be of our history, as it is stored.
+        self._trusted = b"" if state is None else b"".join(state)
+        self._lineage = b"" if state is None else state.lineage
+        self._backlog = Backlog(base)
+
+    # The file
+
+    def identify(self, database_id: bytes, epoch: int) -> bool:
+        """The server's database is this one; whether another file is used now.
+
+        Then everything of the old one is forgotten, and ``valid_through`` is new.
+        Called with each session before it is adopted; a cache that had to go aside
+        tries again.
+        """
+        identity = Identity(database_id, epoch)
+        if identity == self.identity:
+            self._come_back()
+            return False
+        if self.identity is not None:
+            logger.warning(
+                "the server has another database than the one whose cache was used"
+                " last as %r in %s",
+                self._storage,
+                self._place.directory,
+            )
+        had_one = self.identity is not None
+        self._let_go()
+        self._open(identity)
+        return had_one or self.valid_through != Z64
+
+    def _open(self, identity: Identity) -> None:
+        path = self._place.path_of(identity)
+        state: State | None = None
+        try:
+            with self._place.locked():
+                self._file = cache_files.acquire(path, self.cache_bytes)
+            self._place.remember(self._storage, identity)
+            state = self._file.state()
+        except _FILE_ERRORS as error:
+            self._note(error)
+            logger.warning("%s is not used: %s", path, error)
+            self._let_go()
+        with self._lock:
+            self.identity = identity
+            self.history += 1
+            self.valid_through = Z64 if state is None else state.through
+            self._stand_at(state, self.valid_through)
+            if self._file is not None:
+                self._aside = None
+            elif self._aside is not None:
+                self._aside.forget_all(self.valid_through)
+
+    def _come_back(self) -> None:
+        """Try again with the file, from where we are."""
+        with self._lock:
+            if self._aside is None or self._file is None or self.valid_through == Z64:
+                return
+            self._stand_at(None, self.valid_through)
+            self._aside = None
+        self._writer.due()
+
+    def _let_go(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            cache_files.release(file)
+
+    def _go_aside(self, reason: str) -> None:
+        """Live without the file, until a session begins anew."""
+        with self._lock:
+            if self._aside is not None:
+                return
+            self._aside = MemoryCache(self.cache_bytes)
+            self._aside.forget_all(self.valid_through)
+            self._stand_at(None, self.valid_through)
+        logger.warning("the cache on disk is not used for now: %s", reason)
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether this process has to do without the file."""
+        return self._aside is not None
+
+    @property
+    def used_bytes(self) -> int:
+        """What is used of the disk; of memory, while the file is not used."""
+        if self._aside is not None or self._file is None:
+            return 0 if self._aside is None else self._aside.used_bytes
+        return self._file.used_bytes
+
+    def __len__(self) -> int:
+        if self._aside is not None or self._file is None:
+            return 0 if self._aside is None else len(self._aside)
+        return len(self._file)
+
+    def close(self) -> None:
+        """Write what waits, and let go of the file."""
+        # If it has not ended it waits for another process; it needs the file then.
+        if self._writer.close():
+            self._let_go()
+
+    # Reading
+
+    def load(
+        self, oid: bytes, before: bytes
+    ) -> tuple[bytes, bytes, bytes | None] | None:
+        """See Cache.load."""
+        aside = self._aside
+        if aside is not None:
+            return self._load_aside(aside, oid, before)
+        # In this order: see above.
+        backlog = self._backlog
+        changed = backlog.changed
+        valid_through = self.valid_through
+        pending = backlog.pending.get(oid)
+        if pending is not None and pending.tid < before:
+            _oid, tid, end, data, _as_of = pending
+        else:
+            file = self._file
+            if file is None or file.is_paused or oid in backlog.forgotten:
+                self.misses += 1
+                return None
+            try:
+                state, tid, end, data = file.find(oid, before)
+                if not data or (state != self._trusted and not self._trust(state)):
+                    self.misses += 1
+                    return None
+            except _FILE_ERRORS as error:
+                self._note(error)
+                self.misses += 1
+                return None
+            file.used.mark(oid)
+        if end is None:
+            end = first_after(changed.get(oid, ()), tid)
+        limit = end
+        if limit is None:
+            known, limit = self._horizon
+            if known != valid_through:
+                limit = following(valid_through)
+                self._horizon = valid_through, limit
+        if before <= limit:
+            self.hits += 1
+            return data, tid, end
+        self.misses += 1
+        return None
+
+    def _load_aside(self, aside: MemoryCache, oid: bytes, before: bytes) -> Any:
+        found = aside.load(oid, before)
+        if found is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return found
+
+    def _trust(self, stored: bytes | None) -> bool:
+        """Whether a state of the file is of our history; raises lmdb.Error."""
+        if stored is None:
+            return False
+        state = State.parse(stored)
+        file = self._file
+        with self._lock:
+            backlog = self._backlog
+            base, tids = backlog.base, backlog.tids
+        if file is None or not file.agrees(state, base, tids):
+            self._writer.due()
+            return False
+        with self._lock:
+            if self._backlog is backlog and backlog.base == base:
+                self._trusted = stored
+                self._lineage = state.lineage
+        return True
+
+    # Filling
+
+    def store(
+        self,
+        oid: bytes,
+        tid: bytes,
+        end: bytes | None,
+        data: bytes,
+        as_of: bytes,
+        history: int | None = None,
+    ) -> None:
+        """See Cache.store."""
+        with self._lock:
+            if history is not None and history != self.history:
+                return
+            aside = self._aside
+            if aside is not None:
+                aside.store(oid, tid, end, data, as_of)
+                return
+            if len(data) > self._record_bytes_max or not data:
+                return
+            self._backlog.add_revision(Revision(oid, tid, end, data, as_of))
+        self._writer.due()
+
+    def store_committed(
+        self, tid: bytes, records: Mapping[bytes, bytes], history: int
+    ) -> None:
+        """See Cache.store_committed."""
+        for oid, data in records.items():
+            self.store(oid, tid, None, data, tid, history)
+
+    # Changes
+
+    def apply(self, tid: bytes, oids: list[bytes]) -> None:
+        """See Cache.apply."""
+        with self._lock:
+            aside = self._aside
+            if aside is not None:
+                aside.apply(tid, oids)
+                self.valid_through = tid
+                return
+            backlog = self._backlog
+            backlog.add_change(Change(self.valid_through, tid, oids, None))
+            if tid <= self._trusted[8:16]:
+                # The file is ahead of us: is it still where we go?
+                self._trusted = b""
+            self.valid_through = tid
+            is_too_much = len(backlog.changed) > CHANGED_OIDS_MAX
+        if is_too_much:
+            self._go_aside("it cannot be written to")
+        else:
+            self._writer.due()
+
+    def forget(self, oid: bytes) -> None:
+        """See Cache.forget."""
+        with self._lock:
+            if self._aside is not None:
+                self._aside.forget(oid)
+                return
+            # Until the writer thread has done it.
+            self._backlog.forget(oid)
+        self._writer.due()
+
+    def forget_all(self, valid_through: bytes) -> None:
+        """See Cache.forget_all."""
+        given_up = self._lineage
+        self._begin_anew(
+            valid_through, lambda file: file.start(valid_through, given_up or None)
+        )
+
+    def verified(self, through: bytes, stale: Collection[bytes]) -> None:
+        """See Cache.verified."""
+        lineage, number = self._lineage, self._listed_number
+        self._begin_anew(
+            through, lambda file: file.verified(lineage, through, stale, number)
+        )
+
+    def cut_back(self, tid: bytes) -> None:
+        """See Cache.cut_back."""
+        given_up = {self._backlog.base, *self._backlog.tids, self.valid_through}
+        self._begin_anew(tid, lambda file: file.cut_back(tid, given_up))
+
+    def _begin_anew(self, through: bytes, step: Callable[[CacheFile], State]) -> None:
+        """Stand at ``through``, with what ``step`` leaves in the file."""
+        file = self._file
+        state: State | None = None
+        with self._lock:
+            self.history += 1
+            # Nothing is read or written meanwhile.
+            self._aside = self._aside or MemoryCache(self.cache_bytes)
+            self._aside.forget_all(through)
+            self._stand_at(None, through)
+            self.valid_through = through
+        if file is None:
+            return
+        try:
+            state = self._writer.have_done(lambda: step(file))
+        except Foreign:
+            state = file.state()
+        except (TimeoutError, *_FILE_ERRORS) as error:
+            self._note(error)
+            logger.warning("the cache on disk is not used for now: %s", error)
+            return
+        with self._lock:
+            if state is not None:
+                self._lineage = state.lineage
+            self._aside = None
+        self._writer.due()
+
+    # For a verification
+
+    def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        """See Cache.open_revisions."""
+        file = self._file
+        if self._aside is not None or file is None:
+            return
+        self._listed_number = file.last_number()
+        yield from file.open_revisions()
+
+    def known_tids(self) -> list[bytes]:
+        """See Cache.known_tids."""
+        file = self._file
+        with self._lock:
+            ours = self._backlog.tids[::-1][:30]
+        if self._aside is not None or file is None:
+            return [self.valid_through]
+        return list(dict.fromkeys([*ours, *file.known_tids()]))
+
+    # Forks
+
+    def reset(self, valid_through: bytes) -> None:
+        """See Cache.reset: the parent's environment and threads are not ours."""
+        backlog, identity = self._backlog, self.identity
+        if self._aside is not None:
+            backlog = Backlog(valid_through)
+        self._lock = threading.Lock()
+        self._writer = Writer(self._flush_safely)
+        self._file = None
+        self._aside = MemoryCache(self.cache_bytes)
+        self.history += 1
+        if identity is not None:
+            self._open(Identity(*identity))
+        with self._lock:
+            self.valid_through = valid_through
+            self._stand_at(None, valid_through)
+            # What the parent may have been about to write is ours to write, too.
+            self._backlog = Backlog(backlog.base, backlog.changes)
+            if self._aside is not None:
+                self._aside.forget_all(valid_through)
+
+    # In the writer thread
+
+    def _flush_safely(self) -> bool:
+        try:
+            self._flush()
+        except Foreign:
+            self._go_aside("the history in it is another one than the server's")
+        except (Crowded, *_FILE_ERRORS) as error:
+            self._note(error)
+            with self._lock:
+                self._backlog.drop_revisions()
+            return False
+        except Exception:
+            self.errors += 1
+            logger.exception("writing to the cache failed")
+            self._go_aside("writing to it failed")
+        return True
+
+    def _flush(self) -> None:
+        """Write what waits in memory."""
+        file = self._file
+        with self._lock:
+            if self._aside is not None or file is None:
+                return
+            backlog, lineage = self._backlog, self._lineage
+            batch = backlog.batch()
+        state = self._extend(file, lineage, batch)
+        if state is None:
+            return
+        with self._lock:
+            if backlog is self._backlog:
+                backlog.written(batch)
+                self._lineage = state.lineage
+                is_behind = bool(backlog.changes) and (
+                    backlog.changes[-1].tid <= state.through
+                )
+                self._trusted = b"" if is_behind else b"".join(state)
+
+    def _extend(self, file: CacheFile, lineage: bytes, batch: Batch) -> State | None:
+        """Bring the file to where we stand; None if that is not possible yet."""
+        state = file.state()
+        if state is None:
+            raise Foreign
+        if state.through < batch.base:
+            # Somebody else began it, and has not brought it to where we began.
+            try:
+                missing = self._missing_after(state.through, batch.base)
+            except _NoWay:
+                state = file.start(batch.base, state.lineage)
+            else:
+                if missing is None:
+                    return None
+                batch = batch._replace(
+                    base=state.through, changes=(*missing, *batch.changes)
+                )
+            lineage = state.lineage
+        if state.lineage != lineage:
+            tids = [change.tid for change in batch.changes]
+            if not file.agrees(state, batch.base, tids):
+                raise Foreign
+            lineage = state.lineage
+        try:
+            state, evicted = file.extend(lineage, batch)
+        except Behind:
+            return None
+        self.evicted += evicted
+        return state
+
+    def _missing_after(self, through: bytes, base: bytes) -> list[Change] | None:
+        """The changes after ``through`` up to ``base``, from the server.
+
+        None if there is no server now. Raises _NoWay if it does not know either.
+        """
+        ask = self._ask
+        try:
+            found = None if ask is None else ask(through)
+        except Exception as error:  # noqa: BLE001 - whatever a server may answer
+            logger.debug("the changes since %s: %s", through.hex(), error)
+            return None
+        if found is None:
+            raise _NoWay
+        missing = [change for change in found if change.tid <= base]
+        if not missing or missing[-1].tid != base:
+            raise Foreign
+        return missing
+
+    def _note(self, error: BaseException) -> None:
+        """Count an error, and say it once."""
+        self.errors += 1
+        if self.errors == 1:
+            logger.warning("the cache on disk failed, which is a miss: %s", error)
