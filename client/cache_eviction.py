@@ -11,12 +11,14 @@ import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
+from struct import Struct
 
 from zeolith.client.cache_place import FILE_MODE
 
 # One for each of so many objects that lie side by side.
 MARKS = 2**18
 _MASK = MARKS - 1
+_low_half = Struct(">4xI").unpack
 
 
 class UsedMarks:
@@ -34,11 +36,11 @@ class UsedMarks:
 
     def mark(self, oid: bytes) -> None:
         """``oid`` is used."""
-        self.marks[int.from_bytes(oid[5:], "big") & _MASK] = 1
+        self.marks[_low_half(oid)[0] & _MASK] = 1
 
     def take(self, oid: bytes) -> bool:
         """Whether ``oid`` was used since this was asked last."""
-        place = int.from_bytes(oid[5:], "big") & _MASK
+        place = _low_half(oid)[0] & _MASK
         was_used = bool(self.marks[place])
         self.marks[place] = 0
         return was_used

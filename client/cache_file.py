@@ -12,8 +12,8 @@ changes    tid of each change that was applied; of those long ago only some
 meta       state -> lineage, through, since; format
 =========  ============================================================================
 
-A revision is a checksum of it and its oid, its tid, its data. Invariants, which hold
-between any two write transactions:
+A revision is its tid, its data, and a checksum of these and its oid. Invariants, which
+hold between any two write transactions:
 
 1. ``through`` moves over contiguous changes of one history only. Whoever gives a part
    of it up (the server was restored, or does not know the way) begins a new *lineage*.
@@ -73,7 +73,9 @@ FORK_WAIT_S = 5.0
 _READER = re.compile(r"^ *\d+ +[0-9a-f]+ +(\d+) *$", re.MULTILINE)
 _STATE = b"state"
 _NAMES = (b"current", b"ended", b"order", b"recent", b"changes", b"meta")
-_CRC, _TID, _DATA = slice(0, 4), slice(4, 12), slice(12, None)
+_TID, _DATA = slice(0, 8), slice(8, -4)
+# What the CRC-32 of anything and its own CRC-32, least byte first, comes to.
+_RESIDUE = 0x2144DF1C
 
 
 class State(NamedTuple):
@@ -228,10 +230,9 @@ class CacheFile:
                 if key[:8] != oid or value[_TID] >= before:
                     return state, Z64, None, b""
                 end = key[8:]
-        tid, data = value[_TID], value[_DATA]
-        if crc32(data, crc32(oid + tid)).to_bytes(4, "big") != value[_CRC]:
+        if crc32(value, crc32(oid)) != _RESIDUE:
             raise lmdb.CorruptedError(f"a revision of {oid.hex()} is damaged")
-        return state, tid, end, data
+        return state, value[_TID], end, value[_DATA]
 
     def state(self) -> State | None:
         """Where it stands; None if nothing was ever kept."""
@@ -462,7 +463,8 @@ class CacheFile:
     def _keep(self, txn: Any, state: State, revision: Revision) -> bool:
         """Keep ``revision`` if that is right; whether it is there now, and was not."""
         oid, tid, end, data, as_of = revision
-        value = crc32(data, crc32(oid + tid)).to_bytes(4, "big") + tid + data
+        value = tid + data
+        value += crc32(value, crc32(oid)).to_bytes(4, "little")
         if end is not None:
             if txn.get(oid + end, None, self._ended) is not None:
                 return False

@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 # How long what is to be written waits for more.
-FLUSH_WAIT_S = 0.05
+FLUSH_WAIT_S = 0.02
 # After an error.
 RETRY_WAIT_S = 5.0
 # Whoever needs the thread waits no longer for it.

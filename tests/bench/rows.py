@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-from . import crews, workloads
+from . import cache_workloads, crews, workloads
 from .crews import OTHER_CORE, SAME_CORE, Measured
 from .servers import Running
 from .workloads import Moment, Work
@@ -18,6 +18,8 @@ from .workloads import Moment, Work
 PUSHING = ("zeo", "zeo-msgpack", "zeolith")
 SERVED = (*PUSHING, "relstorage")
 STORAGES = (*SERVED, "filestorage")
+# They have a cache on disk.
+CACHING = ("zeo", "zeolith")
 ALL = (*STORAGES, "socket")
 
 PROCESSES_LOADING = 16
@@ -28,6 +30,8 @@ THREADS_LOADING = 16
 LISTENERS = 200
 LISTENING_PROCESSES = 4
 IDLE_PROCESSES = 5
+PROCESSES_OF_A_HOST = 8
+HITS_PERCENT_MIN = 0.1
 ADDED_MS_MIN = 0.01
 
 
@@ -47,6 +51,9 @@ class Scale:
     commits_heard: int
     inserted: int
     idle: int
+    cached: int
+    missed: int
+    working_set: int
 
 
 FULL = Scale(
@@ -62,6 +69,9 @@ FULL = Scale(
     commits_heard=40,
     inserted=100_000,
     idle=500,
+    cached=50_000,
+    missed=1000,
+    working_set=5000,
 )
 QUICK = Scale(
     rounds=3,
@@ -76,6 +86,9 @@ QUICK = Scale(
     commits_heard=15,
     inserted=5_000,
     idle=300,
+    cached=10_000,
+    missed=200,
+    working_set=2000,
 )
 INSERTED_PER_TRANSACTION = 1000
 
@@ -258,6 +271,40 @@ def _stay_idle(running: Running, scale: Scale) -> tuple[float, ...]:
     return (grown_bytes / scale.idle / 1000,)
 
 
+def _read_warm(running: Running, scale: Scale) -> tuple[float, ...]:
+    work = crews.measure(running, cache_workloads.read_warm, records=scale.cached).work
+    ready_s, *reads_s = work.latencies_s
+    return _rate(work), median(reads_s) * 1e6, ready_s * 1000
+
+
+def _read_after_absence(running: Running, scale: Scale) -> tuple[float, ...]:
+    work = crews.measure(
+        running,
+        cache_workloads.read_after_absence,
+        records=scale.cached,
+        missed=scale.missed,
+    ).work
+    percent = work.operations / (scale.cached - scale.missed) * 100
+    # None at all would have no ratio.
+    return work.latencies_s[0] * 1000, max(percent, HITS_PERCENT_MIN)
+
+
+def _share_cache(running: Running, scale: Scale) -> tuple[float, ...]:
+    used = []
+    for members in (1, PROCESSES_OF_A_HOST):
+        with cache_workloads.shared_folder() as (number, folder):
+            found = crews.measure(
+                running,
+                cache_workloads.share_cache,
+                members=members,
+                records=scale.working_set,
+                folder=number,
+            )
+            used.append((found.work.operations, cache_workloads.bytes_below(folder)))
+    (loads, disk_bytes), (loads_of_all, disk_bytes_of_all) = used
+    return loads_of_all / loads, disk_bytes_of_all / disk_bytes
+
+
 def until_all_heard_s(
     began: list[Moment], heard: list[list[Moment]]
 ) -> Iterator[float]:
@@ -297,6 +344,7 @@ def trials(scale: Scale) -> tuple[Trial, ...]:
         *_committing(scale),
         *_committing_together(),
         *_with_many_clients(scale),
+        *_caching(scale),
     )
 
 
@@ -393,3 +441,34 @@ def _with_many_clients(scale: Scale) -> Iterator[Trial]:
     )
     title = f"{scale.idle} idle clients: server memory per client"
     yield Trial((Row("idle", title, "kB"),), _stay_idle, PUSHING, is_fresh=True)
+
+
+def _caching(scale: Scale) -> Iterator[Trial]:
+    restart = f"restart with {scale.cached:,} records cached"
+    yield Trial(
+        (
+            Row("cache-warm", f"{restart}: read from the cache", "objects/s", True),
+            Row("cache-hit", "cache hit, p50", "us"),
+            Row("ready", f"{restart}: ready, nothing changed", "ms"),
+        ),
+        _read_warm,
+        CACHING,
+    )
+    missed = f"{scale.missed:,} transactions missed"
+    yield Trial(
+        (
+            Row("ready-missed", f"{restart}: ready, {missed}", "ms"),
+            Row("hit-rate", "hit rate then, of what has not changed", "%", True),
+        ),
+        _read_after_absence,
+        CACHING,
+    )
+    host = f"{PROCESSES_OF_A_HOST} processes of a host with one working set"
+    yield Trial(
+        (
+            Row("host-loads", f"{host}: loads, against one process", "times"),
+            Row("host-bytes", f"{host}: disk, against one process", "times"),
+        ),
+        _share_cache,
+        CACHING,
+    )

@@ -29,6 +29,9 @@ SMALLEST = Scale(
     commits_of_100=1,
     commits_of_1000=1,
     commits_heard=2,
+    cached=300,
+    missed=5,
+    working_set=50,
     inserted=1000,
     idle=10,
 )
