@@ -37,6 +37,7 @@ another process that was stopped; whoever waits for it waits for WRITER_WAIT_S a
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -62,6 +63,15 @@ RECORD_PART = 64
 # The changes since a tid; None if nobody knows. Raises if there is no server.
 Ask = Callable[[bytes], list[Change] | None]
 _FILE_ERRORS = (lmdb.Error, OSError)
+
+
+def directory_of(
+    directory: str | None, client: str | None, var: str | None, storage: str
+) -> str | None:
+    """Where the cache is: ``directory``, or where the names that ZEO has for it say."""
+    if directory is not None or client is None:
+        return directory
+    return os.path.join(var or os.getcwd(), f"{client}-{storage}.cache")
 
 
 def open_cache(

@@ -27,7 +27,7 @@ from zeolith.client.changes import Change
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
-from zeolith.client.disk_cache import open_cache
+from zeolith.client.disk_cache import directory_of, open_cache
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
 from zeolith.client.log_methods import LogMethods
 from zeolith.client.position import Position
@@ -99,6 +99,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         username: str | None = None,
         password: str | None = None,
         *,
+        client: str | None = None,
+        var: str | None = None,
         limits: Limits = DEFAULT,
     ):
         _refuse_arguments_to_come(
@@ -119,7 +121,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self.blobs = uploads.open_blobs(
             blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
         )
-        self.cache = open_cache(cache, storage, cache_size, self._changes_after)
+        directory = directory_of(cache, client, var, storage)
+        self.cache = open_cache(directory, storage, cache_size, self._changes_after)
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
         self._take_nothing_ahead()

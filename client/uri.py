@@ -66,6 +66,8 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "storage": str,
     "cache": str,
     "cache_size": _bytes,
+    "client": str,
+    "var": str,
     "name": str,
     "wait": _flag,
     "wait_timeout": parse_seconds,

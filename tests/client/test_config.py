@@ -27,6 +27,8 @@ read-only on
 read-only-fallback on
 cache-size 5MB
 cache-path cache
+client web
+var /var/cache
 client-label web-1
 server-sync on
 blob-dir blobs
@@ -46,6 +48,8 @@ EVERY_ARGUMENT = {
     "read_only_fallback": True,
     "cache_size": 5 * 1024**2,
     "cache": "cache",
+    "client": "web",
+    "var": "/var/cache",
     "client_label": "web-1",
     "server_sync": True,
     "blob_dir": "blobs",

@@ -528,6 +528,22 @@ def test_nobody_waits_for_a_process_that_keeps_the_file_locked(opened, monkeypat
     wait_until(lambda: cache._writer.close(), "the writer thread")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "directory"),
+    [
+        ((None, None, None), None),
+        ((None, None, "/var"), None),
+        (("cache", "web", "/var"), "cache"),
+        ((None, "web", "/var"), "/var/web-main.cache"),
+        ((None, "web", None), os.path.join(os.getcwd(), "web-main.cache")),
+    ],
+)
+def test_the_names_of_a_zeo_configuration_are_those_of_a_directory(
+    arguments: tuple[str | None, str | None, str | None], directory: str | None
+) -> None:
+    assert disk_cache.directory_of(*arguments, "main") == directory
+
+
 def test_where_no_file_can_be_each_process_caches_for_itself(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     cache = open_cache(str(tmp_path / "file" / "cache"), "1", MB, lambda tid: None)
