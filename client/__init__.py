@@ -26,6 +26,7 @@
 * ``disk_cache`` one that the processes of a host share; it is a client of
   ``cache_place``, ``cache_file`` (LMDB), ``cache_eviction``, ``cache_backlog``,
   ``cache_writer``
+* ``warming``    what was used most, loaded again after everything was dropped
 * ``config``     the <zeolith> section of a ZODB configuration
 * ``uri``        zeolith:// for zodburi
 * ``errors``     what an application may have to catch

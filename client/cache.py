@@ -20,6 +20,7 @@ holder of the position's lock only.
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from zeolith.client.tids import Z64, following
@@ -42,6 +43,13 @@ class Cache(Protocol):
     valid_through: bytes
     # Database id and epoch of what is cached, if that is known without a session.
     identity: tuple[bytes, int] | None
+
+    @property
+    def path(self) -> Path | None:
+        """The file it is in, if it is in one."""
+
+    def __len__(self) -> int:
+        """How many revisions it has."""
 
     def load(
         self, oid: bytes, before: bytes
@@ -130,6 +138,8 @@ class MemoryCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    path = None
 
     @property
     def used_bytes(self) -> int:

@@ -40,6 +40,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lmdb
@@ -209,6 +210,11 @@ class DiskCache:
             self._aside.forget_all(self.valid_through)
             self._stand_at(None, self.valid_through)
         logger.warning("the cache on disk is not used for now: %s", reason)
+
+    @property
+    def path(self) -> Path | None:
+        """See Cache.path."""
+        return None if self._file is None else self._file.path
 
     @property
     def is_aside(self) -> bool:

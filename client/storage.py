@@ -33,7 +33,8 @@ from zeolith.client.log_methods import LogMethods
 from zeolith.client.position import Position
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
-from zeolith.client.tids import MAX_TID, Z64
+from zeolith.client.tids import MAX_TID, Z64, following
+from zeolith.client.warming import WarmUp
 from zeolith.client.wrapped import WrapperListener, is_wrapper
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
@@ -101,6 +102,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         *,
         client: str | None = None,
         var: str | None = None,
+        warm_up: bool = False,
         limits: Limits = DEFAULT,
     ):
         _refuse_arguments_to_come(
@@ -121,8 +123,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self.blobs = uploads.open_blobs(
             blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
         )
-        directory = directory_of(cache, client, var, storage)
-        self.cache = open_cache(directory, storage, cache_size, self._changes_after)
+        self._open_cache(directory_of(cache, client, var, storage), cache_size, warm_up)
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
         self._take_nothing_ahead()
@@ -145,6 +146,18 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             except BaseException:
                 self.close()
                 raise
+
+    def _open_cache(
+        self, directory: str | None, cache_bytes: int, warms_up: bool
+    ) -> None:
+        if warms_up and directory is None:
+            raise ValueError("warm_up needs a cache that lasts: give cache, too")
+        self.cache = open_cache(
+            directory, self._storage, cache_bytes, self._changes_after
+        )
+        self._warm_up: WarmUp | None = None
+        if warms_up:
+            self._warm_up = WarmUp(self._prefetch_current, self.cache.__len__)
 
     # Connection
 
@@ -251,6 +264,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             commit.abort()
         if self.blobs is not None:
             self.blobs.close()
+        if self._warm_up is not None:
+            self._warm_up.close()
         self.cache.close()
         forks.forget(self)
 
@@ -262,8 +277,14 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             if interface is not None and not interface.providedBy(self):
                 alsoProvides(self, interface)
 
+        path = self.cache.path
+        if self._warm_up is not None and path is not None:
+            self._warm_up.session_began(path.with_suffix(".hot"))
+
     def forget_parent(self) -> None:
         """In a forked child; see forks."""
+        if self._warm_up is not None:
+            self._warm_up.forget_parent()
         self.position.forget()
         self._commits.clear()
         self._take_nothing_ahead()
@@ -333,6 +354,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         """``(data, tid, end)`` of the last revision before ``tid``, or None."""
         found = self.cache.load(oid, tid)
         if found is not None:
+            if self._warm_up is not None:
+                self._warm_up.heat.note(oid)
             return found
         history = self.cache.history
         data, start, end, as_of = self.call("load", oid, tid)
@@ -362,6 +385,9 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
     def prefetch(self, oids: Iterable[bytes], tid: bytes) -> None:
         """Have the revisions of ``oids`` in the cache."""
         self._load_many(oids, tid, lambda _oid, _found: None)
+
+    def _prefetch_current(self, oids: Iterable[bytes]) -> None:
+        self.prefetch(oids, following(self.lastTransaction()))
 
     def _load_many(
         self, oids: Iterable[bytes], before: bytes, take: Callable[..., object]

@@ -66,6 +66,7 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "storage": str,
     "cache": str,
     "cache_size": _bytes,
+    "warm_up": _flag,
     "client": str,
     "var": str,
     "name": str,

@@ -27,6 +27,7 @@ read-only on
 read-only-fallback on
 cache-size 5MB
 cache-path cache
+warm-up on
 client web
 var /var/cache
 client-label web-1
@@ -48,6 +49,7 @@ EVERY_ARGUMENT = {
     "read_only_fallback": True,
     "cache_size": 5 * 1024**2,
     "cache": "cache",
+    "warm_up": True,
     "client": "web",
     "var": "/var/cache",
     "client_label": "web-1",

@@ -16,6 +16,7 @@ EVERY_PARAMETER = {
     "storage=main": "main",
     "cache=%2Fvar%2Fcache%2Fshop": "/var/cache/shop",
     "cache_size=100MB": 100 * 1024**2,
+    "warm_up=on": True,
     "client=web": "web",
     "var=%2Fvar%2Fcache": "/var/cache",
     "name=shop": "shop",
