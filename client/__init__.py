@@ -27,6 +27,8 @@
   ``cache_place``, ``cache_file`` (LMDB), ``cache_eviction``, ``cache_backlog``,
   ``cache_writer``
 * ``warming``    what was used most, loaded again after everything was dropped
+* ``cache_stats``  how it does
+* ``cache_trace``  what it is asked for, in a file
 * ``config``     the <zeolith> section of a ZODB configuration
 * ``uri``        zeolith:// for zodburi
 * ``errors``     what an application may have to catch

@@ -23,6 +23,8 @@ from zope.interface import alsoProvides, implementer
 from zeolith.client import forks, iteration, loading, packing, uploads
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES
+from zeolith.client.cache_stats import cache_stats
+from zeolith.client.cache_trace import end_trace, traced
 from zeolith.client.changes import Change
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
@@ -103,6 +105,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         client: str | None = None,
         var: str | None = None,
         warm_up: bool = False,
+        cache_trace: str | None = None,
         limits: Limits = DEFAULT,
     ):
         _refuse_arguments_to_come(
@@ -123,7 +126,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self.blobs = uploads.open_blobs(
             blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
         )
-        self._open_cache(directory_of(cache, client, var, storage), cache_size, warm_up)
+        directory = directory_of(cache, client, var, storage)
+        self._open_cache(directory, cache_size, warm_up, cache_trace)
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
         self._take_nothing_ahead()
@@ -148,13 +152,16 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
                 raise
 
     def _open_cache(
-        self, directory: str | None, cache_bytes: int, warms_up: bool
+        self,
+        directory: str | None,
+        cache_bytes: int,
+        warms_up: bool,
+        trace: str | None,
     ) -> None:
         if warms_up and directory is None:
             raise ValueError("warm_up needs a cache that lasts: give cache, too")
-        self.cache = open_cache(
-            directory, self._storage, cache_bytes, self._changes_after
-        )
+        cache = open_cache(directory, self._storage, cache_bytes, self._changes_after)
+        self.cache = traced(cache, trace)
         self._warm_up: WarmUp | None = None
         if warms_up:
             self._warm_up = WarmUp(self._prefetch_current, self.cache.__len__)
@@ -254,6 +261,10 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         status: dict[str, Any] = self.call("status")
         return status
 
+    def cache_stats(self) -> dict[str, Any]:
+        """How the cache does: hits, misses, sizes; see docs/reference.md."""
+        return cache_stats(self.cache)
+
     def close(self) -> None:
         """End the connection; what was begun and not finished is aborted."""
         self._is_closed = True
@@ -267,6 +278,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         if self._warm_up is not None:
             self._warm_up.close()
         self.cache.close()
+        end_trace(self.cache)
         forks.forget(self)
 
     def _welcome(self, session: Session) -> None:

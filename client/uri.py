@@ -69,6 +69,7 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "warm_up": _flag,
     "client": str,
     "var": str,
+    "cache_trace": str,
     "name": str,
     "wait": _flag,
     "wait_timeout": parse_seconds,

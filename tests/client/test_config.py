@@ -30,6 +30,7 @@ cache-path cache
 warm-up on
 client web
 var /var/cache
+cache-trace cache.trace
 client-label web-1
 server-sync on
 blob-dir blobs
@@ -52,6 +53,7 @@ EVERY_ARGUMENT = {
     "warm_up": True,
     "client": "web",
     "var": "/var/cache",
+    "cache_trace": "cache.trace",
     "client_label": "web-1",
     "server_sync": True,
     "blob_dir": "blobs",

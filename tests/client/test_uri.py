@@ -19,6 +19,7 @@ EVERY_PARAMETER = {
     "warm_up=on": True,
     "client=web": "web",
     "var=%2Fvar%2Fcache": "/var/cache",
+    "cache_trace=%2Ftmp%2Fshop.trace": "/tmp/shop.trace",
     "name=shop": "shop",
     "wait=off": False,
     "wait_timeout=1.5": 1.5,

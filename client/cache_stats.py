@@ -1,0 +1,31 @@
+"""How a cache does, in plain values, for ``ClientStorage.cache_stats``.
+
+Every cache has the counters of MemoryCache; what only some of them count is 0 for the
+others. Any thread; takes no lock.
+"""
+
+from typing import Any
+
+from zeolith.client.cache_trace import TracedCache
+
+
+def cache_stats(cache: Any) -> dict[str, Any]:
+    """The keys are described in docs/reference.md, "Statistics of the cache"."""
+    hits, misses = cache.hits, cache.misses
+    loads = hits + misses
+    return {
+        "hits": hits,
+        "misses": misses,
+        "hit_rate": hits / loads if loads else None,
+        "revisions": len(cache),
+        "used_bytes": cache.used_bytes,
+        "cache_bytes": cache.cache_bytes,
+        "evictions": getattr(cache, "evictions", 0),
+        "errors": getattr(cache, "errors", 0),
+        "valid_through": cache.valid_through.hex(),
+        "trace": _trace(cache.trace) if isinstance(cache, TracedCache) else None,
+    }
+
+
+def _trace(trace: Any) -> dict[str, Any]:
+    return {"path": trace.path, "dropped": trace.dropped, "error": trace.error}
