@@ -29,6 +29,7 @@
 * ``warming``    what was used most, loaded again after everything was dropped
 * ``cache_stats``  how it does
 * ``cache_trace``  what it is asked for, in a file
+* ``cache_simulation``  what a cache of another size would have done with that
 * ``config``     the <zeolith> section of a ZODB configuration
 * ``uri``        zeolith:// for zodburi
 * ``errors``     what an application may have to catch

@@ -1,4 +1,4 @@
-"""What a cache is asked for, in a file, to be examined later.
+"""What a cache is asked for, in a file: for ``zeolith cache simulate``.
 
 ``traced`` puts a cache between a storage and its cache that notes every call and passes
 it on; without a path there is nothing in between. The threads that call append to a

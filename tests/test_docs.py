@@ -109,11 +109,20 @@ def keys(schema: Path, sectiontype: str) -> dict[str, str | None]:
     }
 
 
-@pytest.mark.parametrize("name", main.list_commands(click.Context(main)))
-def test_every_command_and_option_is_in_the_reference(name):
+def commands(group: click.Group, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    """All of a group, by the words that call them, groups in it and their own."""
+    context = click.Context(group)
+    for word in group.list_commands(context):
+        command = group.get_command(context, word)
+        assert command is not None
+        yield f"{name}{word}", command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name}{word} ")
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands(main)))
+def test_every_command_and_option_is_in_the_reference(name, command):
     text = section(f"### zeolith {name}")
-    command = main.get_command(click.Context(main), name)
-    assert command is not None
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert {*parameter.opts, *parameter.secondary_opts} <= set(

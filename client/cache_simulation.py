@@ -1,0 +1,250 @@
+"""What a cache of another size would have done with the loads of a trace.
+
+Used by ``zeolith cache simulate``. Pure: blocks of a trace in, numbers out.
+
+What is simulated is the eviction of our caches: first in, first out, with a second
+chance for what was used since, down to 95 % of the size, by the sizes of records and
+the bytes that an entry costs beside; and that a record larger than a quarter of the
+cache is not kept. A revision is known by its oid and tid, so nothing old is ever found
+and changes need no simulation: who loads after a change asks for another revision.
+
+What a miss was looking for is told by what was stored next for that object by the same
+process; if nothing was (the object is not there), it is a miss for every size. What was
+stored without a miss, a read-ahead or an own commit, is put into the simulated cache,
+too. Left out are that an old revision can be dropped for newer ones of its object, and
+what a hit in a larger cache would have changed in the order of loads.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from zeolith.client.cache_trace import (
+    FORGET_ALL,
+    HIT,
+    MISS,
+    STORE,
+    WRITE,
+    Block,
+)
+
+# By default: the size that was used, and three times half of it and twice of it.
+_DOUBLINGS = range(-3, 4)
+# In the list of steps; everything else is the number of a revision, loaded if it is
+# positive, stored if it is negative.
+_NOT_THERE = 0
+_FORGET_ALL = -(2**62)
+
+
+@dataclass
+class Steps:
+    """What one cache was asked for, in order."""
+
+    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    # Of each revision by its number; that of nothing is 0.
+    data_bytes: "array[int]" = field(default_factory=lambda: array("q", [0]))
+
+
+@dataclass
+class Workload:
+    """A trace, prepared for any number of simulations."""
+
+    caches: list[Steps]
+    # Of all caches and processes together, as they were recorded.
+    loads: int = 0
+    hits: int = 0
+    processes: int = 0
+    # Of the last cache that has written.
+    cache_bytes: int = 0
+    entry_bytes: int = 0
+    # Microseconds since the epoch.
+    started_us: int = 0
+    ended_us: int = 0
+
+    def sizes(self) -> list[int]:
+        """Sizes that are worth a look, around the one that was used."""
+        return [int(self.cache_bytes * 2**doublings) for doublings in _DOUBLINGS]
+
+    @property
+    def needed_bytes(self) -> int:
+        """The size of a cache, of the largest one if there are several, for all."""
+        return max(
+            sum(each.data_bytes) + self.entry_bytes * (len(each.data_bytes) - 1)
+            for each in self.caches
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a size makes of a workload."""
+
+    cache_bytes: int
+    loads: int
+    hits: int
+    evictions: int
+
+    @property
+    def hit_rate(self) -> float:
+        """From 0 to 1."""
+        return self.hits / self.loads if self.loads else 0.0
+
+
+class _Reader:
+    """Makes steps of the events of one cache."""
+
+    def __init__(self) -> None:
+        self.result = Steps()
+        # oid + tid -> the number of the revision.
+        self._numbers: dict[bytes, int] = {}
+        # Process -> oid -> steps that are waiting to learn what they were looking for.
+        self._missed: dict[int, dict[bytes, list[int]]] = {}
+
+    def read(self, block: Block) -> tuple[int, int]:
+        """Go on with ``block``; returns how many loads and hits it has."""
+        steps = self.result.steps
+        missed = self._missed.setdefault(block.pid, {})
+        number_of = self._number
+        loads = hits = 0
+        for kind, _after_us, oid, tid, size in block.events():
+            if kind == HIT:
+                steps.append(number_of(oid + tid, size))
+                loads += 1
+                hits += 1
+            elif kind == MISS:
+                missed.setdefault(oid, []).append(len(steps))
+                steps.append(_NOT_THERE)
+                loads += 1
+            elif kind == STORE and oid in missed:
+                for place in missed.pop(oid):
+                    steps[place] = number_of(oid + tid, size)
+            elif kind in (STORE, WRITE):
+                steps.append(-number_of(oid + tid, size))
+            elif kind == FORGET_ALL:
+                steps.append(_FORGET_ALL)
+        return loads, hits
+
+    def _number(self, revision: bytes, size: int) -> int:
+        number = self._numbers.get(revision)
+        if number is None:
+            number = self._numbers[revision] = len(self.result.data_bytes)
+            self.result.data_bytes.append(size)
+        return number
+
+
+def workload(blocks: Iterable[Block], *, together: bool = False) -> Workload:
+    """Prepare a trace. ``together``: as if all processes had shared one cache."""
+    readers: dict[int, _Reader] = {}
+    pids = set()
+    result = Workload([])
+    for block in blocks:
+        reader = readers.setdefault(0 if together else block.cache, _Reader())
+        loads, hits = reader.read(block)
+        result.loads += loads
+        result.hits += hits
+        pids.add(block.pid)
+        result.cache_bytes, result.entry_bytes = block.cache_bytes, block.entry_bytes
+        started_us = result.started_us or block.started_us
+        result.started_us = min(started_us, block.started_us)
+        last_us = max((event[1] for event in block.events()), default=0)
+        result.ended_us = max(result.ended_us, block.started_us + last_us)
+    result.caches = [reader.result for reader in readers.values()]
+    result.processes = len(pids)
+    return result
+
+
+def simulate_around(workload: Workload) -> list[Outcome]:
+    """Of the size that was used and others, up to the first that evicts nothing."""
+    outcomes = []
+    for size in workload.sizes():
+        outcomes.append(simulate(workload, size))
+        if size >= workload.cache_bytes and not outcomes[-1].evictions:
+            break
+    return outcomes
+
+
+def simulate_unbounded(workload: Workload) -> Outcome:
+    """Of a cache that has room for everything: no size does better."""
+    # A record is admitted if four of its size have room.
+    return simulate(workload, 4 * workload.needed_bytes)
+
+
+def simulate(workload: Workload, cache_bytes: int) -> Outcome:
+    """What caches of ``cache_bytes`` each would have done."""
+    hits = evictions = 0
+    for steps in workload.caches:
+        found = _Simulation(cache_bytes, workload.entry_bytes, steps)
+        found.run()
+        hits += found.hits
+        evictions += found.evictions
+    return Outcome(cache_bytes, workload.loads, hits, evictions)
+
+
+_ABSENT, _PRESENT, _USED = range(3)
+
+
+class _Simulation:
+    """One cache of one size."""
+
+    def __init__(self, cache_bytes: int, entry_bytes: int, steps: Steps):
+        self._cache_bytes = cache_bytes
+        self._entry_bytes = entry_bytes
+        self._steps = steps
+        # Of each revision by its number.
+        self._states = bytearray(len(steps.data_bytes))
+        # In the order of eviction.
+        self._order: deque[int] = deque()
+        self._used_bytes = 0
+        self.hits = 0
+        self.evictions = 0
+
+    def run(self) -> None:
+        """From the first step to the last one."""
+        states, data_bytes = self._states, self._steps.data_bytes
+        append = self._order.append
+        entry_bytes = self._entry_bytes
+        size_max = self._cache_bytes // 4
+        hits = 0
+        for step in self._steps.steps:
+            if step > 0:
+                if states[step]:
+                    states[step] = _USED
+                    hits += 1
+                    continue
+                number = step
+            elif step == _NOT_THERE:
+                continue
+            elif step == _FORGET_ALL:
+                self._forget_all()
+                continue
+            else:
+                number = -step
+                if states[number]:
+                    continue
+            size = data_bytes[number] + entry_bytes
+            if size <= size_max:
+                states[number] = _PRESENT
+                append(number)
+                self._used_bytes += size
+                if self._used_bytes > self._cache_bytes:
+                    self._evict()
+        self.hits = hits
+
+    def _forget_all(self) -> None:
+        for number in self._order:
+            self._states[number] = _ABSENT
+        self._order.clear()
+        self._used_bytes = 0
+
+    def _evict(self) -> None:
+        states, order, data_bytes = self._states, self._order, self._steps.data_bytes
+        goal = self._cache_bytes - self._cache_bytes // 20
+        while self._used_bytes > goal and order:
+            number = order.popleft()
+            if states[number] == _USED:
+                states[number] = _PRESENT
+                order.append(number)
+                continue
+            states[number] = _ABSENT
+            self._used_bytes -= data_bytes[number] + self._entry_bytes
+            self.evictions += 1
