@@ -1,0 +1,55 @@
+"""The class of an object, read off its record; nothing is imported or unpickled.
+
+A record is two pickles: the class, alone or with arguments for its ``__new__``, and the
+state. Of the class there are six forms in ZODB's history (ZODB.serialize); all begin
+with a global name or with two strings. Pure; any thread.
+"""
+
+import pickletools
+import re
+import zlib
+
+UNKNOWN = "(not told)"
+# No pickle begins so: what zc.zlibstorage makes of a record.
+_DEFLATED = b".z"
+# As far as is looked for a name.
+_HEAD_BYTES = 4096
+# A protocol, a tuple's beginning, and the name; nearly always.
+_global_name = re.compile(rb"(?:\x80.)?\(?c([^\n]+)\n([^\n]+)\n", re.DOTALL).match
+
+
+def class_of(record: bytes) -> str:
+    """``module.Class``, or ``UNKNOWN`` where it cannot be told."""
+    head = record[:_HEAD_BYTES]
+    if head.startswith(_DEFLATED):
+        try:
+            head = zlib.decompressobj().decompress(head[2:], _HEAD_BYTES)
+        except zlib.error:
+            return UNKNOWN
+    found = _global_name(head)
+    if found is None:
+        return _printable(_slowly(head))
+    return _printable(b".".join(found.groups()).decode(errors="replace"))
+
+
+def _slowly(head: bytes) -> str:
+    strings: list[str] = []
+    try:
+        for opcode, argument, _position in pickletools.genops(head):
+            if opcode.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if opcode.name in ("TUPLE", "TUPLE2") and len(strings) == 2:
+                return ".".join(strings)
+            if isinstance(argument, str):
+                strings.append(argument)
+    except ValueError:
+        # No pickle, or the end of what was looked at.
+        pass
+    return UNKNOWN
+
+
+def _printable(name: str) -> str:
+    """Somebody may have written it who means no good to a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in name)
