@@ -124,7 +124,7 @@ class MemoryCache:
         self.valid_through = Z64
         self.identity: tuple[bytes, int] | None = None
         self.history = 0
-        self.hits = self.misses = self.evictions = 0
+        self.hits = self.misses = self.evicted = 0
         self._lock = threading.Lock()
         # Tuples are replaced, never changed, so that readers need no lock. Newest
         # revision first.
@@ -285,7 +285,7 @@ class MemoryCache:
             if entry.was_used:
                 entry.was_used = False
                 continue
-            self.evictions += 1
+            self.evicted += 1
             rest = tuple(e for e in self._by_oid[entry.oid] if e is not entry)
             if rest:
                 self._by_oid[entry.oid] = rest

@@ -4,7 +4,7 @@ Used by ``zeolith cache simulate``. Pure: blocks of a trace in, numbers out.
 
 What is simulated is the eviction of our caches: first in, first out, with a second
 chance for what was used since, down to 95 % of the size, by the sizes of records and
-the bytes that an entry costs beside; and that a record larger than a quarter of the
+the bytes that an entry costs beside; and that a record larger than some part of the
 cache is not kept. A revision is known by its oid and tid, so nothing old is ever found
 and changes need no simulation: who loads after a change asks for another revision.
 
@@ -58,6 +58,8 @@ class Workload:
     # Of the last cache that has written.
     cache_bytes: int = 0
     entry_bytes: int = 0
+    # A larger part of the cache than one of so many is not given to a record.
+    record_part: int = 1
     # Microseconds since the epoch.
     started_us: int = 0
     ended_us: int = 0
@@ -144,6 +146,7 @@ def workload(blocks: Iterable[Block], *, together: bool = False) -> Workload:
         result.hits += hits
         pids.add(block.pid)
         result.cache_bytes, result.entry_bytes = block.cache_bytes, block.entry_bytes
+        result.record_part = block.record_part
         started_us = result.started_us or block.started_us
         result.started_us = min(started_us, block.started_us)
         last_us = max((event[1] for event in block.events()), default=0)
@@ -165,15 +168,15 @@ def simulate_around(workload: Workload) -> list[Outcome]:
 
 def simulate_unbounded(workload: Workload) -> Outcome:
     """Of a cache that has room for everything: no size does better."""
-    # A record is admitted if four of its size have room.
-    return simulate(workload, 4 * workload.needed_bytes)
+    # A record is admitted if so many of its size have room.
+    return simulate(workload, workload.record_part * workload.needed_bytes)
 
 
 def simulate(workload: Workload, cache_bytes: int) -> Outcome:
     """What caches of ``cache_bytes`` each would have done."""
     hits = evictions = 0
     for steps in workload.caches:
-        found = _Simulation(cache_bytes, workload.entry_bytes, steps)
+        found = _Simulation(cache_bytes, workload, steps)
         found.run()
         hits += found.hits
         evictions += found.evictions
@@ -186,9 +189,10 @@ _ABSENT, _PRESENT, _USED = range(3)
 class _Simulation:
     """One cache of one size."""
 
-    def __init__(self, cache_bytes: int, entry_bytes: int, steps: Steps):
+    def __init__(self, cache_bytes: int, workload: Workload, steps: Steps):
         self._cache_bytes = cache_bytes
-        self._entry_bytes = entry_bytes
+        self._entry_bytes = workload.entry_bytes
+        self._size_max = cache_bytes // workload.record_part
         self._steps = steps
         # Of each revision by its number.
         self._states = bytearray(len(steps.data_bytes))
@@ -203,7 +207,7 @@ class _Simulation:
         states, data_bytes = self._states, self._steps.data_bytes
         append = self._order.append
         entry_bytes = self._entry_bytes
-        size_max = self._cache_bytes // 4
+        size_max = self._size_max
         hits = 0
         for step in self._steps.steps:
             if step > 0:

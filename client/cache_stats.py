@@ -20,7 +20,7 @@ def cache_stats(cache: Any) -> dict[str, Any]:
         "revisions": len(cache),
         "used_bytes": cache.used_bytes,
         "cache_bytes": cache.cache_bytes,
-        "evictions": getattr(cache, "evictions", 0),
+        "evictions": cache.evicted,
         "errors": getattr(cache, "errors", 0),
         "valid_through": cache.valid_through.hex(),
         "trace": _trace(cache.trace) if isinstance(cache, TracedCache) else None,

@@ -26,8 +26,9 @@ offset  type         meaning
 16      u64          which cache: blocks with the same number are of the same one
 24      u64          how much the cache may hold, in bytes
 32      u32          what an entry costs beside its data, in bytes
-36      u64          time of the first event, microseconds since the epoch
-44      bytes        the body, compressed with zlib: events of 25 bytes each
+36      u32          the part of the cache that a record may have at most: 4 for 1/4
+40      u64          time of the first event, microseconds since the epoch
+48      bytes        the body, compressed with zlib: events of 25 bytes each
 ======  ===========  ==========================================================
 
 ======  ===========  ==========================================================
@@ -80,7 +81,9 @@ MAGIC = b"ZCT1"
 # Kinds of events. Stored is what the server has answered, written what a transaction of
 # this storage has committed; either may be refused by the cache.
 HIT, MISS, STORE, WRITE, INVALIDATE, FORGET, FORGET_ALL = range(1, 8)
-_HEADER = Struct(">4sIIIQQIQ")
+_HEADER = Struct(">4sIIIQQIIQ")
+# Of a cache in memory.
+_RECORD_PART = 4
 _EVENT = Struct(">BI8s8sI")
 _MICROSECONDS_MAX = 2**32 - 1
 _SEARCH_BYTES = 1024 * 1024
@@ -96,6 +99,7 @@ class Block(NamedTuple):
     cache: int
     cache_bytes: int
     entry_bytes: int
+    record_part: int
     # Microseconds since the epoch.
     started_us: int
     event_count: int
@@ -126,7 +130,7 @@ def blocks(path: str | Path) -> Iterator[Block]:
 
 def _block(header: bytes, file: BinaryIO) -> Block | None:
     """The block whose body comes next; None if this is none."""
-    magic, size, count, *fields = _HEADER.unpack(header)
+    magic, size, count, *rest = _HEADER.unpack(header)
     # zlib makes what cannot be made smaller a little larger.
     if (
         magic != MAGIC
@@ -143,8 +147,10 @@ def _block(header: bytes, file: BinaryIO) -> Block | None:
         return None
     if len(packed) != packed_bytes or not inflating.eof:
         return None
-    pid, cache, cache_bytes, entry_bytes, started_us = fields
-    return Block(pid, cache, cache_bytes, entry_bytes, started_us, count, packed)
+    pid, cache, cache_bytes, entry_bytes, record_part, started_us = rest
+    return Block(
+        pid, cache, cache_bytes, entry_bytes, record_part, started_us, count, packed
+    )
 
 
 def _seek_magic(file: BinaryIO, start: int) -> bool:
@@ -278,6 +284,7 @@ class Trace:
             self._number,
             self._cache.cache_bytes,
             getattr(self._cache, "entry_bytes", ENTRY_BYTES),
+            getattr(self._cache, "record_part", _RECORD_PART),
             (self._started_ns + start_ns) // 1000,
         )
         block = header + body

@@ -43,7 +43,7 @@ def block(
         for number, (kind, oid, size) in enumerate(events)
     ]
     body = b"".join(packed)
-    return Block(pid, cache, cache_bytes, 10, 5_000_000, len(packed), body)
+    return Block(pid, cache, cache_bytes, 10, 4, 5_000_000, len(packed), body)
 
 
 def loaded(*oids: int, size: int = 90) -> list[Event]:
@@ -88,7 +88,7 @@ def test_the_recorded_size_gives_the_recorded_hits(
     assert recorded.loads == cache.hits + cache.misses
     assert recorded.hits == cache.hits
     outcome = simulate(recorded, cache_bytes)
-    assert outcome.evictions == cache.evictions
+    assert outcome.evictions == cache.evicted
     assert outcome.hits == cache.hits
 
 
