@@ -95,8 +95,9 @@ class Outcome:
 class _Reader:
     """Makes steps of the events of one cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, forgets: bool):
         self.result = Steps()
+        self._forgets = forgets
         # oid + tid -> the number of the revision.
         self._numbers: dict[bytes, int] = {}
         # Process -> oid -> steps that are waiting to learn what they were looking for.
@@ -122,7 +123,7 @@ class _Reader:
                     steps[place] = number_of(oid + tid, size)
             elif kind in (STORE, WRITE):
                 steps.append(-number_of(oid + tid, size))
-            elif kind == FORGET_ALL:
+            elif kind == FORGET_ALL and self._forgets:
                 steps.append(_FORGET_ALL)
         return loads, hits
 
@@ -140,7 +141,9 @@ def workload(blocks: Iterable[Block], *, together: bool = False) -> Workload:
     pids = set()
     result = Workload([])
     for block in blocks:
-        reader = readers.setdefault(0 if together else block.cache, _Reader())
+        cache = 0 if together else block.cache
+        # Each process forgets all when it begins; one that is shared need not.
+        reader = readers.setdefault(cache, _Reader(forgets=not together))
         loads, hits = reader.read(block)
         result.loads += loads
         result.hits += hits

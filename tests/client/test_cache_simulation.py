@@ -159,6 +159,12 @@ def test_caches_of_several_processes_are_apart_or_together():
     assert simulate(recorded, 1000).hits == 2
 
 
+def test_a_process_that_begins_empties_no_shared_cache():
+    start = (FORGET_ALL, 0, 0)
+    apart = [block([start, *loaded(1)], pid=pid, cache=pid) for pid in (1, 2)]
+    assert simulate(workload(apart, together=True), 1000).hits == 1
+
+
 def test_processes_of_one_cache_do_not_take_each_others_answers():
     blocks_of_two = [
         block([(HIT, 1, 90), (MISS, 1, 0)], pid=1),
