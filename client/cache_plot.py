@@ -50,8 +50,8 @@ def _recorded(workload: Workload) -> Iterator[str]:
     length_s = (workload.ended_us - workload.started_us) / 1e6
     yield (
         f"{workload.loads} loads in {duration_text(length_s)}"
-        f" by {_several(workload.processes, 'process', 'processes')}"
-        f" with {_several(len(workload.caches), 'cache', 'caches')}"
+        f" by {several(workload.processes, 'process', 'processes')}"
+        f" with {several(len(workload.caches), 'cache', 'caches')}"
         f" of {bytes_text(workload.cache_bytes)}"
     )
     rate = workload.hits / workload.loads if workload.loads else 0.0
@@ -71,7 +71,8 @@ def _lines(workload: Workload, outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield line
 
 
-def _several(count: int, one: str, many: str) -> str:
+def several(count: int, one: str, many: str) -> str:
+    """``count`` and what there are so many of."""
     return f"{count} {one if count == 1 else many}"
 
 

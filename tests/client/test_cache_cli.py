@@ -1,5 +1,6 @@
 """``zeolith cache``, as a program and as functions."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from ZODB.utils import p64
 
 from zeolith.client.cache import MemoryCache
 from zeolith.client.cache_cli import cache
+from zeolith.client.cache_place import Identity
 from zeolith.client.cache_trace import end_trace, traced
 
+from ..support.cache_files import IDENTITY, damaging, opened, revision, written
 from ..support.commanding import complaint, zeolith
 
 T1, T2 = p64(1), p64(2)
@@ -55,7 +58,12 @@ def test_simulate_takes_sizes(trace):
     assert list(rates(done.output)) == ["976.6KB", "2MB"]
 
 
-@pytest.mark.parametrize("size", ["many", "0", "-1", "20 apples"])
+def test_simulate_takes_a_size_as_it_prints_it(trace):
+    done = run("simulate", trace, "--size", "1.5MB", "--size", "976.6kb")
+    assert list(rates(done.output)) == ["976.6KB", "1.5MB"]
+
+
+@pytest.mark.parametrize("size", ["many", "0", "-1", "1e3", "0.1B", "20 apples"])
 def test_simulate_refuses_what_is_no_size(trace, size):
     done = run("simulate", trace, "--size", size)
     assert done.exit_code == 2
@@ -125,3 +133,117 @@ def test_it_is_a_command_of_the_program(trace, tmp_path):
     done = zeolith("cache", "simulate", str(tmp_path / "nowhere"))
     assert done.returncode == 1
     assert complaint(done) == f"{tmp_path / 'nowhere'}: No such file or directory"
+
+
+# The cache directory
+
+OTHER = Identity(b"\x0e" * 16, 2)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Of two databases, the first with a record of each of three classes."""
+    directory = tmp_path / "cache"
+    revisions = [
+        revision(number, 10, None, b"\x80\x03cshop\nC%d\n." % number + b"." * 50, 20)
+        for number in range(3)
+    ]
+    written(directory, through=20, revisions=revisions)
+    written(directory, through=20, revisions=[], identity=OTHER)
+    return directory
+
+
+def test_info_tells_of_each_database(directory):
+    done = run("info", str(directory))
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    assert f"database {IDENTITY.database_id.hex()}, epoch 1" in lines
+    assert f"database {OTHER.database_id.hex()}, epoch 2" in lines
+    assert any("3 revisions" in line and "0 of them of older" in line for line in lines)
+    assert [line.split()[-1] for line in lines if "shop" in line] == [
+        "shop.C0",
+        "shop.C1",
+        "shop.C2",
+    ]
+    assert all(len(line) <= 88 for line in lines)
+
+
+def test_info_shows_so_many_classes(directory):
+    output = run("info", "--classes", "1", str(directory)).output
+    assert "shop.C0" in output
+    assert "shop.C1" not in output
+    assert "and 2 classes more" in output
+    assert "shop" not in run("info", "--classes", "0", str(directory)).output
+
+
+def test_info_is_there_for_programs(directory):
+    one, other = json.loads(run("info", "--json", str(directory)).output)
+    assert (one["revisions"], other["revisions"]) == (3, 0)
+    assert len(one["classes"]) == 3
+
+
+def test_info_of_a_damaged_file_is_a_line(directory):
+    for path in directory.glob("*.lmdb"):
+        path.write_bytes(b"")
+    done = run("info", str(directory))
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line.endswith("it is empty")
+
+
+def test_verify_finds_nothing_in_what_is_right(directory):
+    done = run("verify", str(directory))
+    assert done.exit_code == 0
+    assert [line.split(": ")[1] for line in done.output.splitlines()] == [
+        "all is well",
+        "all is well",
+    ]
+
+
+def test_verify_has_a_line_for_each_finding(directory):
+    (path,) = directory.glob("0d*.lmdb")
+    with damaging(path) as (txn, dbs):
+        txn.drop(dbs["order"], delete=False)
+    done = run("verify", str(directory))
+    assert done.exit_code == 1
+    assert done.output.count(f"{path.name}: revision ") == 3
+    assert done.output.count("all is well") == 1
+
+
+def test_verify_tells_what_cannot_be_read(directory):
+    (path,) = directory.glob("0d*.lmdb")
+    path.write_bytes(b"")
+    done = run("verify", str(directory))
+    assert done.exit_code == 1
+    assert f"{path.name}: it is empty" in done.output.splitlines()
+
+
+def test_clear_removes_everything(directory):
+    done = run("clear", str(directory))
+    assert (done.exit_code, done.output) == (0, "2 databases removed\n")
+    assert run("info", str(directory)).exit_code == 1
+
+
+def test_clear_takes_nothing_from_those_who_use_it(directory):
+    with opened(directory) as file:
+        done = run("clear", str(directory))
+        assert done.exit_code == 1
+        (line,) = done.output.splitlines()
+        assert f"processes use {file.path.name}; nothing is removed" in line
+        assert len(list(directory.glob("*.lmdb"))) == 2
+        assert run("clear", "--force", str(directory)).exit_code == 0
+    assert not list(directory.glob("*.lmdb"))
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "clear"])
+def test_a_wrong_directory_is_told_and_not_made(tmp_path, command):
+    done = run(command, str(tmp_path / "nowhere"))
+    assert done.exit_code == 1
+    assert (
+        done.output == f"zeolith: {tmp_path / 'nowhere'}: there is no such directory\n"
+    )
+    (tmp_path / "file.lmdb").write_text("")
+    done = run(command, str(tmp_path))
+    assert done.exit_code == 1
+    assert done.output == f"zeolith: {tmp_path}: there is no cache in it\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.lmdb"]

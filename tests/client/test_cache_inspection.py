@@ -1,0 +1,208 @@
+"""What is found in a cache file, and what is found to be wrong with it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import lmdb
+import pytest
+from ZODB.utils import p64
+
+from zeolith.client.cache_inspection import DamagedFile, Inspection, Kept
+
+from ..support.cache_files import damaging, opened, revision, written
+
+A, B = p64(1), p64(2)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A at 10 and 30, B at 20 and, closed by the server's answer, at 5."""
+    return written(
+        tmp_path,
+        through=20,
+        revisions=[
+            revision(1, 10, None, b"first", 20),
+            revision(2, 20, None, b"second", 20),
+            revision(2, 5, 12, b"before", 20),
+        ],
+        changes=[(30, [1, 3])],
+    )
+
+
+def findings(path: Path) -> list[str]:
+    with Inspection(path) as file:
+        return list(file.findings())
+
+
+def value(oid: int, tid: int, data: bytes = b"data") -> bytes:
+    crc = crc32(data, crc32(p64(oid) + p64(tid)))
+    return crc.to_bytes(4, "big") + p64(tid) + data
+
+
+def test_what_is_kept_is_told(path):
+    with Inspection(path) as file:
+        assert list(file.current()) == [Kept(B, p64(20), None, b"second", True)]
+        assert list(file.ended()) == [
+            Kept(A, p64(10), p64(30), b"first", True),
+            Kept(B, p64(5), p64(12), b"before", True),
+        ]
+        assert (file.count("current"), file.count("ended")) == (1, 2)
+        assert file.state is not None
+        assert file.state.through == p64(30)
+        assert 0 < file.used_bytes <= os.path.getsize(path)
+        assert file.pids() == []
+
+
+def test_nothing_is_wrong_with_what_a_cache_has_written(path):
+    assert findings(path) == []
+
+
+def test_nothing_is_wrong_with_a_file_that_nobody_has_written_to(tmp_path):
+    with opened(tmp_path) as file:
+        path = file.path
+    assert findings(path) == []
+    with Inspection(path) as inspection:
+        assert inspection.state is None
+
+
+def test_a_revision_from_after_through_may_overlap_with_nothing(tmp_path):
+    """The server was ahead: what it has answered ends and begins later."""
+    path = written(
+        tmp_path,
+        through=20,
+        revisions=[
+            revision(1, 10, None, b"open", 20),
+            revision(1, 10, 40, b"open", 50),
+            revision(1, 40, 45, b"later", 50),
+            revision(2, 40, None, b"later, too", 50),
+        ],
+    )
+    assert findings(path) == []
+
+
+def put(name: str, key: bytes, data: bytes) -> Any:
+    def damage(txn: Any, dbs: dict[str, Any]) -> None:
+        txn.put(key, data, db=dbs[name])
+
+    return damage
+
+
+def drop(name: str, key: bytes | None = None) -> Any:
+    def damage(txn: Any, dbs: dict[str, Any]) -> None:
+        if key is None:
+            txn.drop(dbs[name], delete=False)
+        else:
+            assert txn.delete(key, db=dbs[name])
+
+    return damage
+
+
+DAMAGES = [
+    (put("current", b"short", value(1, 1)), "current: the entry .* has no form"),
+    (put("current", A, b"short"), "current: the entry .* has no form"),
+    (put("ended", A, value(1, 10)), "ended: the entry .* has no form"),
+    (put("order", b"short", A + B), "order: the entry .* has no form"),
+    (put("recent", A, b"short"), "recent: the entry .* has no form"),
+    (put("changes", A, b"something"), "changes: the entry .* has no form"),
+    (put("current", B, value(2, 20)[:-1] + b"!"), f"{B.hex()} is damaged"),
+    (put("ended", A + p64(30), value(2, 10)), f"{A.hex()} is damaged"),
+    (put("recent", A, p64(31)), "recent: .* after through"),
+    (put("changes", p64(31), b""), "changes: .* after through"),
+    (drop("changes", p64(30)), "changes: through, .* is not there"),
+    (put("recent", B, p64(25)), "is open, but was changed at"),
+    (put("ended", B + p64(4), value(2, 5)), "ended before it began"),
+    (put("ended", B + p64(8), value(2, 3)), "ended at .* after revision"),
+    (put("ended", B + p64(22), value(2, 15)), "overlaps with the open one"),
+    (put("ended", B + p64(25), value(2, 20)), "overlaps with the open one"),
+    (drop("order"), "would never be evicted"),
+    (drop("meta", b"state"), "there is something, but no state"),
+    (
+        put("meta", b"state", p64(1) + p64(30) + p64(31)),
+        "since .* is after through",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "finding"), DAMAGES, ids=range(len(DAMAGES)))
+def test_each_damage_is_found(path, damage, finding):
+    with damaging(path) as (txn, dbs):
+        damage(txn, dbs)
+    found = findings(path)
+    assert found
+    assert any(re.search(finding, line) for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (put("meta", b"format", b"another"), "of another version"),
+        (put("meta", b"state", b"short"), "its state is damaged"),
+    ],
+)
+def test_what_nothing_can_be_told_of(path, damage, complaint):
+    with damaging(path) as (txn, dbs):
+        damage(txn, dbs)
+    with pytest.raises(DamagedFile, match=complaint):
+        Inspection(path)
+
+
+def test_a_file_that_is_cut_short_is_found_out_before_it_is_read(path):
+    os.truncate(path, os.path.getsize(path) - 4096)
+    with pytest.raises(DamagedFile, match="its end is missing"):
+        Inspection(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"", "it is empty"), (b"no database" * 1000, "MDB_INVALID")],
+)
+def test_a_file_that_is_something_else(tmp_path, content, complaint):
+    path = tmp_path / "other"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=complaint):
+        Inspection(path)
+
+
+def test_another_lmdb_database_is_no_cache(tmp_path):
+    path = tmp_path / "other"
+    with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as txn:
+        txn.put(b"key", b"value")
+    with pytest.raises(DamagedFile, match="it is no cache file"):
+        Inspection(path)
+
+
+READING = """
+import sys
+from pathlib import Path
+from zeolith.client.cache_file import CacheFile
+from zeolith.client.cache_place import CachePlace
+
+file = CacheFile(Path(sys.argv[1]), 1000000)
+print(file.state() is not None, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_in_use_is_told_and_not_disturbed(path):
+    before = path.read_bytes()
+    with subprocess.Popen(
+        [sys.executable, "-c", READING, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"True\n"
+        during = path.read_bytes()
+        with Inspection(path) as file:
+            assert file.pids() == [process.pid]
+            assert list(file.findings()) == []
+        assert path.read_bytes() == during
+        process.communicate()
+    assert len(path.read_bytes()) == len(before)
+    with Inspection(path) as file:
+        assert file.pids() == []
