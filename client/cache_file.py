@@ -44,7 +44,7 @@ from zeolith.client.cache_backlog import Batch, Revision
 from zeolith.client.cache_eviction import UsedMarks
 from zeolith.client.cache_place import FILE_MODE, Presence
 from zeolith.client.changes import Change
-from zeolith.client.tids import Z64
+from zeolith.client.tids import Z64, following
 
 logger = logging.getLogger(__name__)
 
@@ -572,7 +572,7 @@ class CacheFile:
         if self._is_open(txn, oid, tid):
             return bool(txn.delete(oid, db=self._current))
         with txn.cursor(self._ended) as cursor:
-            is_there = cursor.set_range(oid + tid)
+            is_there = cursor.set_range(oid + following(tid))
             if is_there and cursor.key()[:8] == oid and cursor.value()[_TID] == tid:
                 return bool(cursor.delete())
         return False

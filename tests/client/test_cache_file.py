@@ -436,3 +436,14 @@ def test_after_a_stop_of_the_machine_it_is_dropped(path, monkeypatch, caplog):
     monkeypatch.setattr("zeolith.client.cache_place.boot_id", lambda: b"another")
     assert not kept(path)
     assert "dropped" in caplog.text
+
+
+def test_a_revision_is_evicted_though_another_one_ends_where_it_begins(file):
+    lineage = file.start(T5, None).lineage
+    later, earlier = (
+        Revision(A, tid, end, b"data", T5) for tid, end in ((T2, T3), (T1, T2))
+    )
+    extend(file, lineage, T5, (), (later, earlier))
+    file.cache_bytes = 0
+    file.shrink()
+    assert len(file) == 0
