@@ -1,6 +1,7 @@
 """What is found in a cache file, and what is found to be wrong with it."""
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from zlib import crc32
 
 import lmdb
 import pytest
-from ZODB.utils import p64
+from ZODB.utils import p64, u64
 
+from zeolith.client.cache_backlog import Batch, Revision
+from zeolith.client.cache_file import CacheFile, State
 from zeolith.client.cache_inspection import DamagedFile, Inspection, Kept
+from zeolith.client.changes import Change
 
 from ..support.cache_files import damaging, opened, revision, written
 
@@ -206,3 +210,112 @@ def test_a_file_in_use_is_told_and_not_disturbed(path):
     assert len(path.read_bytes()) == len(before)
     with Inspection(path) as file:
         assert file.pids() == []
+
+
+class History:
+    """Commits of a server, and what it answers."""
+
+    def __init__(self, chance: random.Random):
+        self.chance = chance
+        self.changes = [(5, list(OIDS))]
+
+    def commit(self) -> None:
+        tid = self.changes[-1][0] + self.chance.randrange(1, 4)
+        self.changes.append((tid, self.chance.sample(OIDS, 3)))
+
+    def tids(self, oid: int | None = None) -> list[int]:
+        return [tid for tid, oids in self.changes if oid is None or oid in oids]
+
+    def told(self, since: int) -> list[Change]:
+        """Some of the changes after ``since``."""
+        later = [each for each in self.changes if each[0] > since]
+        told = []
+        for tid, oids in later[: self.chance.randrange(len(later) + 1)]:
+            told.append(Change(p64(since), p64(tid), list(map(p64, oids)), None))
+            since = tid
+        return told
+
+    def answer(self) -> Revision:
+        """To a load of some snapshot, as of some tid that need not be the last."""
+        # Most answers are not late.
+        lately = self.tids()[-self.chance.choice([1, 3, 100]) :]
+        oid, as_of = self.chance.choice(OIDS), self.chance.choice(lately)
+        before = self.chance.randrange(6, as_of + 2)
+        known = [tid for tid in self.tids(oid) if tid <= as_of]
+        start = max(tid for tid in known if tid < before)
+        end = min((tid for tid in known if tid >= before), default=None)
+        data = b"x" * self.chance.randrange(1, 3000)
+        return revision(oid, start, end, data, as_of)
+
+
+OIDS = range(1, 40)
+
+
+def restore(file: CacheFile, history: History, through: int) -> State:
+    """The server has an older copy, and goes another way."""
+    tid = history.chance.choice([tid for tid in history.tids() if tid < through][-5:])
+    gone = [each for each in history.tids() if each > tid]
+    history.changes = [each for each in history.changes if each[0] <= tid]
+    history.changes.append((max([tid, *gone]) + 1, [1]))
+    return file.cut_back(p64(tid), [p64(each) for each in (*gone, through)])
+
+
+def verify(file: CacheFile, history: History, lineage: bytes) -> State:
+    """The server does not know the way, and says what of the cache is current."""
+    last, number = history.tids()[-1], file.last_number()
+    stale = [
+        oid
+        for batch in file.open_revisions()
+        for oid, tid in batch
+        if p64(history.tids(u64(oid))[-1]) != tid
+    ]
+    return file.verified(lineage, p64(last), stale, number)
+
+
+def assert_is_true(path: Path, history: History) -> None:
+    """What is in the file is what the server has."""
+    with Inspection(path) as file:
+        assert file.state is not None
+        through = u64(file.state.through)
+        for kept in file.ended():
+            tids = history.tids(u64(kept.oid))
+            assert kept.end is not None
+            assert tids[tids.index(u64(kept.tid)) + 1] == u64(kept.end)
+        for kept in file.current():
+            tids, tid = history.tids(u64(kept.oid)), u64(kept.tid)
+            assert tid in tids
+            assert not any(tid < each <= through for each in tids)
+
+
+@pytest.mark.parametrize("cache_bytes", [40_000, 10**7])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_wrong_after_any_history(tmp_path, seed, cache_bytes):
+    history = History(random.Random(seed))
+    chance = history.chance
+    with opened(tmp_path) as file:
+        file.cache_bytes = cache_bytes
+        state = file.start(p64(5), None)
+        for _ in range(400):
+            for _ in range(chance.randrange(3)):
+                history.commit()
+            through = u64(state.through)
+            answers = [history.answer() for _ in range(chance.randrange(10))]
+            told = history.told(through)
+            batch = Batch(
+                p64(through), told, answers, frozenset({p64(chance.choice(OIDS))})
+            )
+            state, _evicted = file.extend(state.lineage, batch)
+            through = u64(state.through)
+            if chance.random() < 0.03:
+                state = restore(file, history, through)
+            elif chance.random() < 0.03:
+                state = verify(file, history, state.lineage)
+        for _ in range(10):
+            history.commit()
+        if seed % 2:
+            restore(file, history, u64(state.through))
+        else:
+            verify(file, history, state.lineage)
+        path = file.path
+    assert findings(path) == []
+    assert_is_true(path, history)
