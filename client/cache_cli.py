@@ -208,6 +208,9 @@ def _lines(summary: dict[str, Any], classes: int) -> Iterator[str]:
     for key, words in _MOMENTS.items():
         if moment := summary[key]:
             yield f"  {words:12} {moment['time']}, {moment['tid']}"
+    if loads := summary["hits"] + summary["misses"]:
+        rate = summary["hits"] / loads
+        yield f"  {'hit rate':12} {rate:.1%} of {several(loads, 'load', 'loads')}"
     pids = summary["pids"]
     yield (
         f"  {'used by':12} {several(len(pids), 'process', 'processes')}"

@@ -9,7 +9,7 @@ ended      oid, end -> revision that was good until ``end``, which is exact
 order      number -> oid, tid of a revision, in the order of eviction
 recent     oid -> tid of its last change, of all changes after ``since``
 changes    tid of each change that was applied; of those long ago only some
-meta       state -> lineage, through, since; format
+meta       state -> lineage, through, since; format; loads, see cache_counts
 =========  ============================================================================
 
 A revision is its tid, its data, and a checksum of these and its oid. Invariants, which
@@ -41,6 +41,7 @@ import lmdb
 
 from zeolith.client import cache_place
 from zeolith.client.cache_backlog import Batch, Revision
+from zeolith.client.cache_counts import NO_LOADS, LoadCounts, add_loads
 from zeolith.client.cache_eviction import UsedMarks
 from zeolith.client.cache_place import FILE_MODE, Presence
 from zeolith.client.changes import Change
@@ -290,8 +291,10 @@ class CacheFile:
 
     # Writing
 
-    def extend(self, lineage: bytes, batch: Batch) -> tuple[State, int]:
-        """Apply the changes of ``batch``, then keep its revisions.
+    def extend(
+        self, lineage: bytes, batch: Batch, loads: LoadCounts = NO_LOADS
+    ) -> tuple[State, int]:
+        """Apply the changes of ``batch``, keep its revisions, add ``loads``.
 
         Returns the new state and how many were evicted. Raises Foreign, Behind, Crowded
         and lmdb.Error; then nothing was done.
@@ -319,6 +322,7 @@ class CacheFile:
                     txn.put(number.to_bytes(8, "big"), where, db=self._order)
             evicted = self._evict(txn)
             self._put_state(txn, state)
+            add_loads(txn, self._meta, loads)
         return state, evicted
 
     def start(self, through: bytes, given_up: bytes | None) -> State:

@@ -15,6 +15,7 @@ from zlib import crc32
 
 import lmdb
 
+from zeolith.client.cache_counts import LoadCounts, stored_loads
 from zeolith.client.cache_file import FORMAT, MAP_BYTES_MIN, State
 
 _NAMES = ("current", "ended", "order", "recent", "changes", "meta")
@@ -109,6 +110,10 @@ class Inspection:
         lines = self._env.readers().splitlines()[1:]
         found = {int(line.split()[0]) for line in lines if line.split()}
         return sorted(pid for pid in found - {os.getpid()} if _is_alive(pid))
+
+    def loads(self) -> LoadCounts:
+        """Of all processes, since the file was made, as far as they have told."""
+        return stored_loads(self._txn, self._dbs["meta"])
 
     def count(self, name: str) -> int:
         """How many entries ``name`` ("current", "ended", ...) has."""

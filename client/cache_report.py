@@ -54,6 +54,8 @@ def summary(path: Path) -> dict[str, Any]:
             "oldest": _moment(oldest),
             "newest": _moment(newest),
             "valid_through": _moment(file.state.through if file.state else b""),
+            "hits": file.loads().hits,
+            "misses": file.loads().misses,
             "pids": file.pids(),
             "classes": {
                 name: {"revisions": count, "data_bytes": size}

@@ -6,6 +6,8 @@ others. Any thread; takes no lock.
 
 from typing import Any
 
+import lmdb
+
 from zeolith.client.cache_trace import TracedCache
 
 
@@ -13,18 +15,29 @@ def cache_stats(cache: Any) -> dict[str, Any]:
     """The keys are described in docs/reference.md, "Statistics of the cache"."""
     hits, misses = cache.hits, cache.misses
     loads = hits + misses
+    revisions, used_bytes = _sizes(cache)
+    path = getattr(cache, "path", None)
     return {
         "hits": hits,
         "misses": misses,
         "hit_rate": hits / loads if loads else None,
-        "revisions": len(cache),
-        "used_bytes": cache.used_bytes,
+        "path": None if path is None else str(path),
+        "revisions": revisions,
+        "used_bytes": used_bytes,
         "cache_bytes": cache.cache_bytes,
         "evictions": cache.evicted,
         "errors": getattr(cache, "errors", 0),
         "valid_through": cache.valid_through.hex(),
         "trace": _trace(cache.trace) if isinstance(cache, TracedCache) else None,
     }
+
+
+def _sizes(cache: Any) -> tuple[int | None, int | None]:
+    try:
+        return len(cache), cache.used_bytes
+    except lmdb.Error:
+        # Closed for the moment of a fork, or damaged.
+        return None, None
 
 
 def _trace(trace: Any) -> dict[str, Any]:

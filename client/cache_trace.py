@@ -56,6 +56,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from struct import Struct
 from time import monotonic_ns, time_ns
@@ -174,14 +175,13 @@ def traced(cache: CacheT, path: str | None) -> CacheT:
     """
     if path is None:
         return cache
+    try:
+        trace = Trace(path, cache)
+    except BaseException:
+        cache.close()
+        raise
     # It has all that the cache has: what it does not note, it passes on.
-    return cast(CacheT, TracedCache(cache, Trace(path, cache)))
-
-
-def end_trace(cache: Cache) -> None:
-    """Write what is left of the trace of ``cache``, if there is one, and end it."""
-    if isinstance(cache, TracedCache):
-        cache.trace.end()
+    return cast(CacheT, TracedCache(cache, trace))
 
 
 class Trace:
@@ -201,8 +201,7 @@ class Trace:
         atexit.register(self.end)
 
     def _begin(self) -> None:
-        # A cache that processes share has a number that they all know.
-        self._number = getattr(self._cache, "number", None) or secrets.randbits(63)
+        self._number = secrets.randbits(63)
         self._queue: deque[tuple[int, int, bytes, bytes, int]] = deque()
         self._wake = threading.Event()
         self._lock = threading.Lock()
@@ -281,7 +280,7 @@ class Trace:
             len(body),
             len(events),
             os.getpid(),
-            self._number,
+            self._cache_number(),
             self._cache.cache_bytes,
             getattr(self._cache, "entry_bytes", ENTRY_BYTES),
             getattr(self._cache, "record_part", _RECORD_PART),
@@ -290,6 +289,13 @@ class Trace:
         block = header + body
         if os.write(self._fd, block) < len(block):
             raise OSError("the disk is full")
+
+    def _cache_number(self) -> int:
+        """Ours, or that of a cache which processes share: they all know its path."""
+        path = getattr(self._cache, "path", None)
+        if path is None:
+            return self._number
+        return int.from_bytes(blake2b(bytes(path), digest_size=8).digest(), "big")
 
     def _fail(self, reason: str) -> None:
         self.error = reason
@@ -386,6 +392,12 @@ class TracedCache:
         """See Cache.forget_all."""
         self._note(FORGET_ALL, Z64, valid_through, 0)
         self._cache.forget_all(valid_through)
+
+    def close(self) -> None:
+        """See Cache.close; the trace ends."""
+        # While the cache still has its name.
+        self.trace.end()
+        self._cache.close()
 
     def reset(self, valid_through: bytes) -> None:
         """See Cache.reset."""

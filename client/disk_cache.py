@@ -48,6 +48,7 @@ import lmdb
 from zeolith.client import cache_files
 from zeolith.client.cache import Cache, MemoryCache
 from zeolith.client.cache_backlog import Backlog, Batch, Revision, first_after
+from zeolith.client.cache_counts import NO_LOADS, LoadCounts
 from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, State
 from zeolith.client.cache_place import CachePlace, Identity
 from zeolith.client.cache_writer import Writer
@@ -103,6 +104,9 @@ class _NoWay(Exception):
 class DiskCache:
     """Revisions in a file that is shared; see client.cache.Cache for the methods."""
 
+    # For a trace.
+    record_part = RECORD_PART
+
     def __init__(
         self, place: CachePlace, storage: str, cache_bytes: int, ask: Ask | None = None
     ):
@@ -115,6 +119,8 @@ class DiskCache:
         self.valid_through = Z64
         self.history = 0
         self.hits = self.misses = self.evicted = self.errors = 0
+        # Of these, what the file has been told.
+        self._told = NO_LOADS
         self._place = place
         self._storage = storage
         self._ask = ask
@@ -220,6 +226,12 @@ class DiskCache:
     def is_aside(self) -> bool:
         """Whether this process has to do without the file."""
         return self._aside is not None
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None while it is not used."""
+        file = self._file
+        return None if file is None or self._aside is not None else file.path
 
     @property
     def used_bytes(self) -> int:
@@ -447,6 +459,8 @@ class DiskCache:
             backlog = Backlog(valid_through)
         self._lock = threading.Lock()
         self._writer = Writer(self._flush_safely)
+        # The parent tells what was counted before.
+        self._told = LoadCounts(self.hits, self.misses)
         self._file = None
         self._aside = MemoryCache(self.cache_bytes)
         self.history += 1
@@ -522,9 +536,12 @@ class DiskCache:
                 raise Foreign
             lineage = state.lineage
         try:
-            state, evicted = file.extend(lineage, batch)
+            loads = LoadCounts(self.hits, self.misses)
+            more = LoadCounts(*map(int.__sub__, loads, self._told))
+            state, evicted = file.extend(lineage, batch, more)
         except Behind:
             return None
+        self._told = loads
         self.evicted += evicted
         return state
 

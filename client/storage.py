@@ -24,7 +24,7 @@ from zeolith.client import forks, iteration, loading, packing, uploads
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES
 from zeolith.client.cache_stats import cache_stats
-from zeolith.client.cache_trace import end_trace, traced
+from zeolith.client.cache_trace import traced
 from zeolith.client.changes import Change
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
@@ -278,7 +278,6 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         if self._warm_up is not None:
             self._warm_up.close()
         self.cache.close()
-        end_trace(self.cache)
         forks.forget(self)
 
     def _welcome(self, session: Session) -> None:

@@ -7,10 +7,12 @@ import pytest
 from click.testing import CliRunner, Result
 from ZODB.utils import p64
 
+from zeolith.client import cache_cli, cache_report
 from zeolith.client.cache import MemoryCache
 from zeolith.client.cache_cli import cache
-from zeolith.client.cache_place import Identity
-from zeolith.client.cache_trace import end_trace, traced
+from zeolith.client.cache_place import CachePlace, Identity
+from zeolith.client.cache_trace import traced
+from zeolith.client.disk_cache import DiskCache
 
 from ..support.cache_files import IDENTITY, damaging, opened, revision, written
 from ..support.commanding import complaint, zeolith
@@ -33,7 +35,7 @@ def trace(tmp_path: Path) -> str:
         for number in range(5):
             if cache.load(p64(number), T2) is None:
                 cache.store(p64(number), T1, None, b"x" * 100_000, T1)
-    end_trace(cache)
+    cache.close()
     return path
 
 
@@ -88,7 +90,7 @@ def test_simulate_together_is_one_cache(trace):
     for number in range(5):
         again.load(p64(number), T2)
         again.store(p64(number), T1, None, b"x" * 100_000, T1)
-    end_trace(again)
+    again.close()
     assert rates(run("simulate", trace, "--size", "1MB").output) == {"1MB": "33.3%"}
     together = run("simulate", trace, "--size", "1MB", "--together")
     assert rates(together.output) == {"1MB": "66.7%"}
@@ -116,7 +118,7 @@ def test_simulate_says_that_there_was_nothing_to_do(tmp_path):
     path = str(tmp_path / "cache.trace")
     cache = traced(MemoryCache(), path)
     cache.forget_all(T1)
-    end_trace(cache)
+    cache.close()
     done = run("simulate", path)
     assert done.exit_code == 1
     assert "there are no loads" in done.output
@@ -153,6 +155,20 @@ def directory(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch) -> None:
+    """What is examined is so in this process, to save time."""
+    looks = {"summary": cache_report.summary, "findings": cache_report.findings}
+    monkeypatch.setattr(cache_cli, "examine", lambda what, path: looks[what](path))
+
+
+def test_the_program_tells_the_same(directory):
+    for arguments in (("info", "--json"), ("verify",)):
+        done = zeolith("cache", *arguments, str(directory))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == run(*arguments, str(directory)).output
+
+
 def test_info_tells_of_each_database(directory):
     done = run("info", str(directory))
     assert done.exit_code == 0
@@ -166,6 +182,16 @@ def test_info_tells_of_each_database(directory):
         "shop.C2",
     ]
     assert all(len(line) <= 88 for line in lines)
+
+
+def test_info_tells_the_hit_rate_of_all_processes(directory):
+    assert "hit rate" not in run("info", str(directory)).output
+    disk = DiskCache(CachePlace(directory), "1", 10**6)
+    disk.identify(*IDENTITY)
+    for number in range(5):
+        disk.load(p64(number), p64(21))
+    disk.close()
+    assert "  hit rate     60.0% of 5 loads" in run("info", str(directory)).output
 
 
 def test_info_shows_so_many_classes(directory):

@@ -26,7 +26,6 @@ from zeolith.client.cache_trace import (
     WRITE,
     Block,
     blocks,
-    end_trace,
     traced,
 )
 
@@ -83,7 +82,7 @@ def test_the_recorded_size_gives_the_recorded_hits(
             if action < 0.95:
                 cache.store_committed(p64(now), {p64(oid): record(oid, now)}, 1)
             cache.apply(p64(now), [p64(oid)])
-    end_trace(cache)
+    cache.close()
     recorded = workload(blocks(path))
     assert recorded.loads == cache.hits + cache.misses
     assert recorded.hits == cache.hits

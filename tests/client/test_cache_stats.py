@@ -6,8 +6,10 @@ from pathlib import Path
 from ZODB.utils import p64
 
 from zeolith.client.cache import ENTRY_BYTES, MemoryCache
+from zeolith.client.cache_place import CachePlace, Identity
 from zeolith.client.cache_stats import cache_stats
-from zeolith.client.cache_trace import end_trace, traced
+from zeolith.client.cache_trace import traced
+from zeolith.client.disk_cache import DiskCache
 from zeolith.client.storage import ClientStorage
 
 from ..support.script import ScriptedServer
@@ -39,12 +41,39 @@ def test_hits_misses_and_evictions_are_counted():
     assert stats["errors"] == 0
 
 
+def test_a_cache_on_disk_tells_the_same_and_where_it_is(tmp_path: Path):
+    cache = DiskCache(CachePlace(tmp_path), "1", 10**6)
+    assert cache_stats(cache)["path"] is None
+    cache.identify(b"d" * 16, 1)
+    cache.forget_all(T1)
+    stats = cache_stats(cache)
+    assert set(stats) == set(cache_stats(MemoryCache()))
+    assert stats["path"] == str(CachePlace(tmp_path).path_of(Identity(b"d" * 16, 1)))
+    assert stats["revisions"] == 0 < stats["used_bytes"]
+    assert stats["valid_through"] == T1.hex()
+    assert json.loads(json.dumps(stats)) == stats
+    cache.close()
+    assert cache_stats(cache)["path"] is None
+
+
+def test_a_file_that_cannot_be_read_now_has_no_sizes(tmp_path: Path):
+    cache = DiskCache(CachePlace(tmp_path), "1", 10**6)
+    cache.identify(b"d" * 16, 1)
+    assert cache._file is not None
+    cache._file.pause()
+    stats = cache_stats(cache)
+    assert stats["revisions"] is stats["used_bytes"] is None
+    cache._file.resume()
+    assert cache_stats(cache)["revisions"] == 0
+    cache.close()
+
+
 def test_a_trace_is_told_of(tmp_path: Path):
     path = str(tmp_path / "cache.trace")
     cache = traced(MemoryCache(), path)
     assert cache_stats(cache)["trace"] == {"path": path, "dropped": 0, "error": None}
     assert cache_stats(cache)["misses"] == 0
-    end_trace(cache)
+    cache.close()
 
 
 def test_a_storage_tells_plain_values(server: ScriptedServer):

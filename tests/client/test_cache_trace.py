@@ -17,6 +17,7 @@ from ZODB.utils import p64
 
 from zeolith.client import cache_trace
 from zeolith.client.cache import ENTRY_BYTES, Cache, MemoryCache
+from zeolith.client.cache_place import CachePlace
 from zeolith.client.cache_trace import (
     FORGET,
     FORGET_ALL,
@@ -28,9 +29,9 @@ from zeolith.client.cache_trace import (
     Trace,
     TracedCache,
     blocks,
-    end_trace,
     traced,
 )
+from zeolith.client.disk_cache import RECORD_PART, DiskCache
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import Z64
 
@@ -52,7 +53,7 @@ def cache(path: str, nothing_left_behind: None) -> Iterator[MemoryCache]:
     cache = traced(MemoryCache(), path)
     cache.forget_all(T1)
     yield cache
-    end_trace(cache)
+    cache.close()
 
 
 def trace_of(cache: Any) -> Trace:
@@ -79,7 +80,7 @@ def written(cache: MemoryCache, *oids: bytes) -> int:
 def test_without_a_path_there_is_nothing_in_between():
     cache = MemoryCache()
     assert traced(cache, None) is cache
-    end_trace(cache)
+    cache.close()
 
 
 def test_every_call_is_noted_and_passed_on(cache, path):
@@ -92,7 +93,7 @@ def test_every_call_is_noted_and_passed_on(cache, path):
     assert len(cache) == 2
     cache.forget(B)
     assert len(cache) == 1
-    end_trace(cache)
+    cache.close()
     assert events(path) == [
         (FORGET_ALL, Z64, T1, 0),
         (MISS, A, T2, 0),
@@ -119,7 +120,7 @@ def test_it_has_all_that_a_cache_has(cache):
 
 def test_a_block_tells_whose_it_is_and_when(cache, path):
     cache.load(A, T2)
-    end_trace(cache)
+    cache.close()
     (block,) = blocks(path)
     assert block.pid == os.getpid()
     assert block.cache_bytes == cache.cache_bytes
@@ -133,9 +134,33 @@ def test_a_block_tells_whose_it_is_and_when(cache, path):
 def test_two_caches_in_one_file_are_told_apart(cache, path):
     other = traced(MemoryCache(), path)
     other.load(A, T2)
-    end_trace(other)
-    end_trace(cache)
+    other.close()
+    cache.close()
     assert len({block.cache for block in blocks(path)}) == 2
+
+
+def test_a_cache_that_is_shared_is_one_for_all_who_trace_it(path, tmp_path):
+    """It has a number by its file, and a smaller part of it is one record at most."""
+    for database_id in (b"1" * 16, b"1" * 16, b"2" * 16):
+        disk = DiskCache(CachePlace(tmp_path / "cache"), "1", 10**6)
+        cache = traced(disk, path)
+        cache.identify(database_id, 1)
+        cache.load(A, T2)
+        cache.close()
+        assert disk.path is None
+    one, again, another = blocks(path)
+    assert one.cache == again.cache != another.cache
+    assert one.record_part == RECORD_PART
+
+
+def test_who_cannot_trace_has_no_cache_either(tmp_path):
+    """Or nobody would close it."""
+    disk = DiskCache(CachePlace(tmp_path / "cache"), "1", 10**6)
+    disk.identify(b"1" * 16, 1)
+    assert disk.path is not None
+    with pytest.raises(FileNotFoundError):
+        traced(disk, str(tmp_path / "nowhere" / "cache.trace"))
+    assert disk.path is None
 
 
 def test_what_is_noted_is_written_soon_by_itself(cache, path):
@@ -150,7 +175,7 @@ def test_a_long_queue_is_written_at_once(path, monkeypatch, nothing_left_behind)
     for _ in range(11):
         cache.load(A, T2)
     wait_until(lambda: events(path), "the events in the file")
-    end_trace(cache)
+    cache.close()
     assert len(events(path)) == 11
 
 
@@ -158,24 +183,24 @@ def test_many_events_are_several_blocks(cache, path, monkeypatch):
     monkeypatch.setattr(cache_trace, "BLOCK_EVENTS_MAX", 10)
     for number in range(25):
         cache.load(p64(number), T2)
-    end_trace(cache)
+    cache.close()
     assert [event[1] for event in events(path)][1:] == [p64(n) for n in range(25)]
     assert all(block.event_count <= 10 for block in blocks(path))
 
 
 def test_after_its_end_nothing_is_noted(cache, path):
-    end_trace(cache)
+    cache.close()
     before = events(path)
     assert cache.load(A, T2) is None
-    end_trace(cache)
+    cache.close()
     assert events(path) == before
 
 
 def test_a_later_process_appends(cache, path):
-    end_trace(cache)
+    cache.close()
     again = traced(MemoryCache(), path)
     again.load(B, T3)
-    end_trace(again)
+    again.close()
     assert [event[0] for event in events(path)] == [FORGET_ALL, MISS]
 
 
@@ -278,7 +303,7 @@ def test_no_thread_to_be_had_ends_the_trace_and_nothing_else(
         assert cache.load(A, T2) is None
         assert cache.load(A, T2) is None
     assert trace_of(cache).error == "can't start new thread"
-    end_trace(cache)
+    cache.close()
 
 
 def test_a_disk_that_hangs_costs_events_and_no_time(
@@ -296,12 +321,12 @@ def test_a_disk_that_hangs_costs_events_and_no_time(
         cache.load(B, T2)
     assert trace_of(cache).dropped == 10
     monkeypatch.setattr(cache_trace, "END_TIMEOUT_S", 0)
-    end_trace(cache)
+    cache.close()
     gate.open()
     thread = trace_of(cache)._thread
     assert thread is not None
     thread.join()
-    end_trace(cache)
+    cache.close()
     assert len(events(path)) == 21
 
 
