@@ -12,8 +12,8 @@ changes    tid of each change that was applied; of those long ago only some
 meta       state -> lineage, through, since; format; loads, see cache_counts
 =========  ============================================================================
 
-A revision is its tid, its data, and a checksum of these and its oid. Invariants, which
-hold between any two write transactions:
+How a revision is stored is said in cache_values. Invariants, which hold between any two
+write transactions:
 
 1. ``through`` moves over contiguous changes of one history only. Whoever gives a part
    of it up (the server was restored, or does not know the way) begins a new *lineage*.
@@ -44,6 +44,7 @@ from zeolith.client.cache_backlog import Batch, Revision
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts, add_loads
 from zeolith.client.cache_eviction import UsedMarks
 from zeolith.client.cache_place import FILE_MODE, Presence
+from zeolith.client.cache_values import DATA, RESIDUE, TID, encode
 from zeolith.client.changes import Change
 from zeolith.client.tids import Z64, following
 
@@ -74,9 +75,6 @@ FORK_WAIT_S = 5.0
 _READER = re.compile(r"^ *\d+ +[0-9a-f]+ +(\d+) *$", re.MULTILINE)
 _STATE = b"state"
 _NAMES = (b"current", b"ended", b"order", b"recent", b"changes", b"meta")
-_TID, _DATA = slice(0, 8), slice(8, -4)
-# What the CRC-32 of anything and its own CRC-32, least byte first, comes to.
-_RESIDUE = 0x2144DF1C
 
 
 class State(NamedTuple):
@@ -223,17 +221,18 @@ class CacheFile:
         with self._env.begin(self._current) as txn:
             state = txn.get(_STATE, None, self._meta)
             value = txn.get(oid)
-            if value is None or value[_TID] >= before:
+            if value is None or value[TID] >= before:
                 with txn.cursor(self._ended) as cursor:
                     if not cursor.set_range(oid + before):
                         return state, Z64, None, b""
                     key, value = cursor.item()
-                if key[:8] != oid or value[_TID] >= before:
+                if key[:8] != oid or value[TID] >= before:
                     return state, Z64, None, b""
                 end = key[8:]
-        if crc32(value, crc32(oid)) != _RESIDUE:
+        # is_whole, spelled out, for this is the hot path.
+        if crc32(value, crc32(oid)) != RESIDUE:
             raise lmdb.CorruptedError(f"a revision of {oid.hex()} is damaged")
-        return state, value[_TID], end, value[_DATA]
+        return state, value[TID], end, value[DATA]
 
     def state(self) -> State | None:
         """Where it stands; None if nothing was ever kept."""
@@ -258,7 +257,7 @@ class CacheFile:
                 is_there = cursor.set_range(after)
                 while is_there and len(batch) < OPEN_BATCH:
                     oid, value = cursor.item()
-                    batch.append((oid, value[_TID]))
+                    batch.append((oid, value[TID]))
                     is_there = cursor.next()
             if not batch:
                 return
@@ -397,19 +396,12 @@ class CacheFile:
                 and self._leads_to(txn, state, through)
             ):
                 return state
-            self._drop_if(txn, self._current, lambda _key, value: value[_TID] > through)
+            self._drop_if(txn, self._current, lambda _key, value: value[TID] > through)
             # Whether one that ended later has ended in the new history is not known.
             self._drop_if(txn, self._ended, lambda key, _value: key[8:] > through)
             self._drop_if(txn, self._changes, lambda key, _value: key > through)
             txn.drop(self._recent, delete=False)
             return self._new_lineage(txn, through)
-
-    def shrink(self) -> None:
-        """Evict down to what is allowed, if it is less than it was once."""
-        while True:
-            with self._write() as txn:
-                if not self._evict(txn):
-                    return
 
     # Of a write transaction
 
@@ -444,7 +436,7 @@ class CacheFile:
         tid, oids = change.tid, change.oids
         for oid in oids:
             value = txn.get(oid, None, self._current)
-            if value is not None and value[_TID] < tid:
+            if value is not None and value[TID] < tid:
                 txn.delete(oid, db=self._current)
                 self._keep_ended(txn, oid, tid, value)
             txn.put(oid, tid, db=self._recent)
@@ -467,8 +459,7 @@ class CacheFile:
     def _keep(self, txn: Any, state: State, revision: Revision) -> bool:
         """Keep ``revision`` if that is right; whether it is there now, and was not."""
         oid, tid, end, data, as_of = revision
-        value = tid + data
-        value += crc32(value, crc32(oid)).to_bytes(4, "little")
+        value = encode(oid, tid, data)
         if end is not None:
             if txn.get(oid + end, None, self._ended) is not None:
                 return False
@@ -570,14 +561,14 @@ class CacheFile:
 
     def _is_open(self, txn: Any, oid: bytes, tid: bytes) -> bool:
         value = txn.get(oid, None, self._current)
-        return value is not None and value[_TID] == tid
+        return value is not None and value[TID] == tid
 
     def _drop_one(self, txn: Any, oid: bytes, tid: bytes) -> bool:
         if self._is_open(txn, oid, tid):
             return bool(txn.delete(oid, db=self._current))
         with txn.cursor(self._ended) as cursor:
             is_there = cursor.set_range(oid + following(tid))
-            if is_there and cursor.key()[:8] == oid and cursor.value()[_TID] == tid:
+            if is_there and cursor.key()[:8] == oid and cursor.value()[TID] == tid:
                 return bool(cursor.delete())
         return False
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
-from zlib import crc32
 
 import lmdb
 
 from zeolith.client.cache_counts import LoadCounts, stored_loads
 from zeolith.client.cache_file import FORMAT, MAP_BYTES_MIN, State
+from zeolith.client.cache_values import DATA, TID, is_whole
 
 _NAMES = ("current", "ended", "order", "recent", "changes", "meta")
 _HEADER_BYTES = 12
@@ -219,9 +219,7 @@ class Inspection:
 
 
 def _kept(oid: bytes, end: bytes | None, value: bytes) -> Kept:
-    crc, tid, data = value[:4], value[4:12], value[12:]
-    is_whole = crc32(data, crc32(oid + tid)).to_bytes(4, "big") == crc
-    return Kept(oid, tid, end, data, is_whole)
+    return Kept(oid, value[TID], end, value[DATA], is_whole(oid, value))
 
 
 def _is_alive(pid: int) -> bool:

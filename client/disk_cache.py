@@ -218,11 +218,6 @@ class DiskCache:
         logger.warning("the cache on disk is not used for now: %s", reason)
 
     @property
-    def path(self) -> Path | None:
-        """See Cache.path."""
-        return None if self._file is None else self._file.path
-
-    @property
     def is_aside(self) -> bool:
         """Whether this process has to do without the file."""
         return self._aside is not None

@@ -445,5 +445,5 @@ def test_a_revision_is_evicted_though_another_one_ends_where_it_begins(file):
     )
     extend(file, lineage, T5, (), (later, earlier))
     file.cache_bytes = 0
-    file.shrink()
+    extend(file, lineage, T5)
     assert len(file) == 0

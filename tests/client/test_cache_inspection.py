@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import lmdb
 import pytest
@@ -16,6 +15,7 @@ from ZODB.utils import p64, u64
 from zeolith.client.cache_backlog import Batch, Revision
 from zeolith.client.cache_file import CacheFile, State
 from zeolith.client.cache_inspection import DamagedFile, Inspection, Kept
+from zeolith.client.cache_values import encode
 from zeolith.client.changes import Change
 
 from ..support.cache_files import damaging, opened, revision, written
@@ -44,8 +44,7 @@ def findings(path: Path) -> list[str]:
 
 
 def value(oid: int, tid: int, data: bytes = b"data") -> bytes:
-    crc = crc32(data, crc32(p64(oid) + p64(tid)))
-    return crc.to_bytes(4, "big") + p64(tid) + data
+    return encode(p64(oid), p64(tid), data)
 
 
 def test_what_is_kept_is_told(path):
