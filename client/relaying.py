@@ -7,6 +7,7 @@ Called from the relay's threads, ``load_cached`` and ``is_in_place`` also where 
 may wait.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Upstream:
     ) -> tuple[bytes, bytes, bytes | None] | None:
         """``loadBefore`` if the answer is at hand, else None; never waits."""
         return self._storage.cache.load(oid, before)
+
+    def outdated(self, revisions: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """The oids of those (oid, tid) that are not current revisions any more."""
+        _as_of, oids = self._storage.call("verify", revisions)
+        return list(oids)
 
     def prefetch(self, oids: list[bytes], before: bytes) -> None:
         """Have the revisions of ``oids`` in the cache, by few round trips."""

@@ -42,6 +42,8 @@ class Limits:
     lag_bytes_max: int = 64 * 1024
     # Changes are told in notices of about so many oids.
     notice_oids_max: int = 50_000
+    # And of not more than so many changes: a few milliseconds of the server's.
+    notice_changes_max: int = 5000
     # Each end says something at least this often on a socket that has reason to live.
     heartbeat_interval_s: float = 5.0
     # A peer that was silent for so long is gone.
@@ -59,6 +61,10 @@ class Limits:
     # which nobody else is answered.
     load_many_answered_max: int = 400
     log_entries_max: int = 1000
+    # Revisions that one request verifies, and tids among which one finds the last that
+    # the server knows.
+    verify_max: int = 1000
+    last_known_max: int = 1000
 
     @property
     def record_bytes_max(self) -> int:

@@ -136,6 +136,17 @@ RESOLUTION = Kind(
 )
 
 
+def _is_revision(value: Any) -> bool:
+    # Spelled out: a client may have very many of them.
+    if type(value) is not list or len(value) != 2:
+        return False
+    oid, tid = value
+    return type(oid) is bytes and len(oid) == 8 and type(tid) is bytes and len(tid) == 8
+
+
+REVISION = Kind("[oid, tid]", _is_revision)
+
+
 def _is_metadata(value: Any) -> bool:
     if type(value) is not list or len(value) != 5:
         return False
@@ -251,6 +262,8 @@ _TABLE = (
     Method("records", (("first", optional(OID)),), _R),
     Method("info", (), _R),
     Method("changes_since", (("position", TID),), _R),
+    Method("last_known", (("tids", list_of(TID)),), _R),
+    Method("verify", (("revisions", list_of(REVISION)),), _R),
     Method(
         "outcome",
         (

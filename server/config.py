@@ -16,6 +16,7 @@ import ZConfig
 
 from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
 from zeolith.protocol.durations import parse_seconds
+from zeolith.server.replays import REPLAY_BYTES
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.opening import open_database, open_file
 
@@ -39,6 +40,7 @@ class Options:
     transaction_timeout_s: float = 30.0
     shutdown_timeout_s: float = 10.0
     index_interval_s: float = 600.0
+    replay_bytes: int = REPLAY_BYTES
     log_level: int = logging.INFO
 
 
@@ -119,6 +121,7 @@ def _options(path: str, document: Any) -> Options:
         transaction_timeout_s=server.transaction_timeout,
         shutdown_timeout_s=server.shutdown_timeout,
         index_interval_s=server.index_interval,
+        replay_bytes=server.replay_bytes,
         log_level=server.log_level,
     )
 

@@ -173,6 +173,8 @@ def _configure(service: Service, index_saver: IndexSaver, options: Options) -> N
     """Put into force what may change while the server runs."""
     index_saver.interval_s = options.index_interval_s
     service.transaction_timeout_s = options.transaction_timeout_s
+    for served in service.databases.values():
+        served.replays.bytes_max = options.replay_bytes
     logging.getLogger().setLevel(options.log_level)
 
 

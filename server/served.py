@@ -13,8 +13,10 @@ Everything here belongs to the loop. Two invariants carry the design:
 """
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Protocol
 
 from zeolith.protocol.codec import encode
@@ -22,6 +24,7 @@ from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Notice
 from zeolith.server.answering import answering
 from zeolith.server.committer import Committer
+from zeolith.server.replays import Replays
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import Database, Standing
@@ -34,6 +37,8 @@ ANNOUNCE_WAIT_S = 0.005
 # So many followers are a crowd, and this is how long it waits.
 CROWD = 50
 CROWD_WAIT_S = 0.001
+
+_since = attrgetter("since")
 
 
 class Follower(Protocol):
@@ -62,6 +67,10 @@ class Counters:
     conflicts: int = 0
     conflicts_resolved: int = 0
     timeouts: int = 0
+    # Clients that were told what changed before the server remembers, and revisions
+    # that others had to verify.
+    replays: int = 0
+    verified: int = 0
 
 
 class Served:
@@ -94,8 +103,12 @@ class Served:
         self._unannounced: list[Change] = []
         self._announcing: asyncio.TimerHandle | None = None
         self._overdue_tid = changes.last_tid
+        # What changed long ago.
+        self.replays = Replays(database, workers, changes)
         # The last change that was sent to those who do not keep up.
         self._behind: dict[Follower, bytes] = {}
+        # What they are to be sent of before ``changes``: of those who came back.
+        self._long_ago: dict[Follower, list[Change]] = {}
         # The last notice that was made for one of them: what it follows, leads to, is.
         self._gathered: tuple[bytes, bytes, bytes] | None = None
         # The first tid that clients have not heard of is at or after this.
@@ -121,6 +134,7 @@ class Served:
         self._unannounced = []
         self._overdue_tid = standing.last_tid
         self.is_starting_afresh = False
+        self.replays.start_afresh(self.changes)
 
     def follow(self, follower: Follower) -> bytes:
         """Send ``follower`` every change from now on; returns the last tid."""
@@ -128,10 +142,26 @@ class Served:
         follower.told_tid = self.changes.last_tid
         return self.changes.last_tid
 
+    def follow_after(
+        self, follower: Follower, missed: Sequence[Change]
+    ) -> tuple[bytes, list[Change]]:
+        """``follow``, by one who has ``missed`` these, the last of them included.
+
+        Also returns as much of it as is told at once; the rest it will be sent by
+        ``catch_up``, as if it had lagged.
+        """
+        last_tid = self.follow(follower)
+        first = next(self.pieces(missed), [])
+        if first and first[-1].tid != last_tid:
+            follower.told_tid = self._behind[follower] = first[-1].tid
+            self._long_ago[follower] = list(missed)
+        return last_tid, first
+
     def unfollow(self, follower: Follower) -> None:
         """Send ``follower`` no more; harmless if it does not follow."""
         self.followers.discard(follower)
         self._behind.pop(follower, None)
+        self._long_ago.pop(follower, None)
 
     def append(
         self, tid: bytes, oids: list[bytes], transaction: bytes | None
@@ -208,7 +238,7 @@ class Served:
         missed = [change for change in self._unannounced if change.tid > tid]
         return [
             (piece[-1].tid, encode(Notice("changes", [piece])))
-            for piece in _pieces(missed, self._limits.notice_oids_max)
+            for piece in self.pieces(missed)
         ]
 
     def _tell(self, follower: Follower, notices: list[tuple[bytes, bytes]]) -> None:
@@ -222,48 +252,59 @@ class Served:
 
     def _check(self, follower: Follower) -> None:
         """Let go of ``follower`` if what it missed is not known any more."""
-        if not self.changes.remembers(self._behind[follower]):
+        long_ago = self._long_ago.get(follower)
+        known_to = long_ago[-1].tid if long_ago else self._behind[follower]
+        if not self.changes.remembers(known_to):
             self.unfollow(follower)
             follower.fall_behind()
 
     def catch_up(self, follower: Follower) -> None:
         """Send ``follower``, which reads again, what it missed, or a part of it."""
-        position = self._behind.pop(follower, None)
-        if position is None:
+        if follower not in self._behind:
             return
+        self._check(follower)
+        position = self._behind.pop(follower, self.changes.last_tid)
         while position != self.changes.last_tid and follower in self.followers:
             if follower.is_lagging:
                 self._behind[follower] = position
                 return
-            position, data = self._gather(position)
+            position, data = self._gather(follower, position)
             follower.told_tid = position
             follower.send_shared(data)
+        self._long_ago.pop(follower, None)
         if not self._behind:
             self._gathered = None
 
-    def _gather(self, position: bytes) -> tuple[bytes, bytes]:
+    def _gather(self, follower: Follower, position: bytes) -> tuple[bytes, bytes]:
         """One notice of what comes after ``position``, and the tid it leads to."""
         known = self._gathered
         if known is not None and known[0] == position:
             # Others lag alike. If there is more by now, that comes next.
             return known[1:]
         missed = self.changes.since(position)
+        if missed is None:
+            long_ago = self._long_ago[follower]
+            start = bisect_left(long_ago, position, key=_since)
+            missed = long_ago[start : start + self._limits.notice_changes_max]
         assert missed, "whoever is behind has been checked"
-        piece = next(_pieces(missed, self._limits.notice_oids_max))
+        piece = next(self.pieces(missed))
         data = encode(Notice("changes", [piece]))
         self._gathered = position, piece[-1].tid, data
         return piece[-1].tid, data
 
-
-def _pieces(changes: Sequence[Change], oids_max: int) -> Iterator[list[Change]]:
-    """``changes`` in pieces of about ``oids_max`` oids; a change is not divided."""
-    piece: list[Change] = []
-    oids = 0
-    for change in changes:
-        if piece and oids + len(change.oids) > oids_max:
+    def pieces(self, changes: Sequence[Change]) -> Iterator[list[Change]]:
+        """``changes`` in pieces for one message each; a change is not divided."""
+        limits = self._limits
+        piece: list[Change] = []
+        oids = 0
+        for change in changes:
+            if piece and (
+                oids + len(change.oids) > limits.notice_oids_max
+                or len(piece) >= limits.notice_changes_max
+            ):
+                yield piece
+                piece, oids = [], 0
+            piece.append(change)
+            oids += len(change.oids)
+        if piece:
             yield piece
-            piece, oids = [], 0
-        piece.append(change)
-        oids += len(change.oids)
-    if piece:
-        yield piece

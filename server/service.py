@@ -32,11 +32,11 @@ from zeolith.server.loading import (
 )
 from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
+from zeolith.server.returning import Returning, is_of_history, missed_since
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
 from zeolith.server.status import status_of
 from zeolith.storage.changes import Change
-from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import (
     Finished,
     Transaction,
@@ -44,7 +44,6 @@ from zeolith.storage.database import (
     Voted,
     WouldBlock,
 )
-from zeolith.storage.tids import tid_at
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +69,9 @@ class Service:
             **blobs.Blobs(self._read, limits).handlers,
             **Iteration(self._read, limits).handlers,
             **self.packs.handlers,
+            **Returning(
+                self._read, self._answer_with, self._reply, limits, later=LATER
+            ).handlers,
         }
         self._handlers: dict[str, Callable[..., Any]] = {
             name: elsewhere.get(name) or getattr(self, f"_{name}")
@@ -80,15 +82,28 @@ class Service:
     # What peers report
 
     def hello(self, peer: Peer, fields: dict[str, Any]) -> None:
-        """Accept or refuse a peer. Its fields are checked if it speaks our version."""
+        """Accept or refuse a peer, now or when it is known what it has missed.
+
+        Its fields are checked if it speaks our version.
+        """
+        self._greet(peer, fields, may_wait=True)
+
+    def _greet(self, peer: Peer, fields: dict[str, Any], *, may_wait: bool) -> None:
+        if not peer.is_there:
+            return
         now = asyncio.get_running_loop().time()
         try:
-            welcome = self._welcome(peer, fields)
+            welcome = self._welcome(peer, fields, may_wait)
         except HelloRefused as refusal:
             logger.info("%s is refused: %s", peer.address, refusal)
             peer.send(peer.connection.refuse(refusal, now))
             return
+        if welcome is None:
+            return
         peer.send(peer.connection.welcome(welcome, now))
+        if peer.session is not None and peer is peer.session.stream:
+            # What was too much for the welcome.
+            peer.session.served.catch_up(peer)
 
     def request(self, peer: Peer, request: Request) -> None:
         """Answer a request, now or later."""
@@ -162,7 +177,10 @@ class Service:
 
     # Hello
 
-    def _welcome(self, peer: Peer, fields: dict[str, Any]) -> dict[str, Any]:
+    def _welcome(
+        self, peer: Peer, fields: dict[str, Any], may_wait: bool
+    ) -> dict[str, Any] | None:
+        """What to answer to a hello; None: it will be asked again."""
         if fields.get("version") != VERSION:
             raise HelloRefused(
                 "version",
@@ -173,7 +191,7 @@ class Service:
             raise HelloRefused("stopping", "the server is stopping")
         if fields["kind"] == "channel":
             return self._welcome_channel(peer, fields["session"])
-        return self._welcome_stream(peer, fields)
+        return self._welcome_stream(peer, fields, may_wait)
 
     def _welcome_channel(self, peer: Peer, token: bytes | None) -> dict[str, Any]:
         if token is not None:
@@ -185,7 +203,9 @@ class Service:
             session.channels.add(peer)
         return _welcome(None)
 
-    def _welcome_stream(self, peer: Peer, fields: dict[str, Any]) -> dict[str, Any]:
+    def _welcome_stream(
+        self, peer: Peer, fields: dict[str, Any], may_wait: bool
+    ) -> dict[str, Any] | None:
         served = self.databases.get(fields["storage"])
         if served is None:
             names = ", ".join(map(repr, self.databases))
@@ -201,35 +221,24 @@ class Service:
                 f"storage {served.name!r} is read-only here; connect with read_only,"
                 " or with read_only_fallback",
             )
+        position = fields["position"]
+        is_ours = is_of_history(served, fields)
+        if may_wait and is_ours and position and served.replays.may_be_told(position):
+            again = partial(self._greet, peer, fields, may_wait=False)
+            served.replays.ask(position, again)
+            return None
         is_read_only = served.is_read_only or fields["read_only"]
         session = Session(
             served, peer, is_read_only=is_read_only, label=fields["label"]
         )
         peer.session = session
         self.sessions[session.token] = session
-        # One step of the loop: whoever follows from here misses nothing after last_tid.
-        last_tid = served.follow(peer)
-        changes = self._replay(served, fields)
+        missed = missed_since(served, position) if is_ours or not position else None
+        # One step of the loop, from the last change that was missed to following:
+        # whoever follows from here misses nothing.
+        last_tid, changes = served.follow_after(peer, missed or ())
         logger.info("%s has come to storage %s", session.name, served.name)
-        welcome = _welcome(session, last_tid, changes)
-        return welcome
-
-    def _replay(self, served: Served, fields: dict[str, Any]) -> list[Change] | None:
-        """The changes since the client's position; None if it must start afresh."""
-        position = fields["position"]
-        if position is None:
-            return []
-        if fields["database_id"] not in (None, served.database.database_id):
-            return None
-        if fields["epoch"] not in (None, served.database.epoch):
-            return None
-        latest = tid_at(time.time() + FUTURE_MAX_S)
-        if served.changes.last_tid < position <= latest:
-            # We are an older copy of what the client knows. It starts afresh, and
-            # must not meet the tids that it knows with other contents. They may be
-            # ahead of our clock: it may have been set back, or tids were skipped.
-            served.workers.write(served.database.raise_tid_floor, position)
-        return served.changes.since(position)
+        return _welcome(session, last_tid, None if missed is None else changes)
 
     # Permission, and the way back
 
@@ -269,6 +278,19 @@ class Service:
     ) -> object:
         """Answer with ``then(step(*args))``, ``step`` being run in a reader thread."""
         assert peer.session is not None
+        reading = peer.session.served.workers.read(step, *args)
+        what = getattr(step, "__name__", "read")
+        return self._answer_with(peer, number, what, reading, then)
+
+    def _answer_with(
+        self,
+        peer: Peer,
+        number: int,
+        what: str,
+        reading: "asyncio.Future[Any]",
+        then: Callable[[Any], Any] = lambda value: value,
+    ) -> object:
+        """Answer with ``then`` of what ``reading`` comes to."""
 
         def done(reading: "asyncio.Future[Any]") -> None:
             if reading.cancelled():
@@ -278,9 +300,9 @@ class Service:
             if error is None:
                 self._reply(peer, number, then(reading.result()))
             else:
-                self._fail(peer, number, getattr(step, "__name__", "read"), error)
+                self._fail(peer, number, what, error)
 
-        peer.session.served.workers.read(step, *args).add_done_callback(done)
+        reading.add_done_callback(done)
         return LATER
 
     # Methods that need no session
@@ -373,17 +395,6 @@ class Service:
 
     def _info(self, peer: Peer, number: int) -> object:
         return self._read(peer, number, _session(peer).served.database.info)
-
-    def _changes_since(self, peer: Peer, number: int, position: bytes) -> Any:
-        served = _session(peer).served
-
-        def told(_caught_up: None = None) -> Any:
-            return (served.changes.last_tid, served.changes.since(position))
-
-        if served.database.tells_own:
-            # What was committed elsewhere may not be here yet.
-            return self._read(peer, number, served.database.catch_up, then=told)
-        return told()
 
     def _outcome(
         self,

@@ -2,7 +2,8 @@
 
 Each database has one writer thread, which does what is written to the file in the order
 in which the loop asked for it, a few that vote, a few reader threads, a few that write
-blobs, one that spills what is staged, and one for a pack. Called on the loop; what is
+blobs, one that spills what is staged, one that looks back in the log, and one for a
+pack. Called on the loop; what is
 handed over runs in a thread, and the future's callbacks run on the loop again.
 """
 
@@ -92,6 +93,7 @@ class Workers:
         self._readers = ThreadPoolExecutor(READERS, f"{name}-reader")
         self._blob_writers = ThreadPoolExecutor(BLOB_WRITERS, f"{name}-blobs")
         self._aside = ThreadPoolExecutor(1, f"{name}-aside")
+        self._history = ThreadPoolExecutor(1, f"{name}-history")
         # Of its own: a vote may take longer than a client waits for what it sends.
         self._stager = ThreadPoolExecutor(1, f"{name}-stager")
 
@@ -130,6 +132,13 @@ class Workers:
         assert not kwargs
         return self._loop.run_in_executor(self._aside, step, *args)
 
+    def look_back(
+        self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
+    ) -> "asyncio.Future[Value]":
+        """Run ``step``, which reads much of the log, after others of its kind."""
+        assert not kwargs
+        return self._loop.run_in_executor(self._history, step, *args)
+
     def stage(
         self, step: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
     ) -> "asyncio.Future[Value]":
@@ -146,12 +155,18 @@ class Workers:
         # The writer's next step may be the abort of what did not finish.
         self._writer.stop()
         self._voters.stop()
-        for pool in (self._readers, self._aside):
+        for pool in (self._readers, self._aside, self._history):
             pool.shutdown(wait=False, cancel_futures=True)
         # These remove what was uploaded or staged in vain.
         for pool in (self._blob_writers, self._stager):
             pool.shutdown(wait=False)
-        pools = (self._readers, self._aside, self._blob_writers, self._stager)
+        pools = (
+            self._readers,
+            self._aside,
+            self._history,
+            self._blob_writers,
+            self._stager,
+        )
         crews = [*self._writer.threads, *self._voters.threads]
         threads = {*crews, *(each for pool in pools for each in pool._threads)}
         deadline = self._loop.time() + timeout_s

@@ -10,7 +10,7 @@ Subclassed by ``filestore``, which replaces what a Data.fs can do better.
 import pickle
 import sys
 from base64 import decodebytes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ZODB._compat
@@ -18,12 +18,17 @@ import ZODB.interfaces
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.POSException import ReadOnlyError, StorageError, Unsupported
+from ZODB.POSException import (
+    POSKeyError,
+    ReadOnlyError,
+    StorageError,
+    Unsupported,
+)
 from ZODB.serialize import referencesf
 from zope.interface import providedBy
 
 from zeolith.storage.blobs import Piece, Uploads, has_blobs, read_piece
-from zeolith.storage.changes import Change
+from zeolith.storage.changes import Change, Known, Past
 from zeolith.storage.commit import Committing
 from zeolith.storage.database import (
     Batch,
@@ -142,6 +147,24 @@ class AdaptedStorage:
     def last_changes(self) -> tuple[bytes, list[Change]]:
         """Only the last tid is known."""
         return self._storage.lastTransaction() or Z64, []
+
+    def changes_before(self, last: bytes, position: bytes, bytes_max: int) -> Past:
+        """Unknown: what IStorageIteration lists may have been packed."""
+        return Past([], True)
+
+    def last_known(self, tids: Collection[bytes], last: bytes, bytes_max: int) -> Known:
+        """Unknown, as above; but nothing is after ``last``."""
+        return Known(None, last)
+
+    def outdated(self, revisions: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """See Database.outdated."""
+        return [oid for oid, tid in revisions if not self._is_current(oid, tid)]
+
+    def _is_current(self, oid: bytes, tid: bytes) -> bool:
+        try:
+            return self.get_tid(oid) == tid
+        except POSKeyError:
+            return False
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:
         """See Database.load."""

@@ -27,6 +27,23 @@ class Change(NamedTuple):
     transaction: bytes | None
 
 
+class Past(NamedTuple):
+    """What a log tells of the changes that lead to one of them."""
+
+    # Without a gap, the oldest first.
+    changes: list[Change]
+    # Whether nothing can be told of what is before them.
+    is_all: bool
+
+
+class Known(NamedTuple):
+    """Which one of several tids a log has."""
+
+    tid: bytes | None
+    # Of what is not before this one it has everything: what is not found never was.
+    complete_from: bytes
+
+
 class Changes:
     """A contiguous piece of the list of changes, up to the last one."""
 
@@ -72,11 +89,14 @@ class Changes:
             return None
         return [changes[index] for index in range(start, len(changes))]
 
+    @property
+    def begins(self) -> bytes:
+        """The oldest position from which all changes are in the list."""
+        return self._changes[0].since if self._changes else self.last_tid
+
     def remembers(self, position: bytes) -> bool:
         """Whether all after ``position``, which was the last tid once, is here."""
-        return position == self.last_tid or (
-            bool(self._changes) and self._changes[0].since <= position
-        )
+        return self.begins <= position
 
     def tid_of(self, transaction: bytes) -> bytes | None:
         """The tid under which ``transaction`` was committed, if that was lately."""

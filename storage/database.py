@@ -27,7 +27,7 @@ from transaction.interfaces import TransientError
 from ZODB.POSException import StorageError
 
 from zeolith.storage.blobs import Piece, Uploads
-from zeolith.storage.changes import Change
+from zeolith.storage.changes import Change, Known, Past
 from zeolith.storage.feed import Listener
 from zeolith.storage.locks import Claim
 from zeolith.storage.pack_progress import Packed, Packing
@@ -254,6 +254,22 @@ class Database(Protocol):
     # reader
     def last_changes(self) -> tuple[bytes, list[Change]]:
         """The last tid and the changes that lead to it; once, after opening."""
+
+    def changes_before(self, last: bytes, position: bytes, bytes_max: int) -> Past:
+        """The changes up to that of ``last``, exactly as they were.
+
+        Back to ``position``, or as far as that can be told; about ``bytes_max`` are
+        read at most. Takes long, in a thread that nobody else waits for.
+        """
+
+    def last_known(self, tids: Collection[bytes], last: bytes, bytes_max: int) -> Known:
+        """The last one of ``tids`` that is a transaction of the log up to ``last``.
+
+        As ``changes_before`` otherwise.
+        """
+
+    def outdated(self, revisions: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """The oids of those (oid, tid) that are not current revisions (any more)."""
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:
         """The last revision before ``before``; None if the object is younger.

@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from io import DEFAULT_BUFFER_SIZE
 from itertools import pairwise
 from typing import Any
@@ -30,7 +30,7 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
 from zeolith.storage.appending import Appender
 from zeolith.storage.blobs import is_blob_record
-from zeolith.storage.changes import Change
+from zeolith.storage.changes import Change, Known, Past
 from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import (
     Batch,
@@ -57,6 +57,7 @@ from zeolith.storage.packing import FilePack, clean_up, finish_leftovers
 from zeolith.storage.preparing import Preparation, claim_of
 from zeolith.storage.recent import RecentIds
 from zeolith.storage.records import NOWAIT, Generation
+from zeolith.storage.replay import changes_before, last_known
 from zeolith.storage.room import Room
 from zeolith.storage.tids import Z64, advanced, tid_at
 from zeolith.storage.undoing import UndoConflicts
@@ -384,6 +385,21 @@ class FileStore(AdaptedStorage):
             for (since, _oids), (tid, oids) in pairwise(found)
         ]
         return found[-1][0], changes
+
+    def changes_before(self, last: bytes, position: bytes, bytes_max: int) -> Past:
+        """See Database.changes_before."""
+        with self._log() as log:
+            return changes_before(log, last, position, bytes_max, self._recent.id_of)
+
+    def last_known(self, tids: Collection[bytes], last: bytes, bytes_max: int) -> Known:
+        """See Database.last_known."""
+        with self._log() as log:
+            return last_known(log, tids, last, bytes_max)
+
+    def outdated(self, revisions: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """See Database.outdated."""
+        current = self.generation.current_tids([oid for oid, _tid in revisions])
+        return [oid for oid, tid in revisions if current.get(oid) != tid]
 
     def history(self, oid: bytes, size: int) -> list[LogEntry]:
         """See Database.history."""

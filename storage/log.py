@@ -61,7 +61,7 @@ class LogReader:
     """
 
     def __init__(self, fd: int, end: int):
-        self._end = end
+        self.end = end
         self._fd = fd
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class LogReader:
 
     def backwards(self) -> Iterator[Entry]:
         """The transactions, newest first."""
-        end = self._end
+        end = self.end
         while end > _START + _HEADER.size:
             (length,) = _LENGTH.unpack(os.pread(self._fd, 8, end - 8))
             start = end - 8 - length
@@ -95,13 +95,13 @@ class LogReader:
     def entry_if_at(self, position: int, tid: bytes) -> Entry | None:
         """The transaction ``tid`` if it begins at ``position``, which may be any."""
         least = _HEADER.size + _LENGTH.size
-        if not _START <= position <= self._end - least:
+        if not _START <= position <= self.end - least:
             return None
         found, length, *_rest = _HEADER.unpack(
             os.pread(self._fd, _HEADER.size, position)
         )
         end = position + length
-        if found != tid or length < _HEADER.size or end + _LENGTH.size > self._end:
+        if found != tid or length < _HEADER.size or end + _LENGTH.size > self.end:
             return None
         if _LENGTH.unpack(os.pread(self._fd, _LENGTH.size, end)) != (length,):
             return None
@@ -109,7 +109,7 @@ class LogReader:
 
     def read(self, position: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``position`` on; fewer at the end."""
-        return os.pread(self._fd, min(size, max(0, self._end - position)), position)
+        return os.pread(self._fd, min(size, max(0, self.end - position)), position)
 
     def entry_at(self, position: int) -> Entry:
         """The transaction that begins at ``position``."""
@@ -132,10 +132,10 @@ class LogReader:
         return list(oids)
 
     def _entry_from(self, position: int) -> Entry | None:
-        if position >= self._end:
+        if position >= self.end:
             return None
         entry = self.entry_at(position)
-        if not entry.records <= entry.end < self._end:
+        if not entry.records <= entry.end < self.end:
             raise OSError(f"the log is damaged at position {position}")
         return entry
 

@@ -12,7 +12,7 @@ threads would wait in turn, and so would everybody behind them.
 """
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from transaction.interfaces import TransientError
@@ -67,6 +67,9 @@ class Upstream(Protocol):
 
     def catch_up(self) -> None:
         """Be told all changes until now."""
+
+    def outdated(self, revisions: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """The oids of those that are not current."""
 
     def prefetch(self, oids: list[bytes], before: bytes) -> None:
         """Into the cache."""
@@ -162,6 +165,12 @@ class RelayedStorage(AdaptedStorage):
         """See Database.catch_up; a stranger tells what it tells."""
         if self._upstream is not None:
             self._upstream.catch_up()
+
+    def outdated(self, revisions: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """See Database.outdated."""
+        if self._upstream is None:
+            return self.reach(super().outdated, revisions)
+        return self.reach(self._upstream.outdated, revisions)
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:
         """See Database.load."""

@@ -62,11 +62,16 @@ def test_what_is_at_hand_is_given_without_asking(server, storage, upstream):
 def test_questions_are_passed_on_as_they_are(server, upstream):
     entry = [T1, b"user", b"description", b"not a pickle", 7]
     server.answers.update(
-        new_oids=[A], history=[entry], undo_log=[entry], outcome=["committed", T2]
+        new_oids=[A],
+        history=[entry],
+        undo_log=[entry],
+        outcome=["committed", T2],
+        verify=[T3, [A]],
     )
     assert upstream.new_oids(5) == [A]
     assert upstream.history(A, 3) == [entry]
     assert upstream.undo_log(None, 3) == [entry]
+    assert upstream.outdated([(A, T1), (oid(2), T2)]) == [A]
     assert upstream.outcome(b"t" * 16, None, T1) == ("committed", T2)
     assert server.asked("new_oids") == [[5]]
     assert server.asked("outcome") == [[b"t" * 16, None, T1]]

@@ -58,6 +58,7 @@ _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "token": _sixteen,
     "operation": _operations,
     "metadata": _metadata,
+    "[oid, tid]": st.tuples(_ids, _ids).map(list),
     "[oid, bytes]": st.tuples(_ids, _data).map(list),
     "change": st.tuples(
         _ids, _ids, st.lists(_ids, max_size=3), st.none() | _sixteen

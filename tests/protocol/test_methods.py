@@ -78,6 +78,10 @@ SAMPLES: dict[str, Any] = {
     "list of operations": [["undo", ID], ["check", ID, ID]],
     "list of a bad operation": [["undo", ID], ["undo", "12345678"]],
     "list of resolutions": [[ID, b"data"]],
+    "list of revisions": [[ID, ID]],
+    "list of a revision of nil": [[ID, None]],
+    "list of a revision of 7": [[ID, ID[:7]]],
+    "list of a strange revision": [[ID, ID, ID]],
 }
 BYTES = {
     "no bytes",
@@ -88,6 +92,8 @@ BYTES = {
     "16 bytes",
     "17 bytes",
 }
+# They might as well be records.
+REVISIONS = {"list of revisions", "list of a revision of 7"}
 # Kind -> the samples that it accepts; it refuses all others.
 ACCEPTED = {
     "oid": {"8 bytes"},
@@ -114,7 +120,10 @@ ACCEPTED = {
     "list of oid": {"empty list", "list of ids"},
     "list of text": {"empty list", "list of texts"},
     "list of operation": {"empty list", "list of operations"},
-    "list of [oid, bytes]": {"empty list", "list of resolutions"},
+    "list of [oid, bytes]": {"empty list", "list of resolutions", *REVISIONS},
+    "[oid, tid]": {"list of ids"},
+    "list of tid": {"empty list", "list of ids"},
+    "list of [oid, tid]": {"empty list", "list of revisions"},
     "list of change": {"empty list", "list of changes"},
     "list of change or nil": {"empty list", "list of changes", "nil"},
 }

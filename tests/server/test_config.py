@@ -36,6 +36,7 @@ def test_everything_may_be_said(conf):
               transaction-timeout 2m
               shutdown-timeout 5s
               index-interval 1h
+              replay-bytes 64MB
               log-level warning
             </zeolith>
             <filestorage main>
@@ -55,6 +56,7 @@ def test_everything_may_be_said(conf):
     assert options.transaction_timeout_s == 120
     assert options.shutdown_timeout_s == 5
     assert options.index_interval_s == 3600
+    assert options.replay_bytes == 64 * 1024**2
     assert options.log_level == logging.WARNING
     assert list(options.storages) == ["main", "1"]
 
@@ -66,6 +68,7 @@ def test_what_is_not_said_has_a_default(conf, section):
     assert not options.is_read_only
     assert options.shutdown_timeout_s == 10
     assert options.index_interval_s == Options([], {}).index_interval_s == 600
+    assert options.replay_bytes == Options([], {}).replay_bytes == 256 * 1024**2
     assert options.log_level == logging.INFO
 
 

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,9 +13,13 @@ from ZODB.FileStorage import FileStorage
 
 from zeolith.client import ClientStorage
 from zeolith.client.errors import ClientDisconnected
+from zeolith.server.config import Options
+from zeolith.server.daemon import _configure
+from zeolith.server.indexing import IndexSaver
 from zeolith.server.probe import ask
 
 from ..support.gates import Background
+from ..support.model import ModelServer
 from ..support.serving import ServerProcess
 from ..support.waiting import wait_until
 
@@ -285,3 +290,11 @@ def test_no_signal_kills_between_being_heeded_and_being_ignored(tmp_path):
         command, capture_output=True, text=True, check=False, timeout=WAIT_S
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+async def test_how_much_is_replayed_changes_while_the_server_runs():
+    server = ModelServer()
+    level = logging.getLogger().level
+    options = Options([], {}, replay_bytes=1000, log_level=level)
+    _configure(server.service, IndexSaver([], 600), options)
+    assert server.served.replays.bytes_max == 1000

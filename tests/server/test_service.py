@@ -38,6 +38,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "records": [None],
     "info": [],
     "changes_since": [number(0)],
+    "last_known": [[number(1)]],
+    "verify": [[[OID, number(1)]]],
     "outcome": [TRANSACTION, None, number(0)],
     "new_oids": [1],
     "stage": [TRANSACTION, []],

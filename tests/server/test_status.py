@@ -51,6 +51,8 @@ async def test_the_status_of_an_idle_server(server):
                 "conflicts": 0,
                 "conflicts_resolved": 0,
                 "timeouts": 0,
+                "replays": 0,
+                "verified": 0,
             },
             "pack": None,
             "transactions": [],

@@ -63,9 +63,10 @@ async def test_readers_work_at_the_same_time(workers):
     assert sorted(await asyncio.gather(*reading)) == list(range(READERS))
 
 
-async def test_what_takes_long_is_in_nobodys_way(workers):
+@pytest.mark.parametrize("way", ["aside", "look_back"])
+async def test_what_takes_long_is_in_nobodys_way(workers, way):
     may_end = threading.Event()
-    aside = workers.aside(may_end.wait, WAIT_S)
+    aside = getattr(workers, way)(may_end.wait, WAIT_S)
     names = [
         await workers.read(lambda: threading.current_thread().name),
         await workers.write(lambda: threading.current_thread().name),

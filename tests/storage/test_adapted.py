@@ -23,6 +23,7 @@ from ZODB.POSException import (
 from zope.interface import alsoProvides
 
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage, forbid_unpickling
+from zeolith.storage.changes import Known, Past
 from zeolith.storage.database import (
     Finished,
     LogEntry,
@@ -227,6 +228,20 @@ def test_the_last_tid_is_known_and_nothing_of_what_led_to_it(database):
     assert database.last_changes() == (Z64, [])
     tid = commit(database, store(A, plain(1))).tid
     assert database.last_changes() == (tid, [])
+
+
+def test_nothing_is_certain_of_what_changed_long_ago(database):
+    first = commit(database, store(A, plain(1))).tid
+    second = commit(database, store(A, plain(2), first)).tid
+    assert database.changes_before(second, first, 2**30) == Past([], True)
+    assert database.last_known([first], second, 2**30) == Known(None, second)
+
+
+def test_revisions_that_are_not_current_are_told(database):
+    first = commit(database, store(A, plain(1)), store(C, plain(1))).tid
+    second = commit(database, store(A, plain(2), first)).tid
+    revisions = [(A, first), (A, second), (B, first), (C, first)]
+    assert database.outdated(revisions) == [A, B]
 
 
 def test_nobody_remembers_whether_a_transaction_was_committed(database):

@@ -83,6 +83,7 @@ def test_only_so_much_is_remembered_and_that_without_gaps(
     for was_last in (number(10), *(each.tid for each in appended)):
         known = changes.since(was_last) is not None
         assert changes.remembers(was_last) is known
+    assert changes.since(changes.begins) == remembered
     # The oldest goes, and only when there is no room for it.
     forgotten = appended[: len(appended) - len(remembered)]
     if forgotten:

@@ -125,6 +125,10 @@ class Known(Client):
     def undo_log(self, _before: bytes | None, size: int) -> list[list[Any]]:
         return self.entries[:size]
 
+    def outdated(self, revisions: Any) -> list[bytes]:
+        self.reach()
+        return [oid for oid, tid in revisions if tid != T1]
+
     def outcome(self, *_question: Any) -> tuple[str, bytes | None]:
         self.reach()
         return self.answer
@@ -216,6 +220,18 @@ def test_logs_and_oids_are_passed_on(database):
     assert database.undo_log(None, 5) == [entry]
     assert database.new_oids(2) == [A, A]
     assert database.new_oids(0) == []
+
+
+def test_which_revisions_are_current_the_upstream_says(known, database):
+    assert database.outdated([(A, T1), (ROOT, Z64)]) == [ROOT]
+    known.connected = False
+    with pytest.raises(Unavailable):
+        database.outdated([(A, T1)])
+
+
+def test_a_stranger_is_asked_for_each_revision():
+    database = RelayedStorage("main", Client())
+    assert database.outdated([(A, T1)]) == [A]
 
 
 def test_an_upstream_that_cannot_undo_has_no_undo_log(database):

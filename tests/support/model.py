@@ -17,7 +17,7 @@ from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
 from zeolith.storage.blobs import Piece
-from zeolith.storage.changes import Change, Changes
+from zeolith.storage.changes import Change, Changes, Known, Past
 from zeolith.storage.database import (
     Batch,
     BrokenDatabase,
@@ -121,6 +121,10 @@ class ModelDatabase:
         self.is_read_only = is_read_only
         self.tells_own = False
         self.prefetched: list[list[bytes]] = []
+        # What can be read in its log, and from where on.
+        self.log: list[Change] = []
+        self.log_begins = number(0)
+        self.log_error: Exception | None = None
         # What is known of any transaction, where ``tells_own``.
         self.known: tuple[str, bytes | None] = ("unknown", None)
         # Whoever follows; a test tells it what it likes.
@@ -180,6 +184,23 @@ class ModelDatabase:
 
     def last_changes(self) -> tuple[bytes, list[Change]]:
         return self.last_tid, []
+
+    def changes_before(self, last: bytes, position: bytes, bytes_max: int) -> Past:
+        self.steps.append("changes before")
+        if self.log_error is not None:
+            raise self.log_error
+        first = max(position, self.log_begins)
+        changes = [each for each in self.log if first <= each.since < last]
+        return Past(changes, first > position)
+
+    def last_known(self, tids: Collection[bytes], last: bytes, bytes_max: int) -> Known:
+        self.steps.append("last known")
+        found = [each.tid for each in self.log if each.tid in tids and each.tid <= last]
+        return Known(max(found, default=None), self.log_begins)
+
+    def outdated(self, revisions: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        current = {oid: rows[-1][0] for oid, rows in self.revisions.items()}
+        return [oid for oid, tid in revisions if current.get(oid) != tid]
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:
         if oid not in self.revisions:
@@ -392,6 +413,9 @@ class HandWorkers(Workers):
         return self._queue(self._blobs, step, args)
 
     def aside(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
+        return self._queue(self._reads, step, args)
+
+    def look_back(self, step: Any, *args: Any, **_kwargs: Any) -> "asyncio.Future[Any]":
         return self._queue(self._reads, step, args)
 
     async def close(self, timeout_s: float) -> bool:
