@@ -72,7 +72,7 @@ def exchange_for(sock: socket.socket) -> Exchange:
     return exchange
 
 
-class _Trial:
+class Trial:
     """Something that pays or not: less and less often when it was in vain."""
 
     __slots__ = ("_pause", "skip")
@@ -107,7 +107,7 @@ class RoundTrip:
         self._exchange = exchange or exchange_for(sock)
         # How often it was dear in a row, and how many answers were found meanwhile.
         self._dear = self._found = 0
-        self._look, self._watch = _Trial(), _Trial()
+        self._look, self._watch = Trial(), Trial()
 
     def __call__(self, data: bytes, is_quick: bool = False) -> bytes:
         """What came after ``data`` was sent; nothing if the peer has ended.

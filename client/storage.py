@@ -33,6 +33,7 @@ from zeolith.client.disk_cache import directory_of, open_cache
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
 from zeolith.client.log_methods import LogMethods
 from zeolith.client.position import Position
+from zeolith.client.read_ahead import ReadAhead
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64, following
@@ -106,6 +107,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         var: str | None = None,
         warm_up: bool = False,
         cache_trace: str | None = None,
+        read_ahead: bool = True,
         limits: Limits = DEFAULT,
     ):
         _refuse_arguments_to_come(
@@ -128,6 +130,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         )
         directory = directory_of(cache, client, var, storage)
         self._open_cache(directory, cache_size, warm_up, cache_trace)
+        # None: it is switched off.
+        self.read_ahead = ReadAhead(self.call, self.cache) if read_ahead else None
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
         self._take_nothing_ahead()
@@ -298,6 +302,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             self._warm_up.forget_parent()
         self.position.forget()
         self._commits.clear()
+        if self.read_ahead is not None:
+            self.read_ahead.forget()
         self._take_nothing_ahead()
         self._connector.forget()
 
@@ -368,11 +374,18 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             if self._warm_up is not None:
                 self._warm_up.heat.note(oid)
             return found
+        ahead = self.read_ahead
+        if ahead is not None:
+            found = ahead.load(oid, tid)
+            if found is not None:
+                return found
         history = self.cache.history
         data, start, end, as_of = self.call("load", oid, tid)
         if data is None:
             return None
         self.cache.store(oid, start, end, data, as_of, history)
+        if ahead is not None:
+            ahead.loaded(oid, data)
         return data, start, end
 
     def load(self, oid: bytes, version: str = "") -> tuple[bytes, bytes]:
@@ -511,6 +524,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         From then on no record and no extension is unpickled here.
         """
         self.is_relayed = True
+        # Here many clients are mixed up; they read ahead themselves.
+        self.read_ahead = None
         return Upstream(self)
 
     def commit_to_vote(self, transaction: Any) -> Commit:

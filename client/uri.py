@@ -81,6 +81,7 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "blob_cache_size_check": _integer,
     "client_label": str,
     "server_sync": _flag,
+    "read_ahead": _flag,
     "username": str,
 }
 

@@ -60,6 +60,9 @@ class Limits:
     # Of these, how many are answered: the loop works on them for two milliseconds, in
     # which nobody else is answered.
     load_many_answered_max: int = 400
+    # Records loaded by one request that looks ahead, and as many that these are linked
+    # with; a client asks for less.
+    load_ahead_max: int = 150
     log_entries_max: int = 1000
     # Revisions that one request verifies, and tids among which one finds the last that
     # the server knows.

@@ -241,6 +241,16 @@ _TABLE = (
     Method("status", (), _R, needs_session=False),
     Method("load", (("oid", OID), ("before", TID)), _R),
     Method("load_many", (("oids", list_of(OID)), ("before", TID)), _R),
+    Method(
+        "load_ahead",
+        (
+            ("oids", list_of(OID)),
+            ("before", TID),
+            ("links", COUNT),
+            ("bytes_max", COUNT),
+        ),
+        _R,
+    ),
     Method("load_serial", (("oid", OID), ("tid", TID)), _R),
     Method(
         "load_blob",

@@ -32,6 +32,7 @@ from zeolith.server.loading import (
 )
 from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
+from zeolith.server.reading_ahead import ReadingAhead
 from zeolith.server.returning import Returning, is_of_history, missed_since
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
@@ -68,6 +69,7 @@ class Service:
         elsewhere = {
             **blobs.Blobs(self._read, limits).handlers,
             **Iteration(self._read, limits).handlers,
+            **ReadingAhead(self._read, limits).handlers,
             **self.packs.handlers,
             **Returning(
                 self._read, self._answer_with, self._reply, limits, later=LATER

@@ -4,6 +4,9 @@
 is a PersistentMapping of which one record takes about 500 bytes. A client that has
 its shelf in memory reads each item with exactly one load, and clients with different
 shelves write nothing in common.
+
+``root["tree"]`` is a BTree of TREE_ITEMS such items, made in the order of its keys, so
+that its buckets are half full, as they are in most trees that grow at one end.
 """
 
 import os
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transaction
+from BTrees.OOBTree import OOBTree
 from persistent.list import PersistentList
 from persistent.mapping import PersistentMapping
 from ZODB.DB import DB
@@ -21,6 +25,8 @@ ITEMS_PER_SHELF = 1000
 # One for each process of the largest crew that commits.
 SHELVES = 32
 PAYLOAD_BYTES = 430
+TREE_ITEMS = 100_000
+ITEMS_PER_TRANSACTION = 5000
 
 
 def payload() -> bytes:
@@ -42,7 +48,23 @@ def make(path: Path) -> None:
     for _ in range(SHELVES):
         with db.transaction() as connection:
             connection.root()["shelves"].append(new_shelf())
+    _grow_tree(db)
     db.close()
+
+
+def _grow_tree(db: Any) -> None:
+    with db.transaction() as connection:
+        connection.root()["tree"] = OOBTree()
+    for start in range(0, TREE_ITEMS, ITEMS_PER_TRANSACTION):
+        with db.transaction() as connection:
+            tree = connection.root()["tree"]
+            for number in range(start, start + ITEMS_PER_TRANSACTION):
+                tree[tree_key(number)] = PersistentMapping(data=payload())
+
+
+def tree_key(number: int) -> str:
+    """The key in the tree of an item, by its place."""
+    return f"document-{number:06}"
 
 
 def shelf(connection: Any, number: int) -> list[Any]:

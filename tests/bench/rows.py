@@ -22,6 +22,7 @@ STORAGES = (*SERVED, "filestorage")
 CACHING = ("zeo", "zeolith")
 ALL = (*STORAGES, "socket")
 
+PREFETCHED = 500
 PROCESSES_LOADING = 16
 PROCESSES_COMMITTING = 8
 PROCESSES_COMMITTING_MANY = 32
@@ -43,6 +44,8 @@ class Scale:
     loads: int
     loads_each: int
     loads_beside: int
+    walked: int
+    lookups: int
     commits: int
     commits_each: int
     commits_each_of_many: int
@@ -61,6 +64,8 @@ FULL = Scale(
     loads=3000,
     loads_each=1000,
     loads_beside=200,
+    walked=100_000,
+    lookups=4000,
     commits=300,
     commits_each=100,
     commits_each_of_many=50,
@@ -78,6 +83,8 @@ QUICK = Scale(
     loads=600,
     loads_each=500,
     loads_beside=60,
+    walked=10_000,
+    lookups=2000,
     commits=80,
     commits_each=40,
     commits_each_of_many=15,
@@ -133,6 +140,21 @@ def _load_connection(
         running, workloads.load_objects, placement=placement, loads=scale.loads
     )
     return _p50_us(found.work), _rate(found.work)
+
+
+def _walk(at_once: int, running: Running, scale: Scale) -> tuple[float, ...]:
+    found = crews.measure(
+        running, workloads.walk_tree, objects=scale.walked, at_once=at_once
+    )
+    return (_rate(found.work),)
+
+
+def _find(running: Running, scale: Scale) -> tuple[float, ...]:
+    found = crews.measure(
+        running, workloads.find_in_tree, chunks=scale.lookups // workloads.LOOKUPS
+    )
+    without, reading = found.work.latencies_s[::2], found.work.latencies_s[1::2]
+    return (median(without) / median(reading),)
 
 
 def _load_processes(running: Running, scale: Scale) -> tuple[float, ...]:
@@ -340,6 +362,7 @@ def trials(scale: Scale) -> tuple[Trial, ...]:
     """Every trial, in the order of the table."""
     return (
         *_loading(),
+        *_walking(scale),
         *_loading_together(),
         *_committing(scale),
         *_committing_together(),
@@ -365,6 +388,17 @@ def _loading() -> Iterator[Trial]:
             ),
             partial(_load_connection, at),
         )
+
+
+def _walking(scale: Scale) -> Iterator[Trial]:
+    title = f"walk of a BTree, {scale.walked:,} objects"
+    yield Trial((Row("walk", title, "objects/s", True),), partial(_walk, 0))
+    title = f"the same with prefetch of {PREFETCHED}"
+    yield Trial(
+        (Row("walk-prefetch", title, "objects/s", True),), partial(_walk, PREFETCHED)
+    )
+    title = "random access with read-ahead, against without"
+    yield Trial((Row("random-ahead", title, "times", True),), _find, ("zeolith",))
 
 
 def _loading_together() -> Iterator[Trial]:

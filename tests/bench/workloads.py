@@ -9,6 +9,7 @@ load is one that the server must answer. ``share`` is the number of the process 
 crew, and of its shelf.
 """
 
+import gc
 import os
 import random
 import socket
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import transaction
@@ -37,6 +39,8 @@ PAUSE_S = 0.05
 # The hot tree: some buckets, and keys enough to find a new one at once.
 HOT_KEYS = 1000
 KEY_MAX = 2**31 - 1
+# Of the tree, in a row before it is the other's turn.
+LOOKUPS = 20
 
 # A transaction, and a moment of the machine's monotonic clock.
 Moment = tuple[bytes, float]
@@ -112,6 +116,59 @@ def load_objects(endpoint: Endpoint, share: int, loads: int) -> Workload:
     yield timed(loads, lambda number: items[number]._p_activate())
     transaction.abort()
     db.close()
+
+
+def walk_tree(endpoint: Endpoint, share: int, objects: int, at_once: int) -> Workload:
+    """Use the first ``objects`` of the tree, in the order of its keys.
+
+    They are prefetched, ``at_once`` of them; or, if that is 0, nobody says that they
+    will be used.
+    """
+    db = open_db(endpoint)
+    connection = db.open()
+    tree = connection.root()["tree"]
+    tree._p_activate()
+
+    def walk(_number: int) -> None:
+        values = islice(tree.values(), objects)
+        while batch := list(islice(values, at_once or 1)):
+            if at_once:
+                connection.prefetch(batch)
+            for item in batch:
+                item._p_activate()
+
+    yield None
+    whole = timed(1, walk)
+    yield Work(whole.latencies_s, objects, whole.started_s, whole.ended_s)
+    transaction.abort()
+    db.close()
+
+
+def find_in_tree(endpoint: Endpoint, share: int, chunks: int) -> Workload:
+    """Look up items of the tree at random, without and with reading ahead.
+
+    The two take turns, with the same items; a latency is that of LOOKUPS of them,
+    without at even places and with at odd ones.
+    """
+    dbs = [
+        DB(endpoint.open(read_ahead=how), cache_size=1_000_000) for how in (False, True)
+    ]
+    trees = [db.open(transaction.TransactionManager()).root()["tree"] for db in dbs]
+    places = random.Random(share).sample(range(dataset.TREE_ITEMS), chunks * LOOKUPS)
+    keys = [dataset.tree_key(place) for place in places]
+
+    def look_up(number: int) -> None:
+        chunk, which = divmod(number, 2)
+        for key in keys[chunk * LOOKUPS : (chunk + 1) * LOOKUPS]:
+            trees[which][key]._p_activate()
+
+    # One of them would pay for the garbage of both.
+    gc.disable()
+    yield None
+    yield timed(2 * chunks, look_up)
+    transaction.abort()
+    for db in dbs:
+        db.close()
 
 
 def load_in_threads(

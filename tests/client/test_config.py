@@ -33,6 +33,7 @@ var /var/cache
 cache-trace cache.trace
 client-label web-1
 server-sync on
+read-ahead off
 blob-dir blobs
 shared-blob-dir on
 blob-cache-size 1GB
@@ -56,6 +57,7 @@ EVERY_ARGUMENT = {
     "cache_trace": "cache.trace",
     "client_label": "web-1",
     "server_sync": True,
+    "read_ahead": False,
     "blob_dir": "blobs",
     "shared_blob_dir": True,
     "blob_cache_size": 1024**3,

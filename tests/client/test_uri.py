@@ -31,6 +31,7 @@ EVERY_PARAMETER = {
     "blob_cache_size_check=20": 20,
     "client_label=web+1": "web 1",
     "server_sync=on": True,
+    "read_ahead=off": False,
     "username=ann": "ann",
 }
 

@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "status": [],
     "load": [OID, LATEST],
     "load_many": [[OID], LATEST],
+    "load_ahead": [[OID], LATEST, 1, 1000],
     "load_serial": [OID, number(1)],
     "load_blob": [OID, number(1), 0, 100],
     "get_tid": [OID],

@@ -1,0 +1,194 @@
+"""Records that will be asked for next, loaded together with one that is missed.
+
+``ReadAhead.load`` is called by whichever thread has missed an object in the cache. If
+the thread's ``Trail`` says that it walks through a BTree or a list, more is asked for
+than the one object, with ``load_ahead``. What comes beside it is *held* here, not in
+the cache: it goes there when it is used, so that wrong guesses throw nothing out of the
+cache, and what was used can be counted without anything on the way of a cache hit.
+
+What is held is never wrong. A record is kept with the tid as of which it is true and
+with the cache's history at that time, and goes into the cache by the same rules as the
+answer to a load that took as long (``Cache.store``). It is used for a snapshot that
+ended when it was true, for that does not change any more; else the cache decides.
+
+What is held is bounded, and the oldest goes first. There is one lock, never held while
+somebody waits, and not on the way of an object that is in the cache.
+
+The client guesses, because it knows what it has missed and what was used; the server
+only follows links from bucket to bucket, which would cost the client a round trip each.
+Rejected: a server that sends along whatever a record refers to, which sends most of it
+in vain and what the client has already.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ZODB.POSException import StorageError
+
+from zeolith.client.cache import ENTRY_BYTES, Cache
+from zeolith.client.tids import MAX_TID, following
+from zeolith.client.trails import Batch, Trail, Walk, Wish
+
+# Of one answer, beside the object that is needed.
+AHEAD_BYTES = 128 * 1024
+# Of all that is held for the threads of a storage.
+HELD_BYTES_MAX = 4 * 1024 * 1024
+
+# Data, tid, and the end of a revision.
+Found = tuple[bytes, bytes, bytes | None]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What reading ahead has brought; threads may count at the same time."""
+
+    # Answers, the records that came in them ahead of time, and those that were used.
+    answers: int = 0
+    sent: int = 0
+    sent_bytes: int = 0
+    used: int = 0
+
+
+class _Answer(NamedTuple):
+    """What the records of one answer have in common."""
+
+    as_of: bytes
+    # A record that is current is good for snapshots up to this one.
+    until: bytes
+    # The cache's, when the server was asked.
+    history: int
+
+
+# What is held of a record: the revision, whence it came, where it is counted when it is
+# used.
+_Held = tuple[Found, _Answer, Batch | None]
+
+
+class _OfThread(threading.local):
+    """What belongs to the thread that looks at it."""
+
+    def __init__(self) -> None:
+        self.trail = Trail()
+
+
+class ReadAhead:
+    """The reading ahead of one storage; ``call`` is its ``ClientStorage.call``."""
+
+    def __init__(self, call: Callable[..., Any], cache: Cache):
+        self._call = call
+        self._cache = cache
+        self.counters = Counters()
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing; also in a forked child, whose parent had the lock perhaps."""
+        self._lock = threading.Lock()
+        self._held: dict[bytes, _Held] = {}
+        self.held_bytes = 0
+        self._own = _OfThread()
+
+    def load(self, oid: bytes, before: bytes) -> Found | None:
+        """What ``loadBefore`` is to return; None: it must be loaded as ever.
+
+        Raises as ``ClientStorage.call`` does.
+        """
+        if oid in self._held:
+            found = self._take(oid, before)
+            if found is not None:
+                return found
+        if before == MAX_TID:
+            # Of what is current whenever nothing is known ahead of time.
+            return None
+        step = self._own.trail.missed(oid)
+        return None if step is None else self._ask(before, *step)
+
+    def loaded(self, oid: bytes, record: bytes) -> None:
+        """The calling thread has loaded ``record``, as ever."""
+        self._own.trail.latest = oid, record
+
+    def _take(self, oid: bytes, before: bytes) -> Found | None:
+        with self._lock:
+            held = self._held.pop(oid, None)
+            if held is None:
+                return None
+            found, answer, batch = held
+            data, tid, end = found
+            self.held_bytes -= len(data) + ENTRY_BYTES
+        as_of, until, history = answer
+        cache = self._cache
+        if history != cache.history:
+            return None
+        cache.store(oid, tid, end, data, as_of, history)
+        if not tid < before <= (end or until):
+            # It was not known then what that snapshot is. Perhaps the cache knows.
+            kept = cache.load(oid, before)
+            if kept is None:
+                return None
+            found = kept
+        self.counters.used += 1
+        if batch is not None:
+            batch.used += 1
+        self._own.trail.latest = oid, data
+        return found
+
+    def _ask(self, before: bytes, walk: Walk, wish: Wish) -> Found | None:
+        history = self._cache.history
+        as_of, revisions, linked = self._call(
+            "load_ahead", wish.oids, before, wish.links, AHEAD_BYTES
+        )
+        if not revisions:
+            raise StorageError("the server answers for no object")
+        came = list(zip(wish.oids, map(_found, revisions), strict=False))
+        came += [(oid, (data, tid, end)) for oid, data, tid, end in linked]
+        oid, needed = came[0]
+        if needed is not None:
+            data, tid, end = needed
+            self._cache.store(oid, tid, end, data, as_of, history)
+            if oid == walk.link:
+                walk.enter(data)
+        held: dict[bytes, _Held] = {}
+        batch = walk.batch
+        answer = _Answer(as_of, following(as_of), history)
+        for oid, found in came[1:]:
+            if found is None:
+                continue
+            is_link = oid == walk.link
+            if is_link:
+                walk.enter(found[0])
+            # Of a walk through what buckets refer to, the buckets come much earlier
+            # than they are used.
+            counted = None if is_link and walk.steps else batch
+            held[oid] = found, answer, counted
+            if counted is not None:
+                batch.sent += 1
+        self._hold(held)
+        return needed
+
+    def _hold(self, new: dict[bytes, _Held]) -> None:
+        counters, held = self.counters, self._held
+        size = sum(len(each[0][0]) for each in new.values())
+        with self._lock:
+            counters.answers += 1
+            counters.sent += len(new)
+            counters.sent_bytes += size
+            for oid in new:
+                if oid in held:
+                    self._drop(oid)
+            held.update(new)
+            self.held_bytes += size + ENTRY_BYTES * len(new)
+            while self.held_bytes > HELD_BYTES_MAX:
+                self._drop(next(iter(held)))
+
+    def _drop(self, oid: bytes) -> None:
+        """Under the lock: what is held of ``oid`` is not held any more."""
+        found = self._held.pop(oid)[0]
+        self.held_bytes -= len(found[0]) + ENTRY_BYTES
+
+
+def _found(revision: list[Any] | None) -> Found | None:
+    if revision is None:
+        return None
+    data, tid, end = revision
+    return data, tid, end
