@@ -109,6 +109,13 @@ def test_a_forked_child_in_the_middle_of_a_transaction_has_none(server, storage)
     assert storage._oids == (None, [], 0)
 
 
+def test_a_forked_child_holds_nothing_that_was_read_ahead(storage, monkeypatch):
+    forgotten: list[str] = []
+    monkeypatch.setattr(storage.read_ahead, "forget", lambda: forgotten.append("it"))
+    storage.forget_parent()
+    assert forgotten == ["it"]
+
+
 def test_a_storage_is_watched_until_it_is_closed(server):
     storage = ClientStorage(server.address)
     assert storage in forks._storages

@@ -51,6 +51,12 @@ def test_the_identity_of_a_server_that_was_never_reached_is_waited_for(server):
     storage.close()
 
 
+def test_a_relay_does_not_guess_what_its_clients_will_read(storage):
+    assert storage.read_ahead is not None
+    storage.for_relay()
+    assert storage.read_ahead is None
+
+
 def test_what_is_at_hand_is_given_without_asking(server, storage, upstream):
     assert upstream.load_cached(A, T2) is None
     server.answers["load"] = [b"data", T1, None, T1]

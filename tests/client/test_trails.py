@@ -11,6 +11,11 @@ from hypothesis import strategies as st
 from zeolith.client.round_trip import SKIPPED_MAX
 from zeolith.client.trails import (
     RECORD_BYTES_MAX,
+    RECORDS_MAX,
+    RESTED_LOOKS,
+    STRIKES_MAX,
+    TIRED_LOOKS,
+    TIRED_STEP,
     WALKS_MAX,
     WINDOW_MAX,
     WINDOW_MIN,
@@ -206,6 +211,41 @@ def test_random_access_to_what_one_record_refers_to_asks_for_nothing():
     assert reader.sent < 10
     # It is not searched any more.
     assert not reader.trail._seen
+
+
+def test_who_steps_over_most_of_them_is_not_walking():
+    values = [number(n) for n in range(10, 1010)]
+    records = {number(1): bucket(values), **dict.fromkeys(values, LEAF)}
+    reader = Reader(records).read_all([number(1), *values[::4]])
+    assert not reader.wishes
+
+
+def searched(trail: Trail) -> int:
+    """In how many records the next miss is looked for."""
+    return len(trail._seen)
+
+
+def test_a_record_that_has_nothing_to_do_with_the_misses_is_not_searched_for_ever():
+    trail = Trail()
+    trail.latest = number(1), bucket(number(n) for n in range(10, 20))
+    for miss in range(STRIKES_MAX):
+        assert trail.missed(number(1000 + miss)) is None
+        assert searched(trail) == (miss + 1 < STRIKES_MAX)
+
+
+def test_fewer_records_are_searched_where_that_leads_nowhere():
+    """And now and then as many as in the beginning."""
+    trail = Trail()
+    records = []
+    for n in range(RESTED_LOOKS + 20):
+        trail.latest = number(n), bucket(number(10**6 + 10 * n + k) for k in range(9))
+        assert trail.missed(number(10**7 + n)) is None
+        records.append(searched(trail))
+    assert records[3:TIRED_LOOKS] == [RECORDS_MAX] * (TIRED_LOOKS - 3)
+    tired = records[TIRED_LOOKS + 3 : RESTED_LOOKS - 3]
+    assert max(tired) == 1
+    assert sum(tired) <= len(tired) / TIRED_STEP + 1
+    assert records[-1] == RECORDS_MAX
 
 
 def starts(reader: Reader, count: int) -> int:
