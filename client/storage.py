@@ -130,7 +130,6 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         )
         directory = directory_of(cache, client, var, storage)
         self._open_cache(directory, cache_size, warm_up, cache_trace)
-        # None: it is switched off.
         self.read_ahead = ReadAhead(self.call, self.cache) if read_ahead else None
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
@@ -146,11 +145,14 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             on_session=self._welcome,
             cache=self.cache,
         )
+        self._start(wait)
+
+    def _start(self, waits: bool) -> None:
         forks.watch(self)
         self._connector.start()
-        if wait:
+        if waits:
             try:
-                self._connector.session(wait_timeout)
+                self._connector.session(self._wait_timeout_s)
             except BaseException:
                 self.close()
                 raise
