@@ -16,12 +16,11 @@ def cache_stats(cache: Any) -> dict[str, Any]:
     hits, misses = cache.hits, cache.misses
     loads = hits + misses
     revisions, used_bytes = _sizes(cache)
-    path = getattr(cache, "path", None)
     return {
         "hits": hits,
         "misses": misses,
         "hit_rate": hits / loads if loads else None,
-        "path": None if path is None else str(path),
+        "path": None if cache.path is None else str(cache.path),
         "revisions": revisions,
         "used_bytes": used_bytes,
         "cache_bytes": cache.cache_bytes,

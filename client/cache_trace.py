@@ -292,7 +292,7 @@ class Trace:
 
     def _cache_number(self) -> int:
         """Ours, or that of a cache which processes share: they all know its path."""
-        path = getattr(self._cache, "path", None)
+        path = self._cache.path
         if path is None:
             return self._number
         return int.from_bytes(blake2b(bytes(path), digest_size=8).digest(), "big")
