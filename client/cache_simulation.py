@@ -3,9 +3,9 @@
 Used by ``zeolith cache simulate``. Pure: blocks of a trace in, numbers out.
 
 What is simulated is the eviction of our caches: first in, first out, with a second
-chance for what was used since, down to 95 % of the size, by the sizes of records and
-the bytes that an entry costs beside; and that a record larger than some part of the
-cache is not kept. A revision is known by its oid and tid, so nothing old is ever found
+chance for what was used since, down to 95 % of the size, by what each record takes in
+memory, or of the pages of a file; and that a record larger than some part of the cache
+is not kept. A revision is known by its oid and tid, so nothing old is ever found
 and changes need no simulation: who loads after a change asks for another revision.
 
 What a miss was looking for is told by what was stored next for that object by the same
@@ -19,6 +19,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from zeolith.client.cache_trace import (
     FORGET_ALL,
@@ -35,6 +36,8 @@ _DOUBLINGS = range(-3, 4)
 # positive, stored if it is negative.
 _NOT_THERE = 0
 _FORGET_ALL = -(2**62)
+# What LMDB puts around a record in its page, or pages.
+_NODE_BYTES = 38
 
 
 @dataclass
@@ -42,8 +45,8 @@ class Steps:
     """What one cache was asked for, in order."""
 
     steps: "array[int]" = field(default_factory=lambda: array("q"))
-    # Of each revision by its number; that of nothing is 0.
-    data_bytes: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    # What each revision takes, by its number; that of nothing is 0.
+    taken_bytes: "array[int]" = field(default_factory=lambda: array("q", [0]))
 
 
 @dataclass
@@ -57,7 +60,6 @@ class Workload:
     processes: int = 0
     # Of the last cache that has written.
     cache_bytes: int = 0
-    entry_bytes: int = 0
     # A larger part of the cache than one of so many is not given to a record.
     record_part: int = 1
     # Microseconds since the epoch.
@@ -71,10 +73,7 @@ class Workload:
     @property
     def needed_bytes(self) -> int:
         """The size of a cache, of the largest one if there are several, for all."""
-        return max(
-            sum(each.data_bytes) + self.entry_bytes * (len(each.data_bytes) - 1)
-            for each in self.caches
-        )
+        return max(sum(each.taken_bytes) for each in self.caches)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class _Reader:
         """Go on with ``block``; returns how many loads and hits it has."""
         steps = self.result.steps
         missed = self._missed.setdefault(block.pid, {})
-        number_of = self._number
+        number_of = partial(self._number, block)
         loads = hits = 0
         for kind, _after_us, oid, tid, size in block.events():
             if kind == HIT:
@@ -127,12 +126,26 @@ class _Reader:
                 steps.append(_FORGET_ALL)
         return loads, hits
 
-    def _number(self, revision: bytes, size: int) -> int:
+    def _number(self, block: Block, revision: bytes, size: int) -> int:
         number = self._numbers.get(revision)
         if number is None:
-            number = self._numbers[revision] = len(self.result.data_bytes)
-            self.result.data_bytes.append(size)
+            number = self._numbers[revision] = len(self.result.taken_bytes)
+            self.result.taken_bytes.append(_taken_bytes(block, size))
         return number
+
+
+def _taken_bytes(block: Block, data_bytes: int) -> int:
+    """What a record takes in the cache of ``block``; as measured, for one of pages."""
+    page_bytes = block.page_bytes
+    if not page_bytes:
+        return data_bytes + block.entry_bytes
+    if data_bytes > page_bytes // 2 - _NODE_BYTES:
+        # It has pages of its own.
+        pages = -(-(data_bytes + _NODE_BYTES) // page_bytes)
+        return pages * page_bytes + block.entry_bytes
+    in_full_page = page_bytes // (data_bytes + _NODE_BYTES)
+    # Pages are two thirds full.
+    return page_bytes * 3 // (2 * in_full_page) + block.entry_bytes
 
 
 def workload(blocks: Iterable[Block], *, together: bool = False) -> Workload:
@@ -142,14 +155,14 @@ def workload(blocks: Iterable[Block], *, together: bool = False) -> Workload:
     result = Workload([])
     for block in blocks:
         cache = 0 if together else block.cache
-        # Each process forgets all when it begins; one that is shared need not.
-        reader = readers.setdefault(cache, _Reader(forgets=not together))
+        # Each process forgets all when it begins, which does not empty a shared cache.
+        is_shared = together or bool(block.page_bytes)
+        reader = readers.setdefault(cache, _Reader(forgets=not is_shared))
         loads, hits = reader.read(block)
         result.loads += loads
         result.hits += hits
         pids.add(block.pid)
-        result.cache_bytes, result.entry_bytes = block.cache_bytes, block.entry_bytes
-        result.record_part = block.record_part
+        result.cache_bytes, result.record_part = block.cache_bytes, block.record_part
         started_us = result.started_us or block.started_us
         result.started_us = min(started_us, block.started_us)
         last_us = max((event[1] for event in block.events()), default=0)
@@ -194,11 +207,10 @@ class _Simulation:
 
     def __init__(self, cache_bytes: int, workload: Workload, steps: Steps):
         self._cache_bytes = cache_bytes
-        self._entry_bytes = workload.entry_bytes
         self._size_max = cache_bytes // workload.record_part
         self._steps = steps
         # Of each revision by its number.
-        self._states = bytearray(len(steps.data_bytes))
+        self._states = bytearray(len(steps.taken_bytes))
         # In the order of eviction.
         self._order: deque[int] = deque()
         self._used_bytes = 0
@@ -207,9 +219,8 @@ class _Simulation:
 
     def run(self) -> None:
         """From the first step to the last one."""
-        states, data_bytes = self._states, self._steps.data_bytes
+        states, taken_bytes = self._states, self._steps.taken_bytes
         append = self._order.append
-        entry_bytes = self._entry_bytes
         size_max = self._size_max
         hits = 0
         for step in self._steps.steps:
@@ -228,7 +239,7 @@ class _Simulation:
                 number = -step
                 if states[number]:
                     continue
-            size = data_bytes[number] + entry_bytes
+            size = taken_bytes[number]
             if size <= size_max:
                 states[number] = _PRESENT
                 append(number)
@@ -244,7 +255,7 @@ class _Simulation:
         self._used_bytes = 0
 
     def _evict(self) -> None:
-        states, order, data_bytes = self._states, self._order, self._steps.data_bytes
+        states, order, taken = self._states, self._order, self._steps.taken_bytes
         goal = self._cache_bytes - self._cache_bytes // 20
         while self._used_bytes > goal and order:
             number = order.popleft()
@@ -253,5 +264,5 @@ class _Simulation:
                 order.append(number)
                 continue
             states[number] = _ABSENT
-            self._used_bytes -= data_bytes[number] + self._entry_bytes
+            self._used_bytes -= taken[number]
             self.evictions += 1

@@ -27,8 +27,9 @@ offset  type         meaning
 24      u64          how much the cache may hold, in bytes
 32      u32          what an entry costs beside its data, in bytes
 36      u32          the part of the cache that a record may have at most: 4 for 1/4
-40      u64          time of the first event, microseconds since the epoch
-48      bytes        the body, compressed with zlib: events of 25 bytes each
+40      u32          the size of the pages that it consists of; 0 if of none
+44      u64          time of the first event, microseconds since the epoch
+52      bytes        the body, compressed with zlib: events of 25 bytes each
 ======  ===========  ==========================================================
 
 ======  ===========  ==========================================================
@@ -82,7 +83,7 @@ MAGIC = b"ZCT1"
 # Kinds of events. Stored is what the server has answered, written what a transaction of
 # this storage has committed; either may be refused by the cache.
 HIT, MISS, STORE, WRITE, INVALIDATE, FORGET, FORGET_ALL = range(1, 8)
-_HEADER = Struct(">4sIIIQQIIQ")
+_HEADER = Struct(">4sIIIQQIIIQ")
 # Of a cache in memory.
 _RECORD_PART = 4
 _EVENT = Struct(">BI8s8sI")
@@ -101,6 +102,7 @@ class Block(NamedTuple):
     cache_bytes: int
     entry_bytes: int
     record_part: int
+    page_bytes: int
     # Microseconds since the epoch.
     started_us: int
     event_count: int
@@ -148,9 +150,17 @@ def _block(header: bytes, file: BinaryIO) -> Block | None:
         return None
     if len(packed) != packed_bytes or not inflating.eof:
         return None
-    pid, cache, cache_bytes, entry_bytes, record_part, started_us = rest
+    pid, cache, cache_bytes, entry_bytes, record_part, page_bytes, started_us = rest
     return Block(
-        pid, cache, cache_bytes, entry_bytes, record_part, started_us, count, packed
+        pid,
+        cache,
+        cache_bytes,
+        entry_bytes,
+        record_part,
+        page_bytes,
+        started_us,
+        count,
+        packed,
     )
 
 
@@ -284,6 +294,7 @@ class Trace:
             self._cache.cache_bytes,
             getattr(self._cache, "entry_bytes", ENTRY_BYTES),
             getattr(self._cache, "record_part", _RECORD_PART),
+            getattr(self._cache, "page_bytes", 0),
             (self._started_ns + start_ns) // 1000,
         )
         block = header + body

@@ -40,6 +40,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,10 @@ class _NoWay(Exception):
 class DiskCache:
     """Revisions in a file that is shared; see client.cache.Cache for the methods."""
 
-    # For a trace.
+    # For a trace: what an entry costs beside its data (measured), and in which pages.
     record_part = RECORD_PART
+    entry_bytes = 50
+    page_bytes = PAGESIZE
 
     def __init__(
         self, place: CachePlace, storage: str, cache_bytes: int, ask: Ask | None = None

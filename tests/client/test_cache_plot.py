@@ -16,7 +16,7 @@ from zeolith.client.cache_simulation import Outcome, Steps, Workload
 
 MB = 1024**2
 WORKLOAD = Workload(
-    caches=[Steps(data_bytes=array("q", [0, 3 * MB]))],
+    caches=[Steps(taken_bytes=array("q", [0, 3 * MB]))],
     loads=1000,
     hits=500,
     processes=2,

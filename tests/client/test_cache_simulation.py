@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ZODB.utils import p64
 
 from zeolith.client.cache import ENTRY_BYTES, MemoryCache
+from zeolith.client.cache_backlog import Batch
 from zeolith.client.cache_simulation import (
+    _taken_bytes,
     simulate,
     simulate_around,
     simulate_unbounded,
@@ -28,6 +30,9 @@ from zeolith.client.cache_trace import (
     blocks,
     traced,
 )
+from zeolith.client.disk_cache import DiskCache
+
+from ..support.cache_files import opened, revision
 
 T1 = p64(1)
 Event = tuple[int, int, int]
@@ -42,7 +47,7 @@ def block(
         for number, (kind, oid, size) in enumerate(events)
     ]
     body = b"".join(packed)
-    return Block(pid, cache, cache_bytes, 10, 4, 5_000_000, len(packed), body)
+    return Block(pid, cache, cache_bytes, 10, 4, 0, 5_000_000, len(packed), body)
 
 
 def loaded(*oids: int, size: int = 90) -> list[Event]:
@@ -162,6 +167,8 @@ def test_a_process_that_begins_empties_no_shared_cache():
     start = (FORGET_ALL, 0, 0)
     apart = [block([start, *loaded(1)], pid=pid, cache=pid) for pid in (1, 2)]
     assert simulate(workload(apart, together=True), 1000).hits == 1
+    on_disk = [each._replace(cache=1, page_bytes=4096) for each in apart]
+    assert simulate_unbounded(workload(on_disk)).hits == 1
 
 
 def test_processes_of_one_cache_do_not_take_each_others_answers():
@@ -189,3 +196,24 @@ def test_sizes_double_until_nothing_is_evicted():
 
 def test_an_empty_trace_has_no_caches():
     assert workload([]).caches == []
+
+
+@pytest.mark.parametrize("data_bytes", [100, 500, 1000, 2000, 3000, 5000, 20_000])
+def test_a_record_takes_of_a_file_about_what_it_does(tmp_path: Path, data_bytes: int):
+    chance = random.Random(data_bytes)
+    oids = chance.sample(range(10_000), 1000)
+    with opened(tmp_path) as file:
+        file.cache_bytes = 10**9
+        lineage, empty_bytes = file.start(T1, None).lineage, file.used_bytes
+        for start in range(0, len(oids), 100):
+            revisions = [
+                revision(oid, 1, None, b"x" * data_bytes, 1)
+                for oid in oids[start : start + 100]
+            ]
+            file.extend(lineage, Batch(T1, (), revisions, frozenset()))
+        taken = file.used_bytes - empty_bytes
+    shape = block([])._replace(
+        entry_bytes=DiskCache.entry_bytes, page_bytes=DiskCache.page_bytes
+    )
+    assumed = 1000 * _taken_bytes(shape, data_bytes)
+    assert 0.85 < assumed / taken < 1.2
