@@ -4,14 +4,16 @@ Every cache has the counters of MemoryCache; what only some of them count is 0 f
 others. Any thread; takes no lock.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import lmdb
 
 from zeolith.client.cache_trace import TracedCache
+from zeolith.client.read_ahead import ReadAhead
 
 
-def cache_stats(cache: Any) -> dict[str, Any]:
+def cache_stats(cache: Any, read_ahead: ReadAhead | None = None) -> dict[str, Any]:
     """The keys are described in docs/reference.md, "Statistics of the cache"."""
     hits, misses = cache.hits, cache.misses
     loads = hits + misses
@@ -27,6 +29,7 @@ def cache_stats(cache: Any) -> dict[str, Any]:
         "evictions": cache.evicted,
         "errors": getattr(cache, "errors", 0),
         "valid_through": cache.valid_through.hex(),
+        "read_ahead": None if read_ahead is None else asdict(read_ahead.counters),
         "trace": _trace(cache.trace) if isinstance(cache, TracedCache) else None,
     }
 

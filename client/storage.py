@@ -269,7 +269,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
 
     def cache_stats(self) -> dict[str, Any]:
         """How the cache does: hits, misses, sizes; see docs/reference.md."""
-        return cache_stats(self.cache)
+        return cache_stats(self.cache, self.read_ahead)
 
     def close(self) -> None:
         """End the connection; what was begun and not finished is aborted."""

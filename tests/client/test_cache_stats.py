@@ -22,7 +22,7 @@ def test_a_new_cache_has_no_hit_rate():
     assert stats["hit_rate"] is None
     assert stats["hits"] == stats["misses"] == stats["revisions"] == 0
     assert stats["cache_bytes"] == 1000
-    assert stats["trace"] is None
+    assert stats["trace"] is stats["read_ahead"] is None
 
 
 def test_hits_misses_and_evictions_are_counted():
@@ -83,6 +83,7 @@ def test_a_storage_tells_plain_values(server: ScriptedServer):
         storage.loadBefore(A, T2)
     stats = storage.cache_stats()
     storage.close()
+    assert stats["read_ahead"] == {"answers": 0, "sent": 0, "sent_bytes": 0, "used": 0}
     assert (stats["hits"], stats["misses"], stats["revisions"]) == (2, 1, 1)
     assert json.loads(json.dumps(stats)) == stats
     assert stats["valid_through"] == storage.cache.valid_through.hex()
