@@ -24,13 +24,9 @@ NO_LOADS = LoadCounts(0, 0)
 
 def add_loads(txn: Any, meta: Any, counts: LoadCounts) -> None:
     """Add ``counts`` in a write transaction."""
-    if any(counts):
-        before = stored_loads(txn, meta)
-        txn.put(
-            _KEY,
-            _COUNTS.pack(before.hits + counts.hits, before.misses + counts.misses),
-            db=meta,
-        )
+    before = stored_loads(txn, meta)
+    hits, misses = before.hits + counts.hits, before.misses + counts.misses
+    txn.put(_KEY, _COUNTS.pack(hits, misses), db=meta)
 
 
 def stored_loads(txn: Any, meta: Any) -> LoadCounts:

@@ -116,8 +116,10 @@ def main() -> None:
     what, path = sys.argv[1:]
     try:
         print(json.dumps(_LOOKS[what](Path(path))))
-    except (DamagedFile, OSError, lmdb.Error) as error:
+    except (DamagedFile, lmdb.Error) as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(error.strerror or str(error))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,8 @@ def test_another_lmdb_database_is_no_cache(tmp_path):
 
 READING = """
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from zeolith.client.cache_file import CacheFile
 from zeolith.client.cache_place import CachePlace
@@ -191,8 +195,9 @@ sys.stdin.read()
 """
 
 
-def test_a_file_in_use_is_told_and_not_disturbed(path):
-    before = path.read_bytes()
+@contextmanager
+def reader(path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that has read the file, and has it open."""
     with subprocess.Popen(
         [sys.executable, "-c", READING, path],
         stdin=subprocess.PIPE,
@@ -200,15 +205,26 @@ def test_a_file_in_use_is_told_and_not_disturbed(path):
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"True\n"
-        during = path.read_bytes()
+        yield process
+
+
+def test_a_file_in_use_is_told_and_not_disturbed(path):
+    with reader(path) as process:
+        before = path.read_bytes()
         with Inspection(path) as file:
             assert file.pids() == [process.pid]
             assert list(file.findings()) == []
-        assert path.read_bytes() == during
-        process.communicate()
-    assert len(path.read_bytes()) == len(before)
+        assert path.read_bytes() == before
     with Inspection(path) as file:
         assert file.pids() == []
+
+
+def test_who_was_killed_uses_nothing(path):
+    with reader(path) as process, reader(path) as killed:
+        killed.kill()
+        killed.wait()
+        with Inspection(path) as file:
+            assert file.pids() == [process.pid]
 
 
 class History:

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import lmdb
 import pytest
 from persistent.TimeStamp import TimeStamp
 from ZODB.utils import p64
@@ -93,7 +94,7 @@ def test_what_cannot_be_read_is_a_finding_and_no_summary(path):
 
 
 def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(DamagedFile, match="No such file"):
+    with pytest.raises(DamagedFile, match=r"^No such file or directory$"):
         examine("summary", tmp_path / f"{'0d' * 16}-1.lmdb")
 
 
@@ -117,3 +118,15 @@ def test_overwritten_pages_are_told_whatever_they_do(path):
     path.write_bytes(data)
     with suppress(DamagedFile):
         assert examine("findings", path)
+
+
+@pytest.mark.parametrize("error", [DamagedFile, lmdb.Error, OSError])
+def test_the_process_tells_an_error_in_a_line(path, monkeypatch, error):
+    def fail(_path: Path) -> None:
+        raise error("something is wrong")
+
+    monkeypatch.setitem(cache_report._LOOKS, "summary", fail)
+    monkeypatch.setattr(sys, "argv", ["cache_report", "summary", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        cache_report.main()
+    assert caught.value.code == "something is wrong"
