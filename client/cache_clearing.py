@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zeolith.client.cache_place import CachePlace, Presence, remove
+from zeolith.client.cache_place import CachePlace, Presence
 
 
 def clear_place(place: CachePlace, *, force: bool) -> list[Path]:
@@ -47,5 +47,6 @@ def _remove(place: CachePlace, paths: list[Path]) -> None:
         if last.read_text(errors="replace") in names:
             last.unlink()
     for path in paths:
-        remove(path)
-        path.with_suffix(".users").unlink(missing_ok=True)
+        # All that bears its name: LMDB's lock, marks, the list of what is used most.
+        for each in place.directory.glob(f"{path.stem}.*"):
+            each.unlink(missing_ok=True)
