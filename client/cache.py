@@ -13,17 +13,18 @@ The rules (they hold for every cache that may stand here):
   after a commit.
 
 Threads: ``load`` takes no lock and may run anywhere, any time. Everything else takes
-the cache's own lock for a moment; ``apply`` and ``forget_all`` are called by the
-holder of the position's lock only.
+the cache's own lock for a moment; ``apply``, ``forget_all``, ``verified`` and
+``cut_back`` are called by the holder of the position's lock only.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from zeolith.client.tids import Z64, following
+from zeolith.client.tids import SPARSE_MAX, Z64, following, sparse
 
 DEFAULT_CACHE_BYTES = 20 * 1024 * 1024
 # What an entry costs beside its data: objects, tuple, dictionary slots (measured).
@@ -34,6 +35,8 @@ REVISIONS_MAX = 8
 # How many changed oids are remembered to judge answers that are older than the last
 # change. An answer older than that is used once and not kept.
 RECENT_OIDS_MAX = 20_000
+# How many revisions are looked at together when they are verified.
+BATCH_MAX = 1000
 
 
 class Cache(Protocol):
@@ -89,6 +92,35 @@ class Cache(Protocol):
     def forget_all(self, valid_through: bytes) -> None:
         """Start afresh: nothing before ``valid_through`` is known."""
 
+    # When it is not known what has changed: see ``verification``.
+
+    def verifying(self) -> AbstractContextManager[object]:
+        """Of those who share the cache only one is inside at a time."""
+
+    def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        """Batches of (oid, tid) of the revisions that count as open.
+
+        All that there are at the call. From then on no answer is kept that was asked
+        for before (``history`` grows): it would not have been looked at. In any
+        thread; no lock is held between two batches.
+        """
+
+    def verified(self, through: bytes, stale: Collection[bytes]) -> None:
+        """What ``open_revisions`` told is good through ``through``.
+
+        Except for the open revisions of the oids ``stale``, which are dropped. Nothing
+        is known of any change between what was ``valid_through`` and ``through``.
+        """
+
+    def known_tids(self) -> list[bytes]:
+        """Tids of changes that were applied, newest first: the last, some of before."""
+
+    def cut_back(self, tid: bytes) -> None:
+        """The database was restored, and ends at ``tid``: forget what came after.
+
+        Revisions that began, or ended, later are dropped; ``history`` grows.
+        """
+
     def reset(self, valid_through: bytes) -> None:
         """In a forked child: start afresh, whatever was going on in the parent."""
 
@@ -135,6 +167,8 @@ class MemoryCache:
         # oid -> tid of its last change, for changes after _recent_since.
         self._recent: dict[bytes, bytes] = {}
         self._recent_since = Z64
+        # Of changes that were applied, the oldest first.
+        self._tids: list[bytes] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -230,6 +264,7 @@ class MemoryCache:
                         if entry.end is None and entry.tid < tid:
                             entry.end = tid
             self._remember(tid, oids)
+            self._note_tid(tid)
             self.valid_through = tid
 
     def forget(self, oid: bytes) -> None:
@@ -246,6 +281,46 @@ class MemoryCache:
             self._recent.clear()
             self._used_bytes = 0
             self._recent_since = self.valid_through = valid_through
+            self._tids = [valid_through]
+            self.history += 1
+
+    def verifying(self) -> AbstractContextManager[object]:
+        """See Cache.verifying: nobody shares this one."""
+        return nullcontext()
+
+    def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        """See Cache.open_revisions."""
+        with self._lock:
+            self.history += 1
+            revisions = [
+                (entry.oid, entry.tid) for entry in self._entries if entry.end is None
+            ]
+        starts = range(0, len(revisions), BATCH_MAX)
+        return (revisions[start : start + BATCH_MAX] for start in starts)
+
+    def verified(self, through: bytes, stale: Collection[bytes]) -> None:
+        """See Cache.verified."""
+        with self._lock:
+            for oid in stale:
+                self._drop(oid, lambda entry: entry.end is None)
+            self._recent.clear()
+            self._note_tid(through)
+            self._recent_since = self.valid_through = through
+
+    def known_tids(self) -> list[bytes]:
+        """See Cache.known_tids."""
+        with self._lock:
+            return sparse(self._tids)
+
+    def cut_back(self, tid: bytes) -> None:
+        """See Cache.cut_back."""
+        with self._lock:
+            for oid in tuple(self._by_oid):
+                self._drop(oid, lambda entry: max(entry.tid, entry.end or Z64) > tid)
+            self._recent.clear()
+            self._tids = [each for each in self._tids if each < tid]
+            self._note_tid(tid)
+            self._recent_since = self.valid_through = tid
             self.history += 1
 
     def reset(self, valid_through: bytes) -> None:
@@ -266,6 +341,25 @@ class MemoryCache:
         if len(entries) > REVISIONS_MAX:
             self._remove(entries.pop())
         return tuple(entries)
+
+    def _drop(self, oid: bytes, is_wrong: Callable[[Entry], bool]) -> None:
+        have = self._by_oid.get(oid, ())
+        rest = tuple(entry for entry in have if not is_wrong(entry))
+        if len(rest) < len(have):
+            # First, for who reads now takes no lock.
+            if rest:
+                self._by_oid[oid] = rest
+            else:
+                del self._by_oid[oid]
+            for entry in have:
+                if entry not in rest:
+                    self._remove(entry)
+
+    def _note_tid(self, tid: bytes) -> None:
+        tids = self._tids
+        tids.append(tid)
+        if len(tids) > 3 * SPARSE_MAX:
+            self._tids = sparse(tids)[::-1]
 
     def _remember(self, tid: bytes, oids: list[bytes]) -> None:
         if len(self._recent) + len(oids) > RECENT_OIDS_MAX:

@@ -9,6 +9,10 @@ A read-only fallback is a session like any other, except that a second, short-li
 thread (``-upgrade``) looks for a server that takes writes; when it has one, the first
 thread goes on with that session.
 
+A session is current when all is applied that was missed before it. Where the server
+cannot say what that is, another short-lived thread (``-verify``) asks what of the cache
+is still right, while the first one reads the stream; what comes waits in the position.
+
 Everything that other threads ask (``session``, ``close``, ``new_addresses``) goes
 through one condition; nothing waits for the network while holding it.
 """
@@ -17,13 +21,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from zeolith.client.cache import Cache
-from zeolith.client.changes import Change
-from zeolith.client.dial import RETRY_MAX_S, Reached, Wish, delays, dial_any, is_refusal
-from zeolith.client.errors import ClientDisconnected
+from zeolith.client.dial import RETRY_MAX_S, Wish, delays, dial_any, is_refusal
+from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.client.position import Position
 from zeolith.client.session import Session
+from zeolith.client.verification import Verified, verify
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.errors import HelloRefused, ZeolithError
 from zeolith.protocol.limits import Limits
@@ -36,6 +42,43 @@ UPGRADE_INTERVAL_S = 1.0
 CLOSE_TIMEOUT_S = 2.0
 
 
+class Arrival(NamedTuple):
+    """How the last session came to be current."""
+
+    address: Address
+    is_read_only: bool
+    # From the first attempt that succeeded until all that was missed was applied.
+    took_s: float
+    # Changes that were missed and then applied.
+    replayed: int
+    # What was asked for instead, if the server could not say what was missed.
+    verified: Verified | None
+
+    def describe(self) -> dict[str, Any]:
+        """The same, for programs."""
+        revisions, dropped = self.verified or (0, 0)
+        return {
+            "address": format_address(self.address),
+            "read_only": self.is_read_only,
+            "ready_s": self.took_s,
+            "changes_replayed": self.replayed,
+            "records_verified": revisions,
+            "records_dropped": dropped,
+        }
+
+    def __str__(self) -> str:
+        text = format_address(self.address)
+        if self.is_read_only:
+            text += " (read-only)"
+        text += f" in {self.took_s * 1000:.0f} ms"
+        if self.replayed:
+            text += f", {self.replayed} changes replayed"
+        if self.verified is not None:
+            revisions, dropped = self.verified
+            text += f", {revisions} cached records verified, {dropped} of them dropped"
+        return text
+
+
 class Connector:
     """The one who sees to it that there is a session."""
 
@@ -43,6 +86,7 @@ class Connector:
         self,
         addresses: list[Address],
         position: Position,
+        cache: Cache,
         *,
         storage: str,
         label: str | None,
@@ -50,10 +94,10 @@ class Connector:
         falls_back: bool,
         limits: Limits,
         on_session: Callable[[Session], None],
-        cache: Cache,
     ):
         self._addresses = addresses
         self._position = position
+        self._cache = cache
         self._storage = storage
         self._label = label
         self._is_read_only = is_read_only
@@ -66,14 +110,17 @@ class Connector:
         # Database id and epoch of the session that is, or is being, adopted.
         self.identity: tuple[bytes, int] | None = None
         # Of the database, to know it again.
-        self._cache = cache
         known = cache.identity
         self._database_id: bytes | None = None if known is None else known[0]
         self._epoch: int | None = None if known is None else known[1]
+        # Of the session that is current, or was.
+        self.arrival: Arrival | None = None
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
         self._current: Session | None = None
+        # The one that was adopted last: current, or about to be.
+        self._adopted: Session | None = None
         # A writable session that waits to replace a read-only one.
         self._better: Session | None = None
         self._is_closed = False
@@ -138,7 +185,7 @@ class Connector:
             self._addresses = addresses
             self._cause = None
             self._changed.notify_all()
-            session = self.current
+            session = self._adopted
         if session is not None and session.address not in addresses:
             session.close("the storage was given a new address")
 
@@ -147,7 +194,7 @@ class Connector:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-            session = self._current
+            session = self._adopted
             better, self._better = self._better, None
         if session is not None:
             session.close("the storage is closed")
@@ -159,7 +206,7 @@ class Connector:
 
     def forget(self) -> None:
         """In a forked child: nothing of the parent's is ours; connect when asked to."""
-        for session in (self._current, self._better):
+        for session in (self._adopted, self._better):
             if session is not None:
                 session.forget()
         is_closed = self._is_closed
@@ -205,7 +252,7 @@ class Connector:
         welcome = session.welcome
         if not self._cache.identify(welcome["database_id"], welcome["epoch"]):
             return False
-        self._position.stand_at_cache()
+        self._position.take_up_cache()
         self._database_id, self._epoch = welcome["database_id"], welcome["epoch"]
         session.discard("the cache stands elsewhere")
         return True
@@ -214,9 +261,9 @@ class Connector:
         """Adopt ``session`` and listen to it until it is lost."""
         try:
             self._adopt(session)
-            if session.is_read_only and not self._is_read_only:
-                self._look_for_better()
-            reason = session.listen(self._position)
+            reason = session.listen(
+                self._position, partial(self._make_current, session)
+            )
         except Exception as error:
             # Most likely the application's database did not take an invalidation.
             logger.exception("storage %s: following failed", self._storage)
@@ -236,13 +283,13 @@ class Connector:
     def _dial(self) -> Session:
         """A session at any address, a writable one first if we may write."""
         try:
-            return self._session_of(self._reach(is_read_only=self._is_read_only))
+            return self._reach(is_read_only=self._is_read_only)
         except HelloRefused as refusal:
             if refusal.reason != "read-only" or not self._falls_back:
                 raise
-        return self._session_of(self._reach(is_read_only=True))
+        return self._reach(is_read_only=True)
 
-    def _reach(self, *, is_read_only: bool) -> Reached:
+    def _reach(self, *, is_read_only: bool) -> Session:
         wish = Wish(
             self._storage,
             is_read_only,
@@ -251,42 +298,86 @@ class Connector:
             self._epoch,
             self._position.tid,
         )
-        return dial_any(list(self._addresses), wish, self._limits)
-
-    def _session_of(self, reached: Reached) -> Session:
-        return Session(reached, self._limits)
+        began_at = time.monotonic()
+        reached = dial_any(list(self._addresses), wish, self._limits)
+        return Session(reached, self._limits, began_at)
 
     def _adopt(self, session: Session) -> None:
+        """Feed the position from ``session``; make it the current one, or begin to."""
         welcome = session.welcome
-        changes = welcome["changes"]
-        # Whoever is told to start afresh may ask where he is.
-        self.identity = welcome["database_id"], welcome["epoch"]
-        self._position.adopt(
-            session,
-            welcome["last_tid"],
-            None if changes is None else [Change(*change) for change in changes],
-        )
-        self._database_id = welcome["database_id"]
-        self._epoch = welcome["epoch"]
-        self._on_session(session)
-        logger.info(
-            "storage %s: connected to %s%s",
-            self._storage,
-            format_address(session.address),
-            " (read-only)" if session.is_read_only else "",
-        )
+        identity = welcome["database_id"], welcome["epoch"]
         with self._changed:
-            self._current = session
-            self._cause = None
-            late, self._better = self._better, None
+            self._adopted = session
+            is_closed = self._is_closed
+            is_elsewhere = session.address not in self._addresses
+        # Whoever is told to start afresh may ask where he is.
+        self.identity = identity
+        is_same = identity == (self._database_id, self._epoch)
+        if session.missed is None and is_same:
+            self._position.await_verification(session)
+        else:
+            self._position.adopt(session, welcome["last_tid"], session.missed)
+            self._database_id, self._epoch = identity
+        if is_closed:
+            session.close("the storage is closed")
+        elif is_elsewhere:
+            session.close("the storage was given a new address")
+        elif session.missed is None and is_same:
+            threading.Thread(
+                target=self._verify,
+                args=(session,),
+                name=f"zeolith-{self._storage}-verify",
+                daemon=True,
+            ).start()
+        elif not session.is_incomplete:
+            self._make_current(session)
+
+    def _verify(self, session: Session) -> None:
+        """In a thread of its own: find out what of the cache is right, and go on."""
+        try:
+            verified = verify(session, self._position, self._cache, self._limits)
+        except (ChannelLost, ClientDisconnected) as error:
+            session.close(str(error))
+        except Exception:
+            logger.exception("storage %s: nothing could be verified", self._storage)
+            try:
+                self._position.verified(session, session.welcome["last_tid"], None)
+                self._make_current(session)
+            except Exception as error:
+                # Most likely the application's database took no invalidation.
+                logger.exception("storage %s: following failed", self._storage)
+                session.close(repr(error))
+        else:
+            if verified is not None and session.ended is None:
+                self._make_current(session, verified)
+
+    def _make_current(self, session: Session, verified: Verified | None = None) -> None:
+        """All that was missed is applied: calls may use ``session`` now."""
+        took_s = time.monotonic() - session.began_at
+        is_read_only = session.is_read_only
+        arrival = Arrival(
+            session.address, is_read_only, took_s, session.replayed, verified
+        )
+        self._on_session(session)
+        logger.info("storage %s: connected to %s", self._storage, arrival)
+        with self._changed:
+            late = None
+            if session is self._adopted:
+                self.arrival = arrival
+                self._current = session
+                self._cause = None
+                late, self._better = self._better, None
+            is_closed = self._is_closed
             is_elsewhere = session.address not in self._addresses
             self._changed.notify_all()
         if late is not None:
             late.discard("another server was found before it")
-        if self._is_closed:
+        if is_closed:
             session.close("the storage is closed")
         elif is_elsewhere:
             session.close("the storage was given a new address")
+        elif is_read_only and not self._is_read_only:
+            self._look_for_better()
 
     def _note(self, error: Exception) -> None:
         with self._changed:
@@ -312,7 +403,7 @@ class Connector:
             if fallback.ended is not None or self._is_closed:
                 return
             try:
-                better = self._session_of(self._reach(is_read_only=False))
+                better = self._reach(is_read_only=False)
             except (OSError, ZeolithError):
                 continue
             with self._changed:

@@ -39,14 +39,16 @@ another process that was stopped; whoever waits for it waits for WRITER_WAIT_S a
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
 import lmdb
 
-from zeolith.client import cache_files
+from zeolith.client import cache_files, file_locks
 from zeolith.client.cache import Cache, MemoryCache
 from zeolith.client.cache_backlog import Backlog, Batch, Revision, first_after
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts
@@ -60,6 +62,9 @@ logger = logging.getLogger(__name__)
 
 # With more changes that wait the file is of no use: something keeps us from writing.
 CHANGED_OIDS_MAX = 200_000
+# Who verifies may have been stopped; then others do it, too.
+VERIFYING_WAIT_S = 60.0
+VERIFYING_POLL_S = 0.05
 # This part of the cache, at most, is one record.
 RECORD_PART = 64
 
@@ -430,6 +435,40 @@ class DiskCache:
         self._writer.due()
 
     # For a verification
+
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        """See Cache.verifying.
+
+        What another process has verified, or cut back, while we waited is taken up:
+        then ``valid_through`` is where the file stands.
+        """
+        file = self._file
+        if self._aside is not None or file is None:
+            yield
+            return
+        flags = os.O_RDWR | os.O_CREAT
+        fd = file_locks.open_lockable(str(file.path.with_suffix(".verifying")), flags)
+        try:
+            deadline = time.monotonic() + VERIFYING_WAIT_S
+            while not file_locks.try_lock(fd) and time.monotonic() < deadline:
+                time.sleep(VERIFYING_POLL_S)
+            self._take_up(file)
+            yield
+        finally:
+            file_locks.release(fd)
+
+    def _take_up(self, file: CacheFile) -> None:
+        try:
+            state = file.state()
+        except _FILE_ERRORS as error:
+            self._note(error)
+            return
+        with self._lock:
+            if state is not None and state.lineage != self._lineage:
+                self.history += 1
+                self.valid_through = state.through
+                self._stand_at(state, state.through)
 
     def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
         """See Cache.open_revisions."""

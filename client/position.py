@@ -16,6 +16,8 @@ here, under one lock, and are applied in tid order without a gap:
    is it a gap.
 4. Only the session that was adopted last may feed changes; what another one still
    delivers is dropped.
+5. While it is not known what changed since the position (``await_verification``),
+   changes wait, whatever they follow.
 
 The lock is never held while somebody waits for the network: ``finished`` waits on the
 condition, which lets go of it.
@@ -23,7 +25,7 @@ condition, which lets go of it.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -69,6 +71,8 @@ class Position:
         self._last_source: Source | None = None
         # What came and cannot be applied yet, in tid order.
         self._pending: list[Change] = []
+        # Whether all of it waits until what is cached was verified.
+        self._is_verifying = False
         # The own transaction whose callback runs now, if in its place.
         self.in_place: bytes | None = None
         # The own transactions that a thread is finishing now, and those of them whose
@@ -87,7 +91,7 @@ class Position:
         """The last change applied, without waiting: may be one behind."""
         return self._tid
 
-    def stand_at_cache(self) -> None:
+    def take_up_cache(self) -> None:
         """The cache is of another database now, or has come to know of its own.
 
         There is no session; what is in memory is of no use.
@@ -114,8 +118,7 @@ class Position:
         hello; None means that there is no way from there to ``last_tid``.
         """
         with self._lock:
-            self._source = self._last_source = source
-            self._pending.clear()
+            self._begin_with(source)
             if self._tid is None:
                 self._tid = last_tid
                 self._cache.forget_all(last_tid)
@@ -129,11 +132,68 @@ class Position:
                     self._start_afresh(last_tid)
             self._condition.notify_all()
 
+    def await_verification(self, source: Source) -> None:
+        """Follow ``source``, but apply nothing: it cannot say what has changed."""
+        with self._lock:
+            self._begin_with(source)
+            self._is_verifying = True
+            self._condition.notify_all()
+
+    def verified(
+        self, source: Source, through: bytes, stale: Collection[bytes] | None
+    ) -> None:
+        """What is cached is right as of ``through``, but for the oids ``stale``.
+
+        None: nothing is. Then goes on with what ``source`` has brought since.
+        """
+        with self._lock:
+            if source is self._source:
+                self._is_verifying = False
+                if stale is None:
+                    self._start_afresh(through)
+                else:
+                    self._cache.verified(through, stale)
+                    self._stand_at(through)
+                self._advance()
+                self._condition.notify_all()
+
+    def cut_back(self, source: Source, tid: bytes) -> None:
+        """``source`` was restored and has nothing of what came after ``tid``.
+
+        It feeds us no more: the next session begins at ``tid``.
+        """
+        with self._lock:
+            if source is self._source:
+                logger.critical(
+                    "the server's database has nothing after %s of what we have seen,"
+                    " up to %s: it was restored from an older copy. What is cached of"
+                    " that is dropped",
+                    tid.hex(),
+                    self._at().hex(),
+                )
+                self._cache.cut_back(tid)
+                self._stand_at(tid)
+                self.leave(source)
+
+    def stand_at_cache(self, source: Source) -> None:
+        """The cache stands elsewhere: another process has verified it, or cut it back.
+
+        ``source`` feeds us no more: the next session begins there.
+        """
+        with self._lock:
+            if source is self._source:
+                self._stand_at(self._cache.valid_through)
+                self.leave(source)
+
     def leave(self, source: Source) -> None:
         """``source`` is lost; nobody need wait for what it would have brought."""
         with self._lock:
             if self._source is source:
                 self._source = None
+                if self._is_verifying:
+                    # Nothing of it will ever be applied.
+                    self._pending.clear()
+                    self._is_verifying = False
                 self._condition.notify_all()
 
     def receive(self, source: Source, changes: Iterable[Change]) -> None:
@@ -173,6 +233,7 @@ class Position:
         self._condition = threading.Condition(self._lock)
         self._source = self._last_source = None
         self._pending = []
+        self._is_verifying = False
         self._finishing = set()
         self._unanswered = set()
         self._cache.reset(self._tid or Z64)
@@ -255,6 +316,11 @@ class Position:
 
     # Under the lock
 
+    def _begin_with(self, source: Source) -> None:
+        self._source = self._last_source = source
+        self._pending.clear()
+        self._is_verifying = False
+
     def _at(self) -> bytes:
         assert self._tid is not None, "no session was ever adopted"
         return self._tid
@@ -270,6 +336,8 @@ class Position:
 
     def _advance(self) -> None:
         """Apply what can be applied; a gap ends the session that left it."""
+        if self._is_verifying:
+            return
         pending = self._pending
         done = 0
         for change in pending:
@@ -324,8 +392,11 @@ class Position:
                 " dropped",
                 before.hex(),
             )
-        self._pending.clear()
         self._cache.forget_all(last_tid)
+        self._stand_at(last_tid)
+
+    def _stand_at(self, tid: bytes) -> None:
+        """Go to ``tid`` otherwise than over changes: what ZODB has may be wrong."""
         if self._listener is not None:
             self._listener.invalidateCache()
-        self._tid = last_tid
+        self._tid = tid

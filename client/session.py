@@ -10,7 +10,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 from zeolith.client.changes import Change
@@ -31,18 +31,30 @@ logger = logging.getLogger(__name__)
 class Session:
     """A stream and the channels that belong to it."""
 
-    def __init__(self, reached: Reached, limits: Limits):
+    def __init__(self, reached: Reached, limits: Limits, began_at: float | None = None):
         self.address = reached.address
         self.welcome = reached.welcome
         # Why it ended; None while it lives.
         self.ended: str | None = None
         # Whether a call was ever answered, so that the next session may hurry.
         self.has_answered = False
+        # When somebody began to dial for it.
+        self.began_at = time.monotonic() if began_at is None else began_at
+        # The changes that its welcome brought; None: it cannot say which were missed.
+        changes = reached.welcome["changes"]
+        self.missed = None if changes is None else list(map(Change._make, changes))
+        # Whether the rest of them is still to come, on the stream.
+        self.is_incomplete = bool(changes) and (
+            changes[-1][1] < reached.welcome["last_tid"]
+        )
+        # How many have come.
+        self.replayed = len(changes or ())
         self._limits = limits
         self._token: bytes = reached.welcome["session"]
         self._stream = reached.socket
         self._connection: Connection = reached.connection
         self._early = reached.early
+        self._on_complete: Callable[[], object] = lambda: None
         # For the stream, and the end.
         self._lock = threading.Lock()
         self._pool = Pool(self._dial_channel, limits)
@@ -118,11 +130,15 @@ class Session:
 
     # The stream, for the connector's thread
 
-    def listen(self, position: Position) -> str:
+    def listen(
+        self, position: Position, on_complete: Callable[[], object] = lambda: None
+    ) -> str:
         """Apply changes until the session ends; returns why it did.
 
-        Answers heartbeats, and ends the session when the server falls silent.
+        Answers heartbeats, and ends the session when the server falls silent. Calls
+        ``on_complete`` when all has come that belongs to an incomplete welcome.
         """
+        self._on_complete = on_complete
         for message in self._early:
             self._heed(message, position)
         self._beat()
@@ -147,7 +163,13 @@ class Session:
 
     def _heed(self, message: Message, position: Position) -> None:
         if isinstance(message, Notice):
-            position.receive(self, list(map(Change._make, message.args[0])))
+            changes = list(map(Change._make, message.args[0]))
+            position.receive(self, changes)
+            if self.is_incomplete:
+                self.replayed += len(changes)
+                self.is_incomplete = changes[-1].tid < self.welcome["last_tid"]
+                if not self.is_incomplete and self.ended is None:
+                    self._on_complete()
 
     def _beat(self) -> None:
         now = time.monotonic()

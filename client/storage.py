@@ -137,13 +137,13 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self._connector = Connector(
             addresses,
             self.position,
+            self.cache,
             storage=storage,
             label=client_label,
             is_read_only=self._is_read_only,
             falls_back=bool(read_only_fallback),
             limits=limits,
             on_session=self._welcome,
-            cache=self.cache,
         )
         self._start(wait)
 
@@ -270,6 +270,11 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
     def cache_stats(self) -> dict[str, Any]:
         """How the cache does: hits, misses, sizes; see docs/reference.md."""
         return cache_stats(self.cache, self.read_ahead)
+
+    def connection_info(self) -> dict[str, Any] | None:
+        """How the last connection came about; None before the first one."""
+        arrival = self._connector.arrival
+        return None if arrival is None else arrival.describe()
 
     def close(self) -> None:
         """End the connection; what was begun and not finished is aborted."""

@@ -27,7 +27,7 @@ from ..support.gates import Background
 A, B, C = p64(1), p64(2), p64(3)
 T1, T2, T3, T4, T5 = map(p64, range(1, 6))
 
-Answer = tuple[bytes, bytes, bytes | None, bytes, bytes]
+Answer = tuple[bytes, bytes, bytes | None, bytes, bytes, int]
 
 
 def cache_at(tid: bytes, **options: Any) -> MemoryCache:
@@ -41,12 +41,19 @@ class Truth:
 
     def __init__(self) -> None:
         self.last = 1
+        # No tid up to this one is used again, whatever happens.
+        self.floor = 1
         self.changes: list[tuple[int, list[int]]] = []
 
     def commit(self, gap: int, oids: list[int]) -> int:
-        self.last += gap
+        self.last = self.floor = self.floor + gap
         self.changes.append((self.last, oids))
         return self.last
+
+    def restore(self, changes: int) -> None:
+        """Nobody but the clients knows of more than the first ones."""
+        del self.changes[changes:]
+        self.last = self.changes[-1][0] if changes else 1
 
     def load(self, oid: int, before: int) -> tuple[bytes, bytes, bytes | None] | None:
         tids = [1, *(tid for tid, oids in self.changes if oid in oids)]
@@ -75,18 +82,22 @@ class CacheAgainstTruth(RuleBasedStateMachine):
         self.cache = cache_at(p64(1), cache_bytes=6 * (ENTRY_BYTES + 10))
         # How many changes the cache was told.
         self.applied = 0
+        # While it is verified: the change through which, and what is looked at.
+        self.verifying: tuple[int, list[tuple[bytes, bytes]]] | None = None
 
     @rule(gap=st.integers(1, 3), oids=some_oids)
     def commit(self, gap: int, oids: list[int]) -> None:
         self.truth.commit(gap, oids)
 
     @precondition(lambda self: self.applied < len(self.truth.changes))
+    @precondition(lambda self: self.verifying is None)
     @rule()
     def apply(self) -> None:
         tid, oids = self.truth.changes[self.applied]
         self.cache.apply(p64(tid), [p64(oid) for oid in oids])
         self.applied += 1
 
+    @precondition(lambda self: self.verifying is None)
     @rule(target=answers, oid=some_oid, back=st.integers(-1, 8))
     def ask(self, oid: int, back: int) -> Any:
         before = self.truth.last + 1 - back
@@ -94,12 +105,13 @@ class CacheAgainstTruth(RuleBasedStateMachine):
         if found is None:
             return multiple()
         data, tid, end = found
-        return p64(oid), tid, end, data, p64(self.truth.last)
+        return p64(oid), tid, end, data, p64(self.truth.last), self.cache.history
 
     @rule(answer=answers)
     def store(self, answer: Answer) -> None:
         self.cache.store(*answer)
 
+    @precondition(lambda self: self.verifying is None)
     @rule(gap=st.integers(1, 3), oids=some_oids)
     def commit_of_our_own(self, gap: int, oids: list[int]) -> None:
         while self.applied < len(self.truth.changes):
@@ -115,10 +127,50 @@ class CacheAgainstTruth(RuleBasedStateMachine):
     def forget(self, oid: int) -> None:
         self.cache.forget(p64(oid))
 
+    @precondition(lambda self: self.verifying is None)
     @rule()
     def forget_all(self) -> None:
         self.applied = len(self.truth.changes)
         self.cache.forget_all(p64(self.truth.last))
+
+    @precondition(lambda self: self.verifying is None)
+    @rule()
+    def begin_to_verify(self) -> None:
+        """Nobody can say what has changed since the last change that was applied."""
+        batches = self.cache.open_revisions()
+        self.verifying = len(self.truth.changes), [each for b in batches for each in b]
+
+    @precondition(lambda self: self.verifying is not None)
+    @rule(is_lost=st.booleans())
+    def verify(self, is_lost: bool) -> None:
+        """The server says what is not current now; or is lost before."""
+        assert self.verifying is not None
+        applied, revisions = self.verifying
+        self.verifying = None
+        if is_lost:
+            return
+        stale = set()
+        for oid, tid in revisions:
+            current = self.truth.load(int.from_bytes(oid, "big"), self.truth.last + 1)
+            assert current is not None
+            if current[1] != tid:
+                stale.add(oid)
+        self.applied = applied
+        self.cache.verified(p64(self._applied_tid()), stale)
+
+    @precondition(lambda self: self.verifying is None)
+    @rule(lost=st.integers(1, 5))
+    def restore(self, lost: int) -> None:
+        """The server is an older copy; the last tid in common is not the last one."""
+        self.truth.restore(max(0, len(self.truth.changes) - lost))
+        tids = [p64(1), *(p64(tid) for tid, _oids in self.truth.changes)]
+        common = [tid for tid in self.cache.known_tids() if tid in tids]
+        assert self.cache.known_tids() == sorted(self.cache.known_tids(), reverse=True)
+        if common:
+            self.cache.cut_back(common[0])
+            self.applied = tids.index(common[0])
+        else:
+            self.forget_all()
 
     @rule(oid=some_oid)
     def read(self, oid: int) -> None:
@@ -173,6 +225,78 @@ TestForgetfulCacheAgainstTruth = ForgetfulCacheAgainstTruth.TestCase
 TestForgetfulCacheAgainstTruth.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None
 )
+
+
+# When it is not known what has changed
+
+
+def test_only_open_revisions_are_looked_at_and_in_batches(monkeypatch):
+    monkeypatch.setattr(cache_module, "BATCH_MAX", 2)
+    cache = cache_at(T1)
+    for oid in (A, B, C):
+        cache.store(oid, T1, None, b"data", T1)
+    cache.store(p64(4), Z64, T1, b"ended", T1)
+    assert list(cache.open_revisions()) == [[(A, T1), (B, T1)], [(C, T1)]]
+    assert list(cache_at(T1).open_revisions()) == []
+
+
+def test_what_was_asked_for_before_the_revisions_were_looked_at_is_not_kept():
+    cache = cache_at(T1)
+    history = cache.history
+    batches = cache.open_revisions()
+    cache.store(A, T1, None, b"late", T1, history)
+    cache.store_committed(T2, {B: b"late"}, history)
+    assert list(batches) == []
+    assert len(cache) == 0
+
+
+def test_what_is_current_is_good_through_the_verification_and_the_rest_is_gone():
+    cache = cache_at(T2)
+    cache.store(A, T1, None, b"a", T2)
+    cache.store(B, T2, None, b"b", T2)
+    cache.store(B, T1, T2, b"older b", T2)
+    used = cache.used_bytes
+    cache.verified(T4, {B, C})
+    assert cache.valid_through == T4
+    assert cache.load(A, T5) == (b"a", T1, None)
+    assert cache.load(B, T5) is None
+    assert cache.load(B, T2) == (b"older b", T1, T2)
+    assert cache.used_bytes < used
+    # Answers of before are judged by nothing that is known.
+    cache.store(B, T2, None, b"b", T3)
+    assert cache.load(B, T5) is None
+
+
+def test_what_came_after_the_cut_is_gone_and_what_it_ended_too():
+    cache = cache_at(T1)
+    history = cache.history
+    cache.store(A, T1, None, b"a", T1)
+    cache.store(B, T1, None, b"b", T1)
+    for tid in (T2, T3, T4):
+        cache.apply(tid, [B] if tid == T4 else [])
+    cache.store(B, T4, None, b"new b", T4)
+    cache.store(C, Z64, T2, b"ended before", T4)
+    cache.cut_back(T3)
+    assert cache.valid_through == T3
+    assert cache.history > history
+    assert cache.load(A, T4) == (b"a", T1, None)
+    assert cache.load(B, T4) is None
+    assert cache.load(B, T5) is None
+    assert cache.load(C, T2) == (b"ended before", Z64, T2)
+    assert cache.known_tids() == [T3, T2, T1]
+
+
+def test_tids_of_long_ago_are_remembered_sparsely():
+    cache = cache_at(T1)
+    for number in range(2, 2001):
+        cache.apply(p64(number), [])
+    tids = [int.from_bytes(tid, "big") for tid in cache.known_tids()]
+    assert tids[:20] == list(range(2000, 1980, -1))
+    assert tids[-1] == 1
+    assert len(tids) <= 100
+    assert len(cache._tids) <= 301
+    cache.forget_all(T2)
+    assert cache.known_tids() == [T2]
 
 
 # What an entry is good for

@@ -12,11 +12,12 @@ from ZODB.utils import p64
 
 from zeolith.client import connector as connector_module
 from zeolith.client.cache import MemoryCache
-from zeolith.client.connector import Connector
+from zeolith.client.connector import Arrival, Connector
 from zeolith.client.dial import RETRY_FIRST_S, RETRY_MAX_S, delays
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.position import Position
 from zeolith.client.session import Session
+from zeolith.client.verification import Verified
 from zeolith.protocol.codec import encode
 from zeolith.protocol.errors import HelloRefused
 from zeolith.protocol.limits import DEFAULT, Limits
@@ -71,16 +72,17 @@ def connecting(
     on_session: Callable[[Session], None] = lambda session: None,
     position: Position | None = None,
 ) -> Iterator[Connector]:
+    position = position or Position(MemoryCache())
     connector = Connector(
         list(addresses),
-        position or Position(MemoryCache()),
+        position,
+        position._cache,
         storage="main",
         label="web-1",
         is_read_only=is_read_only,
         falls_back=falls_back,
         limits=limits,
         on_session=on_session,
-        cache=MemoryCache(),
     )
     connector.start()
     try:
@@ -339,6 +341,262 @@ def test_a_server_that_forgot_us_makes_us_start_afresh(server):
         server.streams()[0].hang_up()
         wait_until(lambda: position.tid == tid(9), "the fresh start")
         assert database.told == [b"everything"]
+
+
+def lose(server: ScriptedServer, **hello: Any) -> None:
+    """The session is lost; the next hello is answered with ``hello``."""
+    server.hello = hello
+    server.streams()[0].hang_up()
+
+
+def come_back(connector: Connector, server: ScriptedServer, **hello: Any) -> None:
+    """The session is lost, and another one is there."""
+    before = connector.current
+    lose(server, **hello)
+    wait_until(lambda: connector.current not in (None, before), "another session")
+
+
+def test_a_session_is_current_when_all_that_was_missed_is_applied(server):
+    """The welcome has only the first changes; the others come on the stream."""
+    position = Position(MemoryCache())
+    with connecting(server.address, position=position) as connector:
+        first = connector.session(LONG_S)
+        lose(server, last_tid=tid(5), changes=[change(2), change(3)])
+        wait_until(lambda: position.tid == tid(3), "the first changes")
+        assert connector.current is None
+        with pytest.raises(ClientDisconnected):
+            connector.session(0.01)
+        server.publish(change(4))
+        wait_until(lambda: position.tid == tid(4), "one more")
+        assert connector.current is None
+        server.publish(change(5), change(6))
+        session = connector.session(LONG_S)
+        assert session is not first
+        assert position.tid == tid(6)
+        assert connector.arrival is not None
+        assert connector.arrival.replayed == 5
+
+
+def test_a_session_that_is_lost_before_it_is_complete_never_was_one(server):
+    sessions: list[Session] = []
+    position = Position(MemoryCache())
+    with connecting(
+        server.address, position=position, on_session=sessions.append
+    ) as connector:
+        connector.session(LONG_S)
+        lose(server, last_tid=tid(5), changes=[change(2)])
+        wait_until(lambda: position.tid == tid(2), "the first changes")
+        come_back(connector, server, last_tid=tid(2), changes=[])
+        assert len(sessions) == 2
+        assert server.hellos[-1]["position"] == tid(2)
+
+
+def test_the_cache_is_verified_when_the_server_cannot_say_what_changed(server, caplog):
+    position = Position(MemoryCache())
+    database = Database()
+    caplog.set_level("INFO")
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position.register(database)
+        for n in (1, 2, 3):
+            position._cache.store(p64(n), tid(1), None, b"data", tid(1))
+        server.answers["verify"] = lambda revisions: [tid(9), [p64(2)]]
+        come_back(connector, server, last_tid=tid(9), changes=None)
+        assert database.told == [b"everything"]
+        assert position.tid == tid(9)
+        assert [
+            position._cache.load(p64(n), tid(10)) is not None for n in (1, 2, 3)
+        ] == [True, False, True]
+        assert connector.arrival is not None
+        assert connector.arrival.verified == (3, 1)
+    assert "3 cached records verified, 1 of them dropped" in caplog.text
+
+
+def test_changes_wait_while_the_cache_is_verified(server):
+    position = Position(MemoryCache())
+    database = Database()
+    gate = threading.Event()
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position.register(database)
+        position._cache.store(p64(1), tid(1), None, b"data", tid(1))
+        server.answers["verify"] = Held(gate, [tid(9), []])
+        lose(server, last_tid=tid(9), changes=None)
+        server.wait_for("verify")
+        server.publish(change(10))
+        wait_until(lambda: bool(position._pending), "the change")
+        assert position.tid == tid(1)
+        assert connector.current is None
+        gate.set()
+        wait_until(lambda: connector.current is not None, "a session")
+        assert position.tid == tid(10)
+        assert database.told == [b"everything", tid(10)]
+
+
+def test_a_session_that_is_lost_while_it_verifies_is_followed_by_another(server):
+    """Which knows what has changed, and the cache is as it was."""
+    position = Position(MemoryCache())
+    database = Database()
+    gate = threading.Event()
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position.register(database)
+        position._cache.store(p64(2), tid(1), None, b"data", tid(1))
+        server.answers["verify"] = Held(gate, [tid(9), []])
+        lose(server, last_tid=tid(9), changes=None)
+        server.wait_for("verify")
+        come_back(connector, server, last_tid=tid(3), changes=[change(2), change(3)])
+        gate.set()
+        assert position.tid == tid(3)
+        assert database.told == [tid(2), tid(3)]
+        assert position._cache.load(p64(2), tid(4)) is not None
+
+
+def test_a_verification_that_comes_to_nothing_drops_everything(server, caplog):
+    position = Position(MemoryCache())
+    database = Database()
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position.register(database)
+        position._cache.store(p64(1), tid(1), None, b"data", tid(1))
+        server.answers["verify"] = POSKeyError(p64(1))
+        come_back(connector, server, last_tid=tid(9), changes=None)
+        assert database.told == [b"everything"]
+        assert position.tid == tid(9)
+        assert position._cache.load(p64(1), tid(10)) is None
+        server.publish(change(10))
+        wait_until(lambda: position.tid == tid(10), "the next change")
+    assert "nothing could be verified" in caplog.text
+
+
+def test_a_database_that_takes_no_news_of_a_verification_ends_the_session(
+    server, caplog, monkeypatch
+):
+    monkeypatch.setattr(connector_module, "RETRY_MAX_S", 0.01)
+    position = Position(MemoryCache())
+
+    class Deaf(Database):
+        deaf = 3
+
+        # The name is ZODB's.
+        def invalidateCache(self) -> None:
+            self.deaf -= 1
+            if self.deaf > 0:
+                raise RuntimeError("out of order")
+
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position.register(Deaf())
+        position._cache.store(p64(1), tid(1), None, b"data", tid(1))
+        come_back(connector, server, last_tid=tid(9), changes=None)
+        assert position.tid == tid(9)
+    assert "out of order" in caplog.text
+
+
+def test_after_a_restore_the_next_hello_is_from_what_is_left(server):
+    position = Position(MemoryCache())
+    database = Database()
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position.register(database)
+        server.publish(change(2), change(3), change(4))
+        wait_until(lambda: position.tid == tid(4), "the changes")
+        server.answers["last_known"] = [tid(2), bytes(8)]
+        answers = iter(
+            [
+                {"last_tid": tid(2), "changes": None},
+                {
+                    "last_tid": tid(9),
+                    "changes": [[tid(2), tid(9), [p64(7)], None]],
+                },
+            ]
+        )
+        before = connector.current
+        server.hello = lambda: next(answers)
+        server.streams()[0].hang_up()
+        wait_until(lambda: connector.current not in (None, before), "a session")
+        assert hellos_of_streams(server)[-1]["position"] == tid(2)
+        assert position.tid == tid(9)
+        assert database.told[3:] == [b"everything", tid(9)]
+
+
+def test_another_database_is_not_asked_for_our_revisions(server):
+    position = Position(MemoryCache())
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position._cache.store(p64(1), tid(1), None, b"data", tid(1))
+        come_back(
+            connector,
+            server,
+            last_tid=tid(9),
+            changes=None,
+            database_id=b"another-database",
+        )
+        assert position.tid == tid(9)
+        assert position._cache.load(p64(1), tid(10)) is None
+        assert server.asked("verify") == server.asked("last_known") == []
+
+
+def test_closing_in_the_middle_of_a_verification_ends_it(server):
+    position = Position(MemoryCache())
+    with connecting(server.address, position=position) as connector:
+        connector.session(LONG_S)
+        position._cache.store(p64(1), tid(1), None, b"data", tid(1))
+        server.answers["verify"] = Act.SILENCE
+        lose(server, last_tid=tid(9), changes=None)
+        server.wait_for("verify")
+    # The fixture waits for the end of its thread.
+    assert connector.current is None
+
+
+def test_a_new_address_ends_a_verification(server):
+    position = Position(MemoryCache())
+    with scripted() as other, connecting(server.address, position=position) as one:
+        one.session(LONG_S)
+        position._cache.store(p64(1), tid(1), None, b"data", tid(1))
+        server.answers["verify"] = Act.SILENCE
+        lose(server, last_tid=tid(9), changes=None)
+        server.wait_for("verify")
+        one.new_addresses([other.address])
+        assert one.session(LONG_S).address == other.address
+
+
+def test_it_is_told_how_long_it_took_to_be_ready(server, caplog):
+    caplog.set_level("INFO")
+    with connecting(server.address) as connector:
+        connector.session(LONG_S)
+        arrival = connector.arrival
+        assert arrival is not None
+        assert arrival.took_s > 0
+        host, port = server.address
+        assert arrival.describe() == {
+            "address": f"{host}:{port}",
+            "read_only": False,
+            "ready_s": arrival.took_s,
+            "changes_replayed": 0,
+            "records_verified": 0,
+            "records_dropped": 0,
+        }
+    assert f"storage main: connected to {host}:{port} in " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arrival", "text"),
+    [
+        (Arrival(("h", 1), False, 0.0124, 0, None), "h:1 in 12 ms"),
+        (Arrival(("h", 1), True, 0.5, 0, None), "h:1 (read-only) in 500 ms"),
+        (
+            Arrival(("h", 1), False, 2.0, 1000, None),
+            "h:1 in 2000 ms, 1000 changes replayed",
+        ),
+        (
+            Arrival("/s", False, 0.0, 0, Verified(7, 2)),
+            "/s in 0 ms, 7 cached records verified, 2 of them dropped",
+        ),
+    ],
+)
+def test_how_it_connected_is_told_in_a_line(arrival, text):
+    assert str(arrival) == text
 
 
 def test_attempts_become_rarer(waits):
@@ -719,9 +977,14 @@ def test_closing_lets_go_of_a_better_session_that_waits(few_waits, server):
 
 def test_the_thread_itself_may_close(server, caplog):
     """A database that is told of a change may be at its end."""
-    with connecting(
-        server.address, on_session=lambda session: connector.close()
-    ) as connector:
+    is_known = threading.Event()
+
+    def close(_session: Session) -> None:
+        assert is_known.wait(LONG_S)
+        connector.close()
+
+    with connecting(server.address, on_session=close) as connector:
+        is_known.set()
         wait_until(lambda: server.hellos and not server.peers, "the end")
         assert connector.current is None
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
@@ -752,19 +1015,20 @@ def test_a_forked_child_connects_when_it_needs_to(server):
 
 
 def test_a_forked_child_lets_go_of_the_parents_sessions(server):
+    cache = MemoryCache()
     connector = Connector(
         [server.address],
-        Position(MemoryCache()),
+        Position(cache),
+        cache,
         storage="main",
         label=None,
         is_read_only=False,
         falls_back=False,
         limits=DEFAULT,
         on_session=lambda session: None,
-        cache=MemoryCache(),
     )
     sessions = [connector._dial(), connector._dial()]
-    connector._current, connector._better = sessions
+    connector._adopted, connector._better = sessions
     connector.forget()
     assert [each.ended for each in sessions] == ["the process was forked"] * 2
     assert connector._current is connector._better is None

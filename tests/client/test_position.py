@@ -303,6 +303,138 @@ def test_missed_changes_with_a_gap_drop_everything():
     assert not position._cache._by_oid  # type: ignore[attr-defined]
 
 
+# Nobody can say what has changed
+
+
+def verifying(at_tid: bytes = T1) -> tuple[Position, Told, Feed]:
+    """A position whose new session cannot say what has changed since."""
+    position, told, feed = at(at_tid)
+    for oid in (A, B):
+        position._cache.store(oid, T1, None, b"data", at_tid)
+    position.leave(feed)
+    new = Feed()
+    position.await_verification(new)
+    return position, told, new
+
+
+def test_changes_wait_until_the_cache_is_verified():
+    position, told, feed = verifying()
+    position.receive(feed, [change(T5, T6, A)])
+    assert position.tid == T1
+    assert told.log == []
+    position.verified(feed, T5, [B])
+    assert told.log == ["everything", (T6, [A])]
+    assert position.tid == T6
+    assert position._cache.valid_through == T6
+    assert position._cache._by_oid[A][0].end is not None  # type: ignore[attr-defined]
+    assert B not in position._cache._by_oid  # type: ignore[attr-defined]
+    position.receive(feed, [change(T6, p64(7), B)])
+    assert position.tid == p64(7)
+
+
+def test_what_is_cached_is_good_after_the_verification():
+    position, _told, feed = verifying()
+    assert position._cache.load(A, T5) is None
+    position.verified(feed, T5, [])
+    assert position._cache.load(A, T6) == (b"data", T1, None)
+
+
+def test_a_session_that_is_lost_while_it_verifies_leaves_all_as_it_was():
+    position, told, feed = verifying()
+    position.receive(feed, [change(T5, T6, A)])
+    position.leave(feed)
+    position.verified(feed, T5, [])
+    assert told.log == []
+    assert position.tid == position._cache.valid_through == T1
+    new = Feed()
+    position.adopt(new, T2, [change(T1, T2, B)])
+    assert told.log == [(T2, [B])]
+    assert not new.closed
+
+
+def test_who_finishes_does_not_wait_for_a_verification_that_is_lost():
+    """It would wait for the next server."""
+    position, _told, feed = verifying()
+    position._finishing.add(b"own")
+    position.receive(feed, [change(T5, T6, A, transaction=b"own")])
+    called: list[bytes] = []
+    finishing = Background(
+        position.finished, Feed(), own(T1, T6, A), None, called.append
+    )
+    wait_until(waits(position), "the thread waits for its turn")
+    position.leave(feed)
+    finishing.result()
+    assert called == [T6]
+
+
+def test_who_finishes_while_the_cache_is_verified_goes_on_in_its_place():
+    position, told, feed = verifying()
+    position._finishing.add(b"own")
+    position.receive(feed, [change(T4, T5, B), own(T5, T6, A)])
+    called: list[bytes] = []
+    finishing = Background(
+        position.finished, Feed(), own(T1, T6, A), None, called.append
+    )
+    wait_until(waits(position), "the thread waits for its turn")
+    position.verified(feed, T4, [])
+    finishing.result()
+    assert called == [T6]
+    assert told.log == ["everything", (T5, [B])]
+    assert position.tid == T6
+
+
+def test_a_verification_that_came_to_nothing_drops_everything():
+    position, told, feed = verifying()
+    position.receive(feed, [change(T5, T6, A)])
+    position.verified(feed, T5, None)
+    assert told.log == ["everything", (T6, [A])]
+    assert position.tid == T6
+    assert not position._cache._by_oid  # type: ignore[attr-defined]
+
+
+def test_a_restored_server_is_gone_back_to_loudly(caplog):
+    position, told, feed = verifying(T5)
+    position._cache.store(C, T4, None, b"lost", T5)
+    position.cut_back(feed, T3)
+    assert position.tid == position._cache.valid_through == T3
+    assert told.log == ["everything"]
+    assert position._cache.load(A, T4) == (b"data", T1, None)
+    assert position._cache.load(C, T6) is None
+    assert [each.levelname for each in caplog.records] == ["CRITICAL"]
+    position.receive(feed, [change(T3, T6, A)])
+    assert position.tid == T3, "the session was given up"
+
+
+def test_what_another_process_did_to_the_cache_is_followed():
+    position, told, feed = verifying()
+    position._cache.verified(T4, [A])
+    position.stand_at_cache(feed)
+    assert position.tid == T4
+    assert told.log == ["everything"]
+    new = Feed()
+    position.adopt(new, T5, [change(T4, T5, B)])
+    assert told.log == ["everything", (T5, [B])]
+
+
+@pytest.mark.parametrize("step", ["verified", "cut_back", "stand_at_cache"])
+def test_a_session_that_was_replaced_has_nothing_to_say(step):
+    position, told, feed = verifying()
+    position.adopt(Feed(), T1, [])
+    arguments = {"verified": (T5, []), "cut_back": (T1,), "stand_at_cache": ()}
+    getattr(position, step)(feed, *arguments[step])
+    assert position.tid == T1
+    assert told.log == []
+
+
+def test_a_forked_child_verifies_nothing():
+    position, _told, _feed = verifying()
+    position.forget()
+    new = Feed()
+    position.adopt(new, T1, [])
+    position.receive(new, [change(T1, T2, A)])
+    assert position.tid == T2
+
+
 def test_a_forked_child_keeps_only_the_position():
     position, _told, feed = at(T1)
     position._cache.store(A, T1, None, b"data", T1)
@@ -795,6 +927,8 @@ class Clients(RuleBasedStateMachine):
         self.position.register(self)
         # The server: its log, and what it still knows of it.
         self.log: list[Change] = [change(Z64, T1)]
+        # Whatever was committed, and may be lost.
+        self.made: dict[bytes, Change] = {}
         self.number = 0
         # What the database behind the storage was told: tid -> by whom.
         self.told: dict[bytes, list[str]] = {}
@@ -811,6 +945,12 @@ class Clients(RuleBasedStateMachine):
         self.on_its_way: list[Change] = []
         self.hello: tuple[Feed, bytes, list[Change] | None] | None = None
         self.after_hello: list[Change] = []
+        # While what is cached is verified: through which tid, and which revisions.
+        self.verifying: tuple[bytes, list[tuple[bytes, bytes]]] | None = None
+        # The last tid that was ever given out.
+        self.top = 1
+        # Answers to loads that are on their way.
+        self.loads: list[tuple[Any, ...]] = []
         self.begin_session()
         self.adopt()
 
@@ -844,8 +984,7 @@ class Clients(RuleBasedStateMachine):
         self.everything_told_at = max(self.everything_told_at, tid)
 
     def change_at(self, tid: bytes) -> Change:
-        (found,) = [each for each in self.log if each.tid == tid]
-        return found
+        return self.made[tid]
 
     def since(self, tid: bytes) -> list[Change]:
         return [each for each in self.log if each.tid > tid]
@@ -857,9 +996,10 @@ class Clients(RuleBasedStateMachine):
         self.commit(oids, None)
 
     def commit(self, oids: list[bytes], transaction: bytes | None) -> Change:
-        last = self.log[-1].tid
-        made = Change(last, p64(int.from_bytes(last, "big") + 1), oids, transaction)
+        self.top += 1
+        made = Change(self.log[-1].tid, p64(self.top), oids, transaction)
         self.log.append(made)
+        self.made[made.tid] = made
         if self.feed is not None:
             self.on_its_way.append(made)
         if self.hello is not None:
@@ -879,9 +1019,33 @@ class Clients(RuleBasedStateMachine):
         for feed, late in self.old_feeds:
             self.position.receive(feed, [late.pop(0)] if late else [])
 
+    # Loads
+
+    def current(self, oid: bytes, through: bytes) -> bytes:
+        """The tid of the revision that is current as of ``through``."""
+        changed = [each.tid for each in self.log if oid in each.oids]
+        return max([T1, *(tid for tid in changed if tid <= through)])
+
+    @precondition(lambda self: self.feed is not None and self.verifying is None)
+    @rule(oid=st.sampled_from([A, B, C]))
+    def load_is_sent(self, oid: bytes) -> None:
+        """For the snapshot that ends at the position, as ZODB does."""
+        at = self.position.tid
+        assert at is not None
+        later = [each.tid for each in self.since(at) if oid in each.oids]
+        end = later[0] if later else None
+        as_of = self.log[-1].tid
+        history = self.cache.history
+        self.loads.append((oid, self.current(oid, at), end, b"data", as_of, history))
+
+    @precondition(lambda self: self.loads)
+    @rule(which=st.integers(0, 5))
+    def load_is_answered(self, which: int) -> None:
+        self.cache.store(*self.loads.pop(which % len(self.loads)))
+
     # Own transactions
 
-    @precondition(lambda self: self.feed is not None)
+    @precondition(lambda self: self.feed is not None and self.verifying is None)
     @rule()
     def finish_is_sent(self) -> None:
         assert self.feed is not None
@@ -977,7 +1141,7 @@ class Clients(RuleBasedStateMachine):
 
     # Sync
 
-    @precondition(lambda self: self.feed is not None)
+    @precondition(lambda self: self.feed is not None and self.verifying is None)
     @rule()
     def sync_is_sent(self) -> None:
         at = self.position.tid
@@ -1021,32 +1185,100 @@ class Clients(RuleBasedStateMachine):
         assert self.feed is not None
         self.position.leave(self.feed)
         self.old_feeds.append((self.feed, self.on_its_way))
-        self.feed, self.on_its_way = None, []
+        self.feed, self.on_its_way, self.verifying = None, [], None
+
+    @precondition(
+        lambda self: (
+            self.feed is None
+            and self.hello is None
+            and not (self.asked or self.answers or self.syncs)
+        )
+    )
+    @rule(lost=st.integers(1, 4))
+    def server_is_restored(self, lost: int) -> None:
+        """It gives no tid out again that a client may have seen."""
+        del self.log[max(1, len(self.log) - lost) :]
+
+    def is_in_history(self, tid: bytes | None) -> bool:
+        return tid is None or tid in [each.tid for each in self.log]
 
     @precondition(lambda self: self.feed is None and self.hello is None)
     @rule(is_known=st.booleans())
     def begin_session(self, is_known: bool = True) -> None:
         at = self.position.tid
+        is_known = is_known and self.is_in_history(at)
         changes = self.since(at or Z64) if is_known else None
         self.hello = Feed(), self.log[-1].tid, changes
         self.after_hello = []
 
     @precondition(lambda self: self.feed is None and self.hello is not None)
-    @rule()
-    def adopt(self) -> None:
+    @rule(verifies=st.booleans(), in_welcome=st.integers(0, 3))
+    def adopt(self, verifies: bool = False, in_welcome: int = 3) -> None:
+        """The welcome has the first changes, or all; or the cache is verified."""
         assert self.hello is not None
         feed, last_tid, changes = self.hello
-        self.position.adopt(feed, last_tid, changes)
-        if self.is_told_everything:
-            self.told_everything(last_tid)
-            # The position may have gone back; what lies after it is told again.
-            for tid in [tid for tid in self.told if tid > last_tid]:
-                del self.told[tid]
         self.feed, self.on_its_way = feed, self.after_hello
         self.hello, self.after_hello = None, []
+        if changes is None and verifies:
+            self.position.await_verification(feed)
+            batches = self.cache.open_revisions()
+            self.verifying = last_tid, [each for batch in batches for each in batch]
+            return
+        if changes is not None and len(changes) > in_welcome > 0:
+            self.on_its_way = changes[in_welcome:] + self.on_its_way
+            changes = changes[:in_welcome]
+        self.position.adopt(feed, last_tid, changes)
+        self.go_on_from(last_tid)
+
+    def go_on_from(self, tid: bytes) -> None:
+        if self.is_told_everything:
+            self.told_everything(tid)
+            # The position may have gone back; what lies after it is told again.
+            if self.position.tid == tid:
+                for each in [each for each in self.told if each > tid]:
+                    del self.told[each]
+                self.everything_told_at = tid
+
+    @precondition(lambda self: self.verifying is not None)
+    @rule()
+    def verification_ends(self) -> None:
+        assert self.feed is not None
+        assert self.verifying is not None
+        (last_tid, revisions), self.verifying = self.verifying, None
+        if self.is_in_history(self.position.tid):
+            now = self.log[-1].tid
+            stale = {oid for oid, tid in revisions if self.current(oid, now) != tid}
+            self.position.verified(self.feed, last_tid, stale)
+            self.go_on_from(last_tid)
+            return
+        known = [tid for tid in self.cache.known_tids() if self.is_in_history(tid)]
+        if known:
+            self.position.cut_back(self.feed, known[0])
+            self.go_on_from(known[0])
+            self.session_is_lost()
+        else:
+            before = self.position.tid
+            self.position.verified(self.feed, last_tid, None)
+            self.go_on_from(last_tid)
+            assert before is not None
+            if self.feed.closed:
+                # What came before the position, from its other future, was dropped.
+                assert before > last_tid
+                self.session_is_lost()
 
     # What must hold
 
+    @invariant()
+    def what_is_cached_is_true(self) -> None:
+        """As of the position, where the server's history has that."""
+        at = self.position._tid
+        assert at is not None
+        if self.is_in_history(at):
+            for oid in (A, B, C):
+                found = self.cache.load(oid, p64(int.from_bytes(at, "big") + 1))
+                assert found is None or found[1] == self.current(oid, at)
+
+    @precondition(lambda self: self.feed is not None and self.verifying is None)
     @invariant()
     def the_position_is_one_of_the_servers(self) -> None:
         assert self.position._tid in [each.tid for each in self.log]
@@ -1086,6 +1318,10 @@ class Clients(RuleBasedStateMachine):
             tid = waiter["change"].tid
             pending = [each.tid for each in position._pending]
             assert position._tid < tid
+            if position._is_verifying:
+                # It is woken when that is over.
+                assert tid in pending
+                continue
             # What is missing there another answer may bring, or its thread gives it up.
             is_after_gap = pending and position._pending[0].since != position._tid
             if is_after_gap and position._unanswered:
@@ -1100,10 +1336,13 @@ class Clients(RuleBasedStateMachine):
         for answer in tuple(self.answers):
             if answer not in self.steps.waiting:
                 self.finish(answer)
-        while self.feed is None:
-            if self.hello is None:
-                self.begin_session()
-            self.adopt()
+        while self.feed is None or self.verifying is not None:
+            if self.verifying is not None:
+                self.verification_ends()
+            else:
+                if self.hello is None:
+                    self.begin_session()
+                self.adopt()
         while self.on_its_way:
             self.stream_delivers(3)
         while notified := [each for each in self.steps.waiting if each["is_notified"]]:

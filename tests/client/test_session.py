@@ -497,3 +497,58 @@ def test_a_session_is_read_only_if_the_server_says_so(server, session):
     server.hello = {"read_only": True}
     with session_of(server) as other:
         assert other.is_read_only
+
+
+# What was missed
+
+
+def test_an_incomplete_welcome_is_completed_on_the_stream(server):
+    server.hello = {"last_tid": tid(5), "changes": [change(2), change(3)]}
+    completed: list[int] = []
+    with session_of(server) as session:
+        heard = Heard()
+        listening = Background(
+            session.listen, heard, lambda: completed.append(len(heard.changes))
+        )
+        assert session.missed == [Change(*change(2)), Change(*change(3))]
+        assert session.is_incomplete
+        server.publish(change(4))
+        wait_until(lambda: len(heard.changes) == 1, "a change")
+        assert not completed
+        server.publish(change(5), change(6))
+        wait_until(lambda: completed, "the last of them")
+        server.publish(change(7))
+        wait_until(lambda: len(heard.changes) == 4, "one more")
+        # Not before the position has them, and once.
+        assert completed == [3]
+        assert session.replayed == 5
+        session.close("enough")
+        listening.result()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [[], None, [[tid(0), tid(1), [OID], None]]],
+    ids=["none", "unknown", "all"],
+)
+def test_a_welcome_may_be_complete(server, changes):
+    server.hello = {"changes": changes}
+    with session_of(server) as session:
+        assert not session.is_incomplete
+        assert session.replayed == len(changes or ())
+
+
+def test_a_session_that_ends_with_its_last_piece_is_never_complete(server):
+    """The position found a gap, and nobody is to call it connected."""
+    server.hello = {"last_tid": tid(3), "changes": [change(2)]}
+    completed: list[bool] = []
+    with session_of(server) as session:
+
+        class Picky(Heard):
+            def receive(self, source: Any, changes: list[Change]) -> None:
+                source.close("a gap")
+
+        listening = Background(session.listen, Picky(), lambda: completed.append(True))
+        server.publish(change(3))
+        assert listening.result() == "a gap"
+        assert not completed

@@ -202,6 +202,18 @@ def test_the_status_of_the_server_is_handed_on(server, storage):
     assert storage.server_status() == {"storages": {}}
 
 
+def test_a_program_can_read_how_it_was_connected(server):
+    storage = ClientStorage(server.address, wait=False)
+    try:
+        wait_until(lambda: storage.connection_info() is not None, "a connection")
+        info = storage.connection_info()
+        assert info is not None
+        assert info["ready_s"] > 0
+        assert info["changes_replayed"] == info["records_verified"] == 0
+    finally:
+        storage.close()
+
+
 # Reading
 
 

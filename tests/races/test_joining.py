@@ -151,6 +151,8 @@ def test_a_client_that_was_away_too_long_starts_afresh(server, reader, writer, p
 
     def forget() -> None:
         server.served.changes = Changes(missed)
+        server.served.replays.start_afresh(server.served.changes)
+        server.served.replays.bytes_max = 0
 
     server.on_loop(forget)
     come_back(reader, proxy)

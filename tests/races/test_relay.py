@@ -453,8 +453,9 @@ def test_when_changes_were_missed_everybody_starts_afresh(
     proxy.cut()
     wait_until_away(relay)
     last = commit(writer, x=b"2")
-    # As after thousands of commits: the way from there to here is forgotten.
+    # As after thousands of commits, and a pack: the way to here is forgotten.
     server.on_loop(server.served.changes._changes.clear)
+    server.on_loop(setattr, server.served.replays, "bytes_max", 0)
     proxy.restore()
     wait_until(lambda: listening.afresh, "the fresh start")
     wait_until(near.is_connected, "the client")

@@ -9,8 +9,11 @@ import pytest
 
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
+from zeolith.storage.adapted import TIDS_SKIPPED
 from zeolith.storage.filestore import FileStore
+from zeolith.storage.tids import advanced, tid_at
 
+from ..support.gates import Gate
 from ..support.inprocess import InProcessServer, client_of
 from ..support.records import Listening, begin, commit, oid_of, seen, wait_for_position
 from ..support.waiting import wait_until
@@ -74,7 +77,68 @@ def wait_for_return(storage: ClientStorage, server: InProcessServer) -> None:
     )
 
 
-def test_a_client_that_is_ahead_of_the_server_starts_afresh(
+def loads(server: InProcessServer) -> int:
+    return int(server.on_loop(lambda: server.served.counters.loads))
+
+
+def test_what_both_have_in_common_is_kept(backup, server, storage, caplog):
+    """Only what came after the copy was made is forgotten, and that loudly."""
+    common = commit(storage, x=b"x", y=b"old")
+    assert (seen(storage, "x"), seen(storage, "y")) == (b"x", b"old")
+    backup.put_away()
+    wait_for_return(storage, server)
+    for n in range(5):
+        commit(storage, y=b"lost %d" % n, z=b"lost")
+    assert seen(storage, "z") == b"lost"
+    backup.put_back()
+    wait_for_return(storage, server)
+    assert storage.lastTransaction() == common
+    before = loads(server)
+    assert seen(storage, "x") == b"x"
+    assert loads(server) == before
+    assert seen(storage, "y") == b"old"
+    assert loads(server) == before + 1
+    with pytest.raises(KeyError):
+        seen(storage, "z")
+    [critical] = [each for each in caplog.records if each.levelname == "CRITICAL"]
+    assert common.hex() in critical.message
+
+
+def test_a_restored_server_that_has_gone_on_is_found_out_too(
+    backup, server, storage, caplog
+):
+    """Its last tid is later than ours by now; our last one was never in it."""
+    common = commit(storage, x=b"x", y=b"old")
+    # From here on tids are given by the clock, not because of what a start skips.
+    skipped = advanced(common, 2 * TIDS_SKIPPED)
+    wait_until(lambda: tid_at(time.time()) > skipped, "a later tid")
+    assert seen(storage, "x") == b"x"
+    backup.put_away()
+    wait_for_return(storage, server)
+    commit(storage, y=b"lost")
+    assert seen(storage, "y") == b"lost"
+    # It does not come back before others have written.
+    gate = Gate()
+    gate.shut()
+    storage._connector._dial = gate.before(storage._connector._dial)
+    backup.put_back()
+    gate.wait_until_reached()
+    with client_of(server) as writer:
+        tids = [commit(writer, y=b"of others %d" % n) for n in range(3)]
+    gate.open()
+    wait_until(storage.is_connected, "the return")
+    assert storage.lastTransaction() == tids[-1]
+    before = loads(server)
+    assert seen(storage, "x") == b"x"
+    assert loads(server) == before
+    assert seen(storage, "y") == b"of others 2"
+    assert "restored from an older copy" in caplog.text
+    info = storage.connection_info()
+    assert info is not None
+    assert info["changes_replayed"] == 3
+
+
+def test_a_client_that_is_ahead_of_the_server_goes_back(
     backup, server, storage, caplog
 ):
     """It must neither refuse the server for ever nor believe what it remembers."""

@@ -222,6 +222,8 @@ class ScriptedServer:
 
     def __init__(self, path: Path | None = None, limits: Limits = DEFAULT):
         self.limits = limits
+        # What the default welcome says.
+        self.last_tid = tid(1)
         # What to answer to the hello of a stream and of a channel: fields that differ
         # from `welcome`, an exception (a refusal), an Act, Held, Raw, Cut, or a
         # function without arguments that returns one of these.
@@ -230,10 +232,11 @@ class ScriptedServer:
         # The same for methods; a function gets the arguments of the request.
         self.answers: dict[str, Any] = {
             # Nothing that the client did not know.
-            "changes_since": lambda position: [position, []]
+            "changes_since": lambda position: [position, []],
+            # It never lost a transaction, and nothing was changed.
+            "last_known": lambda tids: [max(tids, default=None), bytes(8)],
+            "verify": lambda revisions: [self.last_tid, []],
         }
-        # What the default welcome says.
-        self.last_tid = tid(1)
         # What came, in the order in which it came.
         self.hellos: list[dict[str, Any]] = []
         self.requests: list[tuple[str, list[Any]]] = []
