@@ -17,8 +17,8 @@ write transactions:
 
 1. ``through`` moves over contiguous changes of one history only. Whoever gives a part
    of it up (the server was restored, or does not know the way) begins a new *lineage*.
-2. A revision in ``current`` that began at or before ``through`` is the one at
-   ``through``. One that began later is the one at its beginning.
+2. A revision in ``current`` is the one at ``through``. None is there, or in ``ended``,
+   that began or ended later.
 3. All changes after ``since`` and up to ``through`` are in ``recent``.
 
 A process may read and write only if its own history goes through the file's: see
@@ -459,6 +459,8 @@ class CacheFile:
     def _keep(self, txn: Any, state: State, revision: Revision) -> bool:
         """Keep ``revision`` if that is right; whether it is there now, and was not."""
         oid, tid, end, data, as_of = revision
+        if (end or tid) > state.through:
+            return False
         value = encode(oid, tid, data)
         if end is not None:
             if txn.get(oid + end, None, self._ended) is not None:
@@ -469,8 +471,7 @@ class CacheFile:
             if as_of < state.since or (changed is not None and changed > as_of):
                 # It has ended by now, and nobody here knows when.
                 return False
-        # Whatever is there is as new, or its end will be known when ``through`` is
-        # there; the new one is asked for again then.
+        # Whatever is there is the same.
         return bool(txn.put(oid, value, overwrite=False, db=self._current))
 
     def _keep_ended(self, txn: Any, oid: bytes, end: bytes, value: bytes) -> bool:

@@ -49,7 +49,7 @@ from typing import Any
 import lmdb
 
 from zeolith.client import cache_files, file_locks
-from zeolith.client.cache import Cache, MemoryCache
+from zeolith.client.cache import MemoryCache
 from zeolith.client.cache_backlog import Backlog, Batch, Revision, first_after
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts
 from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, State
@@ -71,36 +71,6 @@ RECORD_PART = 64
 # The changes since a tid; None if nobody knows. Raises if there is no server.
 Ask = Callable[[bytes], list[Change] | None]
 _FILE_ERRORS = (lmdb.Error, OSError)
-
-
-def directory_of(
-    directory: str | None, client: str | None, var: str | None, storage: str
-) -> str | None:
-    """Where the cache is: ``directory``, or where the names that ZEO has for it say."""
-    if directory is not None or client is None:
-        return directory
-    return os.path.join(var or os.getcwd(), f"{client}-{storage}.cache")
-
-
-def open_cache(
-    directory: str | None, storage: str, cache_bytes: int, ask: Ask
-) -> Cache:
-    """The cache in ``directory``; in memory, if there is none or it cannot be used.
-
-    Raises ValueError if it is on a network file system.
-    """
-    if directory is None:
-        return MemoryCache(cache_bytes)
-    try:
-        place = CachePlace(directory)
-    except OSError as error:
-        logger.warning(
-            "the cache directory %s is not used, each process caches in memory: %s",
-            directory,
-            error,
-        )
-        return MemoryCache(cache_bytes)
-    return DiskCache(place, storage, cache_bytes, ask)
 
 
 class _NoWay(Exception):
@@ -346,6 +316,11 @@ class DiskCache:
                 return
             if len(data) > self._record_bytes_max or not data:
                 return
+            if tid > self.valid_through:
+                # See MemoryCache.store.
+                return
+            if end is not None and end > self.valid_through:
+                end, as_of = None, self.valid_through
             self._backlog.add_revision(Revision(oid, tid, end, data, as_of))
         self._writer.due()
 
@@ -587,17 +562,22 @@ class DiskCache:
 
         None if there is no server now. Raises _NoWay if it does not know either.
         """
-        ask = self._ask
-        try:
-            found = None if ask is None else ask(through)
-        except Exception as error:  # noqa: BLE001 - whatever a server may answer
-            logger.debug("the changes since %s: %s", through.hex(), error)
-            return None
-        if found is None:
-            raise _NoWay
-        missing = [change for change in found if change.tid <= base]
-        if not missing or missing[-1].tid != base:
-            raise Foreign
+        missing: list[Change] = []
+        at = through
+        while at != base:
+            try:
+                found = None if self._ask is None else self._ask(at)
+            except Exception as error:  # noqa: BLE001 - whatever a server may answer
+                logger.debug("the changes since %s: %s", at.hex(), error)
+                return None
+            if found is None:
+                raise _NoWay
+            found = [change for change in found if change.tid <= base]
+            if not found or found[0].since != at:
+                raise Foreign
+            # Much is told in pieces.
+            missing += found
+            at = found[-1].tid
         return missing
 
     def _note(self, error: BaseException) -> None:

@@ -18,21 +18,22 @@ from ZODB.POSException import (
     ReadOnlyError,
     StorageTransactionError,
 )
-from zope.interface import alsoProvides, implementer
+from zope.interface import implementer
 
 from zeolith.client import forks, iteration, loading, packing, uploads
 from zeolith.client.addressing import addresses_of
 from zeolith.client.cache import DEFAULT_CACHE_BYTES
+from zeolith.client.cache_opening import directory_of, open_cache
 from zeolith.client.cache_stats import cache_stats
 from zeolith.client.cache_trace import traced
 from zeolith.client.changes import Change
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
-from zeolith.client.disk_cache import directory_of, open_cache
 from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
 from zeolith.client.log_methods import LogMethods
 from zeolith.client.position import Position
+from zeolith.client.provided import provide
 from zeolith.client.read_ahead import ReadAhead
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
@@ -48,22 +49,6 @@ logger = logging.getLogger(__name__)
 # the time that the round trip takes counts. What is left of them is dropped some day.
 NEW_OIDS = 100
 NEW_OIDS_MAX = 1600
-# What we can do if the server's storage can.
-_OPTIONAL_INTERFACES = {
-    interface.__name__: interface
-    for interface in (
-        interfaces.IExternalGC,
-        interfaces.IStorageCurrentRecordIteration,
-        interfaces.IStorageIteration,
-        interfaces.IStorageRestoreable,
-        interfaces.IStorageUndoable,
-    )
-}
-# And if there is a blob_dir.
-_BLOB_INTERFACES = {
-    "IBlobStorage": interfaces.IBlobStorage,
-    "IBlobStorageRestoreable": interfaces.IBlobStorageRestoreable,
-}
 
 
 @implementer(interfaces.IMultiCommitStorage, interfaces.IPrefetchStorage)
@@ -292,13 +277,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         forks.forget(self)
 
     def _welcome(self, session: Session) -> None:
-        for name in session.welcome["interfaces"]:
-            interface = _OPTIONAL_INTERFACES.get(name)
-            if self.blobs is not None:
-                interface = _BLOB_INTERFACES.get(name, interface)
-            if interface is not None and not interface.providedBy(self):
-                alsoProvides(self, interface)
-
+        provide(self, session.welcome["interfaces"], has_blobs=self.blobs is not None)
         path = self.cache.path
         if self._warm_up is not None and path is not None:
             self._warm_up.session_began(path.with_suffix(".hot"))

@@ -122,23 +122,14 @@ def test_what_is_older_than_all_that_is_remembered_is_not_kept(file, monkeypatch
     assert found(file, A, T4) == (T2, None)
 
 
-def test_a_revision_that_began_ahead_of_the_file_outlives_the_changes_up_to_it(file):
+def test_what_began_or_ended_ahead_of_the_file_is_not_kept(file):
     lineage = file.start(T1, None).lineage
-    extend(file, lineage, T1, (), (opened(A, T3, T4),))
-    extend(file, lineage, T1, (change(T2, A), change(T3, A), change(T4, B)))
-    assert found(file, A, T5) == (T3, None)
-    extend(file, lineage, T4, (change(T5, A),))
-    assert found(file, A, T5) == (T3, T5)
-
-
-def test_what_is_open_is_not_replaced_by_one_whose_beginning_is_not_known_yet(file):
-    """Or nobody would know the end of the first one."""
-    lineage = file.start(T1, None).lineage
-    extend(file, lineage, T1, (), (opened(A, T1, T1),))
-    extend(file, lineage, T1, (), (opened(A, T3, T3),))
-    extend(file, lineage, T1, (change(T2, A), change(T3, A)))
-    assert found(file, A, T2) == (T1, T2)
-    assert found(file, A, T3) is None
+    ahead = opened(A, T3, T4), Revision(B, T1, T3, b"data", T4)
+    extend(file, lineage, T1, (), ahead)
+    assert len(file) == 0
+    extend(file, lineage, T1, (change(T2, A), change(T3, A, B)), ahead)
+    assert found(file, A, T4) == (T3, None)
+    assert found(file, B, T3) == (T1, T3)
 
 
 def test_of_an_object_that_changes_always_only_some_revisions_are_kept(file):

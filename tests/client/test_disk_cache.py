@@ -10,11 +10,10 @@ import lmdb
 import pytest
 from ZODB.utils import p64
 
-from zeolith.client import cache_place, cache_writer, disk_cache
-from zeolith.client.cache import MemoryCache
+from zeolith.client import cache_writer, disk_cache
 from zeolith.client.cache_place import CachePlace
 from zeolith.client.changes import Change
-from zeolith.client.disk_cache import DiskCache, open_cache
+from zeolith.client.disk_cache import DiskCache
 from zeolith.client.tids import MAX_TID, Z64
 
 from ..support.waiting import wait_until
@@ -267,15 +266,16 @@ def test_what_one_has_not_applied_yet_is_not_open_for_the_other(opened):
     assert read(two, A, T3) is None
 
 
-def test_an_answer_that_is_ahead_of_who_asked_is_not_ended_by_what_came_before(opened):
-    one, two = started(opened), opened()
-    two.store(A, T3, None, b"new", T3)
-    flush(two)
-    one.apply(T2, [A])
-    one.apply(T3, [A])
+def test_what_is_ahead_of_who_asked_is_not_kept(opened):
+    """The server may be restored to what he knows, and go on without it."""
+    one = started(opened)
+    one.store(A, T3, None, b"lost", T4)
+    one.store(B, T1, T3, b"data", T4)
+    assert one.load(B, T2) == (b"data", T1, None)
+    one.apply(T5, [C])
     flush(one)
-    assert one.load(A, T4) == (b"new", T3, None)
-    assert two.load(A, T2) is None
+    assert one.load(A, T6) is None
+    assert one.load(B, T6) == (b"data", T1, None)
 
 
 def standing_at(cache: DiskCache, tid: bytes) -> DiskCache:
@@ -340,6 +340,19 @@ def test_a_server_that_is_away_is_asked_again(opened):
     answers.append([Change(T1, T2, [B], None)])
     flush(two)
     assert read(two, A, T3) == (T1, None)
+
+
+def test_what_is_told_in_pieces_is_asked_for_until_it_is_all(opened):
+    changes = {T1: Change(T1, T2, [A], None), T2: Change(T2, T4, [B], None)}
+    one = started(opened)
+    for oid in (A, B, C):
+        one.store(oid, T1, None, b"data", T1)
+    flush(one)
+    two = standing_at(opened(lambda position: [changes[position]]), T4)
+    flush(two)
+    assert read(two, A, T2) == (T1, T2)
+    assert read(two, B, T5) is None
+    assert read(two, C, T5) == (T1, None)
 
 
 def test_a_server_that_tells_something_else_is_not_believed(opened):
@@ -526,39 +539,6 @@ def test_nobody_waits_for_a_process_that_keeps_the_file_locked(opened, monkeypat
     may_end.set()
     holder.join()
     wait_until(lambda: cache._writer.close(), "the writer thread")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "directory"),
-    [
-        ((None, None, None), None),
-        ((None, None, "/var"), None),
-        (("cache", "web", "/var"), "cache"),
-        ((None, "web", "/var"), "/var/web-main.cache"),
-        ((None, "web", None), os.path.join(os.getcwd(), "web-main.cache")),
-    ],
-)
-def test_the_names_of_a_zeo_configuration_are_those_of_a_directory(
-    arguments: tuple[str | None, str | None, str | None], directory: str | None
-) -> None:
-    assert disk_cache.directory_of(*arguments, "main") == directory
-
-
-def test_where_no_file_can_be_each_process_caches_for_itself(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    cache = open_cache(str(tmp_path / "file" / "cache"), "1", MB, lambda tid: None)
-    assert isinstance(cache, MemoryCache)
-    assert "not used" in caplog.text
-
-
-def test_without_a_directory_it_is_in_memory(tmp_path):
-    assert isinstance(open_cache(None, "1", MB, lambda tid: None), MemoryCache)
-
-
-def test_a_network_file_system_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_place, "file_system_of", lambda path: "nfs")
-    with pytest.raises(ValueError, match="network file system"):
-        open_cache(str(tmp_path), "1", MB, lambda tid: None)
 
 
 def test_a_file_that_cannot_be_opened_is_done_without(tmp_path, opened, caplog):
