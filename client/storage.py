@@ -34,7 +34,7 @@ from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedY
 from zeolith.client.log_methods import LogMethods
 from zeolith.client.position import Position
 from zeolith.client.provided import provide
-from zeolith.client.read_ahead import ReadAhead
+from zeolith.client.read_ahead import reading_ahead
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64, following
@@ -115,7 +115,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         )
         directory = directory_of(cache, client, var, storage)
         self._open_cache(directory, cache_size, warm_up, cache_trace)
-        self.read_ahead = ReadAhead(self.call, self.cache) if read_ahead else None
+        self.read_ahead = reading_ahead(self) if read_ahead else None
         self.position = Position(self.cache)
         self._commits: dict[Any, Commit] = {}
         self._take_nothing_ahead()
@@ -264,6 +264,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
     def close(self) -> None:
         """End the connection; what was begun and not finished is aborted."""
         self._is_closed = True
+        if self.read_ahead is not None:
+            self.read_ahead.close()
         # First, for this wakes the threads that commit: a channel is used by its owner
         # alone. The server aborts what it loses sight of.
         self._connector.close()

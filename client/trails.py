@@ -11,7 +11,8 @@ Three kinds of steps are recognised, each from the second or third of them on:
 A walk asks for few objects first, and for twice as many whenever enough of what was
 sent was used; for half as many when it was in vain. A thread whose walks come to
 nothing has its guesses passed over, more and more of them (``Trial``), until one comes
-true.
+true. A walk that has come to the largest number of objects says what comes after those
+(``go_forward``), before they are used, so that nobody has to wait for it.
 
 Who loads at random pays a microsecond or two: the last record that refers to others is
 searched, and more of them only as long as that leads somewhere; nothing is parsed
@@ -77,10 +78,13 @@ class Walk:
     """Objects that are expected in an order."""
 
     __slots__ = (
+        "_asked",
         "_expected",
+        "_next_batch",
         "_width",
         "_window",
         "batch",
+        "forward",
         "is_spent",
         "link",
         "places",
@@ -95,7 +99,12 @@ class Walk:
         self.link: bytes | None = None
         # Whether all that it expects has been asked for.
         self.is_spent = False
+        # What was asked for before it is needed, and what its answer brings.
+        self.forward: Wish | None = None
+        self._next_batch = self.batch
+        # What is still expected, and how much of that has been asked for.
         self._expected: list[bytes] = []
+        self._asked = 0
         # Where in that each of them is.
         self.places: dict[bytes, int] = {}
         # References of a record.
@@ -107,6 +116,7 @@ class Walk:
         if self._expected and self._expected[-1] == self.link:
             # It is here.
             self.places.pop(self._expected.pop(), None)
+            self._asked = min(self._asked, len(self._expected))
         self.link = link_of(record)
         found: list[bytes] = []
         if self.steps and len(record) <= RECORD_BYTES_MAX:
@@ -124,26 +134,50 @@ class Walk:
 
     def go_to(self, oid: bytes) -> Wish | None:
         """What to ask for now that ``oid`` was missed; None: the walk is over."""
-        batch, window = self.batch, self._window
+        self._judge()
+        if self._window < WINDOW_LEAST:
+            return None
+        self.forward = None
+        self._next_batch = self.batch = Batch()
+        wish = self._wish_from(self.places[oid])
+        return wish if wish.links or len(wish.oids) > 1 else None
+
+    def go_forward(self) -> Wish | None:
+        """What to ask for before it is needed; None: that is not sure enough."""
+        if self._window < WINDOW_MAX or self._asked >= len(self._expected):
+            return None
+        self._next_batch = Batch()
+        self.forward = self._wish_from(self._asked)
+        return self.forward
+
+    def arrive(self) -> Wish:
+        """What was asked for beforehand is needed now."""
+        wish, self.forward = self.forward, None
+        assert wish is not None
+        self._judge()
+        self.batch = self._next_batch
+        return wish
+
+    def _judge(self) -> None:
+        batch = self.batch
         if batch.sent:
             if batch.used * VERY_GOOD_PART >= batch.sent:
-                window = min(2 * window, WINDOW_MAX)
+                self._window = min(2 * self._window, WINDOW_MAX)
             elif not self.is_good():
-                window //= 2
-        if window < WINDOW_LEAST:
-            return None
-        self._window = window
-        self.batch = Batch()
-        expected = self._expected = self._expected[self.places[oid] :]
-        self.places = {each: place for place, each in enumerate(expected)}
-        oids = expected[:window]
+                self._window //= 2
+
+    def _wish_from(self, place: int) -> Wish:
+        expected = self._expected = self._expected[place:]
+        self.places = {each: at for at, each in enumerate(expected)}
+        oids = expected[: self._window]
+        self._asked = len(oids)
         links = 0
         if len(oids) == len(expected):
             self.is_spent = self.link is None
             if not self.is_spent:
                 # As many as the next window has room for, with the link itself.
-                links = max(0, window // self._width - 1)
-        return Wish(oids, links) if links or len(oids) > 1 else None
+                links = max(0, self._window // self._width - 1)
+        return Wish(oids, links)
 
 
 class _Seen:
@@ -258,7 +292,10 @@ class Trail:
 
     def _go_on(self, walk: Walk, oid: bytes) -> tuple[Walk, Wish] | None:
         self._judge(walk)
-        wish = walk.go_to(oid)
+        if walk.forward is not None and oid in walk.forward.oids:
+            wish: Wish | None = walk.arrive()
+        else:
+            wish = walk.go_to(oid)
         others = [each for each in self._walks if each is not walk]
         if wish is None:
             self._walks = others

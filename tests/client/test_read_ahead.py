@@ -12,7 +12,7 @@ from ZODB.POSException import StorageError
 
 from zeolith.client import read_ahead
 from zeolith.client.cache import MemoryCache
-from zeolith.client.errors import ClientDisconnected
+from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.client.read_ahead import AHEAD_BYTES, ReadAhead
 from zeolith.client.tids import MAX_TID, following
 from zeolith.client.trails import WINDOW_MIN
@@ -37,6 +37,7 @@ class Server:
         self.asked: list[tuple[str, Any]] = []
         # Called when an answer is made, and has not arrived.
         self.meanwhile: Callable[[], object] = lambda: None
+        self.session: Session | None = None
 
     def call(self, method: str, *args: Any) -> Any:
         self.asked.append((method, args[0]))
@@ -64,6 +65,40 @@ class Server:
         self.revisions[oid].append((tid, tid + b" of " + oid))
 
 
+class Session:
+    """Lends channels, each of which is one question and its answer."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.lent: list[Any] = []
+        self.is_lost = False
+
+    def borrow(self) -> Any:
+        if self.is_lost:
+            raise ChannelLost("cut")
+        self.lent.append(_Channel(self))
+        return self.lent[-1]
+
+    def give_back(self, channel: Any) -> None:
+        self.lent.remove(channel)
+
+    def lost(self, error: ChannelLost) -> ChannelLost:
+        return error
+
+
+class _Channel:
+    def __init__(self, session: Session):
+        self._session = session
+
+    def ask(self, *call: Any) -> None:
+        self._answer = self._session.server.call(*call)
+
+    def answer(self) -> Any:
+        if self._session.is_lost:
+            raise ChannelLost("cut")
+        return self._answer
+
+
 class Client:
     """What a storage does with its cache and with what it reads ahead."""
 
@@ -71,7 +106,7 @@ class Client:
         self.server = server
         self.cache = MemoryCache()
         self.cache.forget_all(T1)
-        self.ahead = ReadAhead(server.call, self.cache)
+        self.ahead = ReadAhead(server.call, lambda: server.session, self.cache)
 
     def load(self, oid: bytes, before: bytes) -> Any:
         found = self.cache.load(oid, before) or self.ahead.load(oid, before)
@@ -295,6 +330,121 @@ def test_a_thread_takes_what_another_one_needs_at_the_same_time(client):
     assert loaded == [[(b"old " + oid, T1, None) for oid in OIDS]] * 4
     held = client.ahead._held.values()
     assert client.ahead.held_bytes == sum(len(e[0][0]) + 400 for e in held)
+
+
+MANY = [number(n) for n in range(1000, 2500)]
+# What is not asked for before it is needed, of these.
+AT_FIRST = 400
+
+
+class Far(Client):
+    """Walks through many objects, and is sent some before it needs them."""
+
+    def __init__(self) -> None:
+        server = Server()
+        server.revisions[LIST] = [(T1, bucket(MANY))]
+        server.revisions.update({oid: [(T1, b"old " + oid)] for oid in MANY})
+        super().__init__(server)
+        self.session = server.session = Session(server)
+        self.load(LIST, T2)
+        self.walk(0, AT_FIRST)
+        assert len(self.session.lent) == 1
+        self.waited: list[Any] = []
+        call = server.call
+
+        def waited_for(method: str, *args: Any) -> Any:
+            self.waited.append(method)
+            return call(method, *args)
+
+        self.ahead._call = waited_for
+
+    def walk(self, start: int, stop: int, before: bytes = T2) -> None:
+        for oid in MANY[start:stop]:
+            data, tid, _end = self.load(oid, before)
+            assert (data, tid) == self.server.load(oid, before)[:2]
+
+
+@pytest.fixture
+def far() -> Far:
+    return Far()
+
+
+def test_a_long_walk_waits_for_no_answer(far):
+    far.walk(AT_FIRST, len(MANY))
+    assert far.waited == []
+    # At the end there is nothing to ask for.
+    assert far.session.lent == []
+    assert far.ahead.counters.used == far.ahead.counters.sent
+
+
+def test_an_answer_that_nobody_waited_for_is_judged_by_its_age(far):
+    """It is true as of when it was made; the changes came while it was there."""
+    tid = 20_000
+    for oid in MANY[AT_FIRST::7]:
+        tid += 1
+        far.learn(oid, number(tid))
+    far.walk(AT_FIRST, 800)
+    far.walk(800, len(MANY), before=number(tid + 1))
+    far.walk(AT_FIRST, len(MANY), before=number(tid + 1))
+
+
+def test_an_answer_of_a_history_that_was_given_up_is_not_used(far):
+    far.cache.forget_all(T1)
+    for oid in MANY:
+        far.server.revisions[oid] = [(T1, b"another " + oid)]
+    far.walk(AT_FIRST, len(MANY))
+
+
+def test_an_answer_that_was_lost_is_asked_for_again(far):
+    far.session.is_lost = True
+    far.server.session = None
+    far.walk(AT_FIRST, len(MANY))
+    assert far.waited
+    assert set(far.waited) == {"load_ahead"}
+    assert far.session.lent == []
+
+
+def test_where_nothing_can_be_sent_the_walk_goes_on_as_ever(far):
+    far.walk(AT_FIRST, 600)
+    far.server.session = Session(far.server)
+    far.server.session.is_lost = True
+    far.walk(600, len(MANY))
+    assert set(far.waited) == {"load_ahead"}
+
+
+def test_at_the_end_nobody_waits_for_anything(far):
+    far.ahead.close()
+    assert far.session.lent == []
+    far.walk(AT_FIRST, len(MANY))
+    assert far.session.lent == []
+    assert far.waited
+
+
+def test_each_thread_waits_for_one_answer_and_all_for_a_few(far, monkeypatch):
+    monkeypatch.setattr(far.ahead, "_forwards_max", 3)
+
+    def walk() -> None:
+        far.cache.forget_all(T1)
+        far.load(LIST, T2)
+        far.walk(0, AT_FIRST)
+
+    for _ in range(5):
+        thread = threading.Thread(target=walk)
+        thread.start()
+        thread.join()
+    assert len(far.session.lent) == 3
+    # Ours was dropped; we ask again.
+    far.cache.forget_all(T1)
+    far.walk(AT_FIRST, len(MANY))
+    assert len(far.session.lent) <= 3
+
+
+def test_a_new_walk_drops_what_an_old_one_asked_for(far):
+    for _ in range(3):
+        far.cache.forget_all(T1)
+        far.load(LIST, T2)
+        far.walk(0, AT_FIRST)
+        assert len(far.session.lent) == 1
 
 
 @given(

@@ -63,7 +63,9 @@ class Reader:
         self.records = records
         self.trail = trail or Trail()
         self.held: dict[bytes, Any] = {}
+        # Those that it waits for, and what it does not wait for yet.
         self.round_trips = 0
+        self.forward: Wish | None = None
         self.sent = self.used = 0
         self.wishes: list[Wish] = []
 
@@ -81,8 +83,23 @@ class Reader:
             self.trail.latest = oid, self.records[oid]
             return
         walk, wish = step
-        assert wish.oids[0] == oid
+        is_forward = wish is self.forward
+        if is_forward:
+            self.round_trips -= 1
         self.wishes.append(wish)
+        needed = None if is_forward else oid
+        self._get(walk, wish, needed)
+        if is_forward:
+            self.used += 1
+            batch = self.held.pop(oid)
+            if batch is not None:
+                batch.used += 1
+            self.trail.latest = oid, self.records[oid]
+        else:
+            assert wish.oids[0] == oid
+        self.forward = walk.go_forward() or self.forward
+
+    def _get(self, walk: Walk, wish: Wish, needed: bytes | None) -> None:
         came = [each for each in wish.oids if each in self.records]
         for _ in range(wish.links):
             link = link_of(self.records[came[-1]])
@@ -93,7 +110,7 @@ class Reader:
             is_link = each == walk.link
             if is_link:
                 walk.enter(self.records[each])
-            if each != oid:
+            if each != needed:
                 self.sent += 1
                 batch = None if is_link and walk.steps else walk.batch
                 if batch is not None:
@@ -113,6 +130,40 @@ def test_a_walk_through_a_tree_takes_few_round_trips():
     # All that was sent was used, in the end.
     assert reader.used == reader.sent
     assert max(len(wish.oids) for wish in reader.wishes) <= WINDOW_MAX
+
+
+def test_a_long_walk_soon_waits_for_nothing():
+    """What comes next is asked for before it is needed."""
+    tree = Tree(buckets=1000, width=15)
+    reader = Reader(tree.records).read_all(tree.oids)
+    assert reader.round_trips < 12
+    assert reader.used == reader.sent
+
+
+def test_nothing_is_asked_for_beforehand_in_a_short_walk():
+    tree = Tree(buckets=10, width=15)
+    reader = Reader(tree.records)
+    reader.read_all(tree.oids[:50])
+    assert len(reader.wishes) > 2
+    assert reader.forward is None
+
+
+def test_a_walk_that_skips_into_what_was_asked_for_beforehand_goes_on():
+    tree = Tree(buckets=1000, width=15)
+    reader = Reader(tree.records).read_all(tree.oids[:2000])
+    waited = reader.round_trips
+    assert reader.forward is not None
+    skipped = reader.forward.oids[3:]
+    reader.read_all(tree.oids[tree.oids.index(skipped[0]) :])
+    assert reader.round_trips == waited
+
+
+def test_a_walk_that_skips_beyond_it_asks_again():
+    tree = Tree(buckets=1000, width=15)
+    reader = Reader(tree.records).read_all(tree.oids[:2000])
+    waited = reader.round_trips
+    reader.read_all(tree.oids[4000:])
+    assert waited < reader.round_trips < waited + 12
 
 
 def test_two_steps_start_it_and_little_is_asked_for_at_first():
