@@ -67,7 +67,7 @@ class _Answer(NamedTuple):
     """What the records of one answer have in common."""
 
     as_of: bytes
-    # A record that is current is good for snapshots up to this one.
+    # Its records are good for snapshots up to this one, if they have not ended before.
     until: bytes
     # The cache's, when the server was asked.
     history: int
@@ -181,7 +181,7 @@ class ReadAhead:
         if history != cache.history:
             return None
         cache.store(oid, tid, end, data, as_of, history)
-        if not tid < before <= (end or until):
+        if not tid < before <= (until if end is None else min(end, until)):
             # It was not known then what that snapshot is. Perhaps the cache knows.
             kept = cache.load(oid, before)
             if kept is None:
@@ -202,7 +202,9 @@ class ReadAhead:
             raise StorageError("the server answers for no object")
         came = list(zip(wish.oids, map(_found, revisions), strict=False))
         came += [(oid, (data, tid, end)) for oid, data, tid, end in linked]
-        common = _Answer(as_of, following(as_of), history)
+        # What the server knows and we do not may be lost, and nothing given up for it.
+        known = min(as_of, self._cache.valid_through)
+        common = _Answer(known, following(known), history)
         held: dict[bytes, _Held] = {}
         batch = walk.batch
         taken = None

@@ -64,6 +64,12 @@ class Server:
         self.last_tid = tid
         self.revisions[oid].append((tid, tid + b" of " + oid))
 
+    def go_back(self) -> None:
+        """It is restored to its beginning."""
+        self.last_tid = T1
+        for revisions in self.revisions.values():
+            del revisions[1:]
+
 
 class Session:
     """Lends channels, each of which is one question and its answer."""
@@ -185,6 +191,16 @@ def test_a_later_snapshot_gets_what_has_not_changed(client):
     client.learn(OIDS[-1], T2)
     assert client.load(HELD, T3) == (b"old " + HELD, T1, None)
     assert client.server.asked == []
+
+
+def test_what_a_server_that_is_ahead_said_is_no_snapshot_of_later(client):
+    """It may be lost, and come back as the client knows it."""
+    client.server.change(OIDS[-1], T3)
+    client.begin_walk()
+    client.server.go_back()
+    client.learn(HELD, T2)
+    assert client.load(HELD, T3)[0] == T2 + b" of " + HELD
+    assert client.load(HELD, T2)[:2] == (b"old " + HELD, T1)
 
 
 def test_a_snapshot_before_an_object_does_not_get_it(client):
