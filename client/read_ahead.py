@@ -12,7 +12,7 @@ answer to a load that took as long (``Cache.store``). It is used for a snapshot 
 ended when it was true, for that does not change any more; else the cache decides.
 
 What is held is bounded, and the oldest goes first. There is one lock, never held while
-somebody waits, and not on the way of an object that is in the cache.
+somebody waits, and on the way of no object that is in the cache, or held.
 
 Where a walk goes on for long, the answer after the next is on its way while the thread
 uses what it has, so that it does not wait for the server or the network at all: see
@@ -52,15 +52,15 @@ FORWARDS_MAX = 50
 Found = tuple[bytes, bytes, bytes | None]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Counters:
-    """What reading ahead has brought; threads may count at the same time."""
+    """What reading ahead has brought so far."""
 
     # Answers, the records that came in them ahead of time, and those that were used.
-    answers: int = 0
-    sent: int = 0
-    sent_bytes: int = 0
-    used: int = 0
+    answers: int
+    sent: int
+    sent_bytes: int
+    used: int
 
 
 class _Answer(NamedTuple):
@@ -73,9 +73,9 @@ class _Answer(NamedTuple):
     history: int
 
 
-# What is held of a record: the revision, whence it came, where it is counted when it is
-# used.
-_Held = tuple[Found, _Answer, Batch | None]
+# Data, tid and end of a revision as they came, whence, and where it is counted when it
+# is used.
+_Held = tuple[list[Any], _Answer, Batch | None]
 
 
 class _Forward(NamedTuple):
@@ -111,18 +111,34 @@ class ReadAhead:
         self._call = call
         self._session = session
         self._cache = cache
-        self.counters = Counters()
+        self._answers = self._sent = self._sent_bytes = self._unused = 0
+        # Taken from without the lock.
+        self._held: dict[bytes, _Held] = {}
         self.forget()
 
     def forget(self) -> None:
         """Hold nothing; also in a forked child, whose parent had the lock perhaps."""
         self._lock = threading.Lock()
-        self._held: dict[bytes, _Held] = {}
-        self.held_bytes = 0
+        self._unused += len(self._held)
+        self._held = {}
+        # No less than what is held.
+        self._bytes = 0
         self._own = _OfThread()
         # Of all threads, the oldest first; whoever takes one out may use it.
         self._forwards: dict[Asked, None] = {}
         self._forwards_max = FORWARDS_MAX
+
+    @property
+    def counters(self) -> Counters:
+        """The counters now; a moment's truth while threads are at work."""
+        used = self._sent - self._unused - len(self._held)
+        return Counters(self._answers, self._sent, self._sent_bytes, used)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held, and what that costs, by estimate."""
+        records = list(self._held.values())
+        return sum(len(each[0][0]) + ENTRY_BYTES for each in records)
 
     def close(self) -> None:
         """Wait for nothing any more; before the session ends."""
@@ -169,29 +185,29 @@ class ReadAhead:
         self._own.trail.latest = oid, record
 
     def _take(self, oid: bytes, before: bytes) -> Found | None:
-        with self._lock:
-            held = self._held.pop(oid, None)
-            if held is None:
-                return None
-            found, answer, batch = held
-            data, tid, end = found
-            self.held_bytes -= len(data) + ENTRY_BYTES
-        as_of, until, history = answer
+        held = self._held.pop(oid, None)
+        if held is None:
+            return None
+        (data, tid, end), (as_of, until, history), batch = held
         cache = self._cache
         if history != cache.history:
+            self._note_unused()
             return None
         cache.store(oid, tid, end, data, as_of, history)
-        if not tid < before <= (until if end is None else min(end, until)):
-            # It was not known then what that snapshot is. Perhaps the cache knows.
-            kept = cache.load(oid, before)
-            if kept is None:
-                return None
-            found = kept
-        self.counters.used += 1
         if batch is not None:
             batch.used += 1
         self._own.trail.latest = oid, data
-        return found
+        if tid < before <= (until if end is None else min(end, until)):
+            return data, tid, end
+        # It was not known then what that snapshot is. Perhaps the cache knows.
+        kept = cache.load(oid, before)
+        if kept is None:
+            self._note_unused()
+        return kept
+
+    def _note_unused(self) -> None:
+        with self._lock:
+            self._unused += 1
 
     def _keep(
         self, answer: Any, walk: Walk, wish: Wish, needed: bytes | None = None
@@ -200,32 +216,31 @@ class ReadAhead:
         history, as_of, revisions, linked = answer
         if not revisions:
             raise StorageError("the server answers for no object")
-        came = list(zip(wish.oids, map(_found, revisions), strict=False))
-        came += [(oid, (data, tid, end)) for oid, data, tid, end in linked]
         # What the server knows and we do not may be lost, and nothing given up for it.
         known = min(as_of, self._cache.valid_through)
         common = _Answer(known, following(known), history)
-        held: dict[bytes, _Held] = {}
         batch = walk.batch
-        taken = None
-        for oid, found in came:
-            if found is None:
-                continue
-            is_link = oid == walk.link
-            if is_link:
-                walk.enter(found[0])
-            if oid == needed:
-                taken = data, tid, end = found
-                self._cache.store(oid, tid, end, data, as_of, history)
-                continue
-            # Of a walk through what buckets refer to, the buckets come much earlier
-            # than they are used.
-            counted = None if is_link and walk.steps else batch
-            held[oid] = found, common, counted
-            if counted is not None:
-                batch.sent += 1
-        self._hold(held)
-        return taken
+        came = list(zip(wish.oids, revisions, strict=False))
+        new: dict[bytes, _Held] = {
+            oid: (revision, common, batch)
+            for oid, revision in came
+            if revision is not None
+        }
+        links = [(oid, revision) for oid, *revision in linked]
+        for oid, revision in came[-1:] + links:
+            if oid == walk.link and revision is not None:
+                walk.enter(revision[0])
+                # Of a walk through what buckets refer to, the buckets come much earlier
+                # than they are used.
+                new[oid] = revision, common, None if walk.steps else batch
+        found = new.pop(needed or b"", None)
+        batch.sent = sum(each[2] is batch for each in new.values())
+        self._hold(new)
+        if needed is None or found is None:
+            return None
+        data, tid, end = found[0]
+        self._cache.store(needed, tid, end, data, as_of, history)
+        return data, tid, end
 
     def _go_forward(self, own: _OfThread, walk: Walk, before: bytes) -> None:
         """Let the server work meanwhile, if it is sure enough what comes next."""
@@ -278,33 +293,31 @@ class ReadAhead:
             return is_ours
 
     def _hold(self, new: dict[bytes, _Held]) -> None:
-        counters, held = self.counters, self._held
-        size = sum(len(each[0][0]) for each in new.values())
+        data_bytes = sum(len(each[0][0]) for each in new.values())
+        held = self._held
         with self._lock:
-            counters.answers += 1
-            counters.sent += len(new)
-            counters.sent_bytes += size
-            for oid in new:
-                if oid in held:
-                    self._drop(oid)
+            self._answers += 1
+            self._sent += len(new)
+            self._sent_bytes += data_bytes
+            self._unused += len(new.keys() & held.keys())
             held.update(new)
-            self.held_bytes += size + ENTRY_BYTES * len(new)
-            while self.held_bytes > HELD_BYTES_MAX:
-                self._drop(next(iter(held)))
+            self._bytes += data_bytes + ENTRY_BYTES * len(new)
+            if self._bytes > HELD_BYTES_MAX:
+                self._make_room()
 
-    def _drop(self, oid: bytes) -> None:
-        """Under the lock: what is held of ``oid`` is not held any more."""
-        found = self._held.pop(oid)[0]
-        self.held_bytes -= len(found[0]) + ENTRY_BYTES
+    def _make_room(self) -> None:
+        """Under the lock: let go of the oldest, and of no more than is needed."""
+        # Much has been used meanwhile.
+        self._bytes = self.held_bytes
+        for oid in list(self._held):
+            if self._bytes <= HELD_BYTES_MAX:
+                break
+            dropped = self._held.pop(oid, None)
+            if dropped is not None:
+                self._unused += 1
+                self._bytes -= len(dropped[0][0]) + ENTRY_BYTES
 
 
 def reading_ahead(storage: "ClientStorage") -> ReadAhead:
     """That of ``storage``, which has a cache already."""
     return ReadAhead(storage.call, lambda: storage.current_session, storage.cache)
-
-
-def _found(revision: list[Any] | None) -> Found | None:
-    if revision is None:
-        return None
-    data, tid, end = revision
-    return data, tid, end

@@ -431,9 +431,22 @@ def test_where_nothing_can_be_sent_the_walk_goes_on_as_ever(far):
 def test_at_the_end_nobody_waits_for_anything(far):
     far.ahead.close()
     assert far.session.lent == []
-    far.walk(AT_FIRST, len(MANY))
+    far.walk(AT_FIRST, 1200)
     assert far.session.lent == []
     assert far.waited
+
+
+def test_what_has_been_used_needs_no_room(far, monkeypatch):
+    monkeypatch.setattr(read_ahead, "HELD_BYTES_MAX", far.ahead.held_bytes * 4)
+    far.walk(AT_FIRST, len(MANY))
+    assert far.waited == []
+
+
+def test_what_came_twice_is_not_counted_as_used(client):
+    client.begin_walk()
+    client.ahead._hold(dict(client.ahead._held))
+    assert client.ahead.counters.used == 0
+    assert client.ahead.counters.sent == 2 * (WINDOW_MIN - 1)
 
 
 def test_each_thread_waits_for_one_answer_and_all_for_a_few(far, monkeypatch):

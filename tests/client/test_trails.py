@@ -140,6 +140,25 @@ def test_a_long_walk_soon_waits_for_nothing():
     assert reader.used == reader.sent
 
 
+def test_what_was_asked_for_beforehand_is_judged_by_itself():
+    walk = Walk(steps=True)
+    walk.enter(bucket(number(n) for n in range(1000)))
+    place = 0
+    while (forward := walk.go_forward()) is None:
+        wish = walk.go_to(number(place))
+        assert wish is not None
+        place += len(wish.oids)
+        walk.batch.sent = walk.batch.used = len(wish.oids) - 1
+    assert forward.oids[0] == number(place)
+    assert walk.arrive() is forward
+    assert walk.batch.sent == walk.batch.used == 0
+    walk.batch.sent = len(forward.oids)
+    assert walk.go_forward() is not None
+    walk.arrive()
+    # It was not used.
+    assert walk.go_forward() is None
+
+
 def test_nothing_is_asked_for_beforehand_in_a_short_walk():
     tree = Tree(buckets=10, width=15)
     reader = Reader(tree.records)

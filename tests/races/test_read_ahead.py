@@ -88,6 +88,17 @@ def test_a_walk_takes_far_fewer_round_trips_than_it_sees_objects(server, step, p
         assert counters.used > 0.9 * counters.sent
 
 
+def test_a_walk_that_is_given_up_leaves_nothing_when_the_storage_is_closed(server):
+    with counting(server) as (connection, _calls):
+        values = connection.root()["tree"].values()
+        for value, _number in zip(values, range(OBJECTS // 2), strict=False):
+            value._p_activate()
+        session = connection.db().storage.current_session
+        assert session._pool._lent
+    assert not session._pool._lent
+    assert not session._pool.channels
+
+
 def test_without_it_every_object_is_a_round_trip(server):
     with counting(server, read_ahead=False) as (connection, calls):
         walk(connection)
