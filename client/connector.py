@@ -313,16 +313,18 @@ class Connector:
         # Whoever is told to start afresh may ask where he is.
         self.identity = identity
         is_same = identity == (self._database_id, self._epoch)
-        if session.missed is None and is_same:
+        must_verify = session.missed is None and is_same
+        if must_verify:
             self._position.await_verification(session)
         else:
             self._position.adopt(session, welcome["last_tid"], session.missed)
             self._database_id, self._epoch = identity
+        session.missed = None
         if is_closed:
             session.close("the storage is closed")
         elif is_elsewhere:
             session.close("the storage was given a new address")
-        elif session.missed is None and is_same:
+        elif must_verify:
             threading.Thread(
                 target=self._verify,
                 args=(session,),
@@ -335,21 +337,25 @@ class Connector:
     def _verify(self, session: Session) -> None:
         """In a thread of its own: find out what of the cache is right, and go on."""
         try:
-            verified = verify(session, self._position, self._cache, self._limits)
-        except (ChannelLost, ClientDisconnected) as error:
-            session.close(str(error))
-        except Exception:
-            logger.exception("storage %s: nothing could be verified", self._storage)
-            try:
-                self._position.verified(session, session.welcome["last_tid"], None)
-                self._make_current(session)
-            except Exception as error:
-                # Most likely the application's database took no invalidation.
-                logger.exception("storage %s: following failed", self._storage)
-                session.close(repr(error))
-        else:
+            verified = self._verified(session)
             if verified is not None and session.ended is None:
                 self._make_current(session, verified)
+        except (ChannelLost, ClientDisconnected) as error:
+            session.close(str(error))
+        except Exception as error:
+            # Most likely the application's database did not take an invalidation.
+            logger.exception("storage %s: following failed", self._storage)
+            session.close(repr(error))
+
+    def _verified(self, session: Session) -> Verified | None:
+        try:
+            return verify(session, self._position, self._cache, self._limits)
+        except (ChannelLost, ClientDisconnected):
+            raise
+        except Exception:
+            logger.exception("storage %s: nothing could be verified", self._storage)
+            self._position.verified(session, session.welcome["last_tid"], None)
+            return Verified(0, 0)
 
     def _make_current(self, session: Session, verified: Verified | None = None) -> None:
         """All that was missed is applied: calls may use ``session`` now."""

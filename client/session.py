@@ -41,7 +41,8 @@ class Session:
         # When somebody began to dial for it.
         self.began_at = time.monotonic() if began_at is None else began_at
         # The changes that its welcome brought; None: it cannot say which were missed.
-        changes = reached.welcome["changes"]
+        # Until they are adopted, for they may be many.
+        changes = reached.welcome.pop("changes")
         self.missed = None if changes is None else list(map(Change._make, changes))
         # Whether the rest of them is still to come, on the stream.
         self.is_incomplete = bool(changes) and (

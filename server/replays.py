@@ -127,11 +127,7 @@ class Replays:
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             is_hopeless = error is not None or waiter.readings >= READINGS_MAX
-            if (
-                is_hopeless
-                or self.since(waiter.position) is not None
-                or not self.may_be_told(waiter.position)
-            ):
+            if is_hopeless or not self.may_be_told(waiter.position):
                 waiter.then()
             else:
                 self._waiting.append(waiter)

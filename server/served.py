@@ -108,7 +108,7 @@ class Served:
         # The last change that was sent to those who do not keep up.
         self._behind: dict[Follower, bytes] = {}
         # What they are to be sent of before ``changes``: of those who came back.
-        self._long_ago: dict[Follower, list[Change]] = {}
+        self._long_ago: dict[Follower, Sequence[Change]] = {}
         # The last notice that was made for one of them: what it follows, leads to, is.
         self._gathered: tuple[bytes, bytes, bytes] | None = None
         # The first tid that clients have not heard of is at or after this.
@@ -154,7 +154,7 @@ class Served:
         first = next(self.pieces(missed), [])
         if first and first[-1].tid != last_tid:
             follower.told_tid = self._behind[follower] = first[-1].tid
-            self._long_ago[follower] = list(missed)
+            self._long_ago[follower] = missed
         return last_tid, first
 
     def unfollow(self, follower: Follower) -> None:
@@ -281,7 +281,7 @@ class Served:
         if known is not None and known[0] == position:
             # Others lag alike. If there is more by now, that comes next.
             return known[1:]
-        missed = self.changes.since(position)
+        missed: Sequence[Change] | None = self.changes.since(position)
         if missed is None:
             long_ago = self._long_ago[follower]
             start = bisect_left(long_ago, position, key=_since)

@@ -18,12 +18,7 @@ import ZODB.interfaces
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.POSException import (
-    POSKeyError,
-    ReadOnlyError,
-    StorageError,
-    Unsupported,
-)
+from ZODB.POSException import ReadOnlyError, StorageError, Unsupported
 from ZODB.serialize import referencesf
 from zope.interface import providedBy
 
@@ -163,7 +158,7 @@ class AdaptedStorage:
     def _is_current(self, oid: bytes, tid: bytes) -> bool:
         try:
             return self.get_tid(oid) == tid
-        except POSKeyError:
+        except KeyError:
             return False
 
     def load(self, oid: bytes, before: bytes) -> Revision | None:

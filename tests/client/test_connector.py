@@ -493,6 +493,52 @@ def test_a_database_that_takes_no_news_of_a_verification_ends_the_session(
     assert "out of order" in caplog.text
 
 
+def test_a_session_that_is_ready_too_late_replaces_nobody(server):
+    """It was lost in the last moment of its verification."""
+    sessions: list[Session] = []
+    may_go_on = threading.Event()
+
+    def take(session: Session) -> None:
+        sessions.append(session)
+        if threading.current_thread().name.endswith("-verify"):
+            assert may_go_on.wait(LONG_S)
+
+    position = Position(MemoryCache())
+    with connecting(server.address, position=position, on_session=take) as connector:
+        connector.session(LONG_S)
+        lose(server, last_tid=tid(9), changes=None)
+        wait_until(lambda: len(sessions) == 2, "the end of the verification")
+        lose(server, last_tid=tid(9), changes=[])
+        wait_until(lambda: len(sessions) == 3, "another session")
+        assert connector.session(LONG_S) is sessions[2]
+        may_go_on.set()
+        names = [f"zeolith-{connector._storage}-verify"]
+        wait_until(
+            lambda: not [t for t in threading.enumerate() if t.name in names],
+            "the end of the thread",
+        )
+        assert connector.current is sessions[2]
+
+
+def test_whoever_cannot_take_a_verified_session_ends_it(server, caplog):
+    sessions: list[Session] = []
+
+    def take(session: Session) -> None:
+        sessions.append(session)
+        if len(sessions) == 2:
+            raise RuntimeError("out of order")
+
+    position = Position(MemoryCache())
+    with connecting(server.address, position=position, on_session=take) as connector:
+        connector.session(LONG_S)
+        position._cache.store(p64(1), tid(1), None, b"data", tid(1))
+        lose(server, last_tid=tid(9), changes=None)
+        wait_until(lambda: len(sessions) == 3, "another attempt")
+        wait_until(lambda: connector.current is sessions[2], "a session")
+        assert position.tid == tid(9)
+    assert "out of order" in caplog.text
+
+
 def test_after_a_restore_the_next_hello_is_from_what_is_left(server):
     position = Position(MemoryCache())
     database = Database()

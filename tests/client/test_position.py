@@ -401,8 +401,10 @@ def test_a_restored_server_is_gone_back_to_loudly(caplog):
     assert position._cache.load(A, T4) == (b"data", T1, None)
     assert position._cache.load(C, T6) is None
     assert [each.levelname for each in caplog.records] == ["CRITICAL"]
+    assert position._source is None, "nobody may wait for it"
     position.receive(feed, [change(T3, T6, A)])
-    assert position.tid == T3, "the session was given up"
+    assert position.tid == T3
+    assert position._pending == []
 
 
 def test_what_another_process_did_to_the_cache_is_followed():
@@ -410,6 +412,7 @@ def test_what_another_process_did_to_the_cache_is_followed():
     position._cache.verified(T4, [A])
     position.stand_at_cache(feed)
     assert position.tid == T4
+    assert position._source is None
     assert told.log == ["everything"]
     new = Feed()
     position.adopt(new, T5, [change(T4, T5, B)])
