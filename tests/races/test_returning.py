@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from ZODB.DB import DB
 
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import following
+from zeolith.protocol.limits import DEFAULT
 from zeolith.storage import filestore
 
 from ..support.gates import Gate
-from ..support.inprocess import InProcessServer, client_of
-from ..support.proxy import Proxy
+from ..support.inprocess import InProcessServer, client_of, serving
+from ..support.proxy import Proxy, proxied
 from ..support.records import commit, oid_of, seen, wait_for_position
 from ..support.serving import ServerProcess
 from ..support.waiting import wait_until
@@ -232,6 +234,39 @@ def test_what_is_cached_is_served_while_the_log_is_read(
     assert application.values() == [0] * OBJECTS
     gate.open()
     wait_until(reader.is_connected, "the return")
+
+
+def test_a_reading_that_outlasts_a_hello_serves_the_next_one(tmp_path, gate: Gate):
+    """Or a client on a slow disk would begin anew for ever."""
+    limits = replace(DEFAULT, hello_timeout_s=0.2)
+    with (
+        serving(tmp_path / "Data.fs", limits=limits) as server,
+        proxied(server.address) as proxy,
+        client_of(server, addr=proxy.address) as away,
+        client_of(server) as writer,
+    ):
+        commit(writer, x=b"0")
+        leave(away, proxy)
+        tids = [commit(writer, x=b"%d" % n) for n in range(1, 5)]
+        server.restart()
+        readings: list[int] = []
+        read = gate.before(server.database.changes_before)
+
+        def counted(*args: Any) -> Any:
+            readings.append(1)
+            return read(*args)
+
+        server.database.changes_before = counted
+        gate.shut()
+        proxy.restore()
+        gate.wait_until_reached()
+        wait_until(
+            lambda: "no hello in time" in str(away._connector._cause), "the time-out"
+        )
+        gate.open()
+        wait_until(away.is_connected, "the return")
+        assert away.lastTransaction() == tids[-1]
+        assert len(readings) == 1
 
 
 def test_a_log_that_is_too_long_is_not_read(server, reader, proxy, application):
