@@ -214,13 +214,6 @@ class MemoryCache:
         with self._lock:
             if history is not None and history != self.history:
                 return
-            if tid > self.valid_through:
-                # The server is ahead of us. If it were lost now, and came back as we
-                # know it, this would be of a history that nobody has to give up.
-                return
-            if end is not None and end > self.valid_through:
-                # As long as we have not heard of the change that ends it, it is open.
-                end, as_of = None, self.valid_through
             if end is None and as_of < self.valid_through:
                 if as_of < self._recent_since:
                     return

@@ -9,7 +9,7 @@ the file misses nothing (see disk_cache). Everything else is under the cache's l
 Pure: nothing here waits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from zeolith.client.changes import Change
@@ -36,14 +36,20 @@ class Batch(NamedTuple):
     base: bytes
     changes: Sequence[Change]
     revisions: Sequence[Revision]
-    forgotten: frozenset[bytes]
+    forgotten: Mapping[bytes, int]
 
 
 class Backlog:
     """What waits."""
 
-    def __init__(self, base: bytes, changes: Sequence[Change] = ()):
+    def __init__(
+        self, base: bytes, changes: Sequence[Change] = (), trusted: bytes = b""
+    ):
         self.base = base
+        # Where the process stands: the tid of the last change.
+        self.through = base
+        # The file's state that was found to be of our history, as it is stored.
+        self.trusted = trusted
         self.changes: list[Change] = []
         # oid -> the tids of its changes after base, in order.
         self.changed: dict[bytes, tuple[bytes, ...]] = {}
@@ -52,8 +58,8 @@ class Backlog:
         # Whether these are good the file must say.
         self._others: list[Revision] = []
         self._revision_bytes = 0
-        # Of these nothing in the file may be used.
-        self.forgotten: set[bytes] = set()
+        # Of these nothing in the file may be used; how often each was forgotten.
+        self.forgotten: dict[bytes, int] = {}
         for change in changes:
             self.add_change(change)
 
@@ -68,6 +74,10 @@ class Backlog:
         for oid in change.oids:
             changed[oid] = (*changed.get(oid, ()), change.tid)
         self.changes.append(change)
+        if self.trusted[8:16] > self.through and change.tid != self.trusted[8:16]:
+            # The file is ahead of us: is it still where we go?
+            self.trusted = b""
+        self.through = change.tid
 
     def add_revision(self, revision: Revision) -> None:
         """Have ``revision`` written, unless too much waits."""
@@ -87,7 +97,7 @@ class Backlog:
 
     def forget(self, oid: bytes) -> None:
         """Nothing that is known of ``oid`` may be used."""
-        self.forgotten.add(oid)
+        self.forgotten[oid] = self.forgotten.get(oid, 0) + 1
         self.pending.pop(oid, None)
         self._others = [each for each in self._others if each.oid != oid]
 
@@ -98,10 +108,23 @@ class Backlog:
             oid: self._judged(each, upto) for oid, each in self.pending.items()
         }
         self._others = [self._judged(each, upto) for each in self._others]
-        revisions = [*self._others, *self.pending.values()]
-        return Batch(
-            self.base, tuple(self.changes), revisions, frozenset(self.forgotten)
-        )
+        # The file goes where we are known to go. What a server has told of later than
+        # that waits: the file may come to go another way.
+        revisions = [
+            each
+            for each in (*self._others, *self.pending.values())
+            if each.as_of <= upto
+        ]
+        return Batch(self.base, tuple(self.changes), revisions, dict(self.forgotten))
+
+    def drop_ahead(self) -> None:
+        """Drop what is true as of a later tid than where the process stands."""
+        through = self.through
+        self.pending = {
+            oid: each for oid, each in self.pending.items() if each.as_of <= through
+        }
+        self._others = [each for each in self._others if each.as_of <= through]
+        self._measure()
 
     def drop_revisions(self) -> None:
         """They could not be written, and are not tried again."""
@@ -122,13 +145,19 @@ class Backlog:
         # First what depends on the changes, then these.
         self.pending = pending
         self._others = [each for each in self._others if id(each) not in done]
-        self._revision_bytes = sum(
-            len(each.data) + REVISION_BYTES
-            for each in (*pending.values(), *self._others)
-        )
-        self.forgotten -= batch.forgotten
+        self._measure()
+        for oid, times in batch.forgotten.items():
+            # Else it was forgotten again while it was written.
+            if self.forgotten[oid] == times:
+                del self.forgotten[oid]
         self.base, self.changes = base, rest.changes
         self.changed = rest.changed
+
+    def _measure(self) -> None:
+        self._revision_bytes = sum(
+            len(each.data) + REVISION_BYTES
+            for each in (*self.pending.values(), *self._others)
+        )
 
     def _judged(self, revision: Revision, upto: bytes) -> Revision:
         """``revision``, by the changes after base and up to ``upto``.
@@ -140,7 +169,9 @@ class Backlog:
         end = first_after(self.changed.get(revision.oid, ()), revision.tid)
         if end is None:
             return revision._replace(as_of=upto)
-        return revision._replace(end=end) if end <= upto else revision
+        if end > upto:
+            return revision._replace(as_of=upto)
+        return revision._replace(end=end)
 
 
 def first_after(tids: Sequence[bytes], tid: bytes) -> bytes | None:

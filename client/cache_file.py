@@ -17,9 +17,11 @@ write transactions:
 
 1. ``through`` moves over contiguous changes of one history only. Whoever gives a part
    of it up (the server was restored, or does not know the way) begins a new *lineage*.
-2. A revision in ``current`` is the one at ``through``. None is there, or in ``ended``,
-   that began or ended later.
+2. Nothing is kept that somebody knows of a later time than ``through``: a server that
+   is asked next may have another history from there. So a revision in ``current`` is
+   the one at ``through``, and all of ``ended`` has ended by then.
 3. All changes after ``since`` and up to ``through`` are in ``recent``.
+4. All of ``changes`` lies on the one way that led to ``through``.
 
 A process may read and write only if its own history goes through the file's: see
 ``agrees``. Used by DiskCache: ``find`` and ``state`` in any thread, everything that
@@ -43,7 +45,7 @@ from zeolith.client import cache_place
 from zeolith.client.cache_backlog import Batch, Revision
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts, add_loads
 from zeolith.client.cache_eviction import UsedMarks
-from zeolith.client.cache_place import FILE_MODE, Presence
+from zeolith.client.cache_place import FILE_MODE, Presence, is_whole
 from zeolith.client.cache_values import DATA, RESIDUE, TID, encode
 from zeolith.client.changes import Change
 from zeolith.client.tids import Z64, following
@@ -90,6 +92,13 @@ class State(NamedTuple):
         return cls(data[:8], data[8:16], data[16:])
 
 
+class Mark(NamedTuple):
+    """What was kept when: revisions of a lineage have numbers, which grow."""
+
+    lineage: bytes
+    number: int
+
+
 class Foreign(Exception):
     """The file is of another history than ours, or of ours no more."""
 
@@ -129,7 +138,7 @@ class CacheFile:
 
     def _begin(self) -> None:
         presence = self._presence
-        if presence.is_alone and not (presence.is_trusted and _is_whole(self.path)):
+        if presence.is_alone and not (presence.is_trusted and is_whole(self.path)):
             if self.path.exists():
                 logger.warning(
                     "%s is dropped: it is damaged, or the machine stopped before it was"
@@ -161,14 +170,9 @@ class CacheFile:
         )
         try:
             env.reader_check()
-            (
-                self._current,
-                self._ended,
-                self._order,
-                self._recent,
-                self._changes,
-                self._meta,
-            ) = (env.open_db(name) for name in _NAMES)
+            self._dbs = dbs = tuple(env.open_db(name) for name in _NAMES)
+            self._current, self._ended, self._order, self._recent = dbs[:4]
+            self._changes, self._meta = dbs[4:]
             self._page_bytes = env.stat()["psize"]
             with env.begin(write=True) as txn:
                 if txn.get(b"format", FORMAT, self._meta) != FORMAT:
@@ -246,7 +250,10 @@ class CacheFile:
         at ``base`` once.
         """
         with self._env.begin() as txn:
-            return self._is_on_the_way(txn, state, base, tids)
+            now = self._state(txn)
+            # Else what is here now says nothing of what was then.
+            is_same = now is not None and now.lineage == state.lineage
+            return is_same and self._is_on_the_way(txn, state, base, tids)
 
     def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
         """(oid, tid) of what is in ``current``, in batches."""
@@ -273,10 +280,12 @@ class CacheFile:
         newest, middle, oldest = tids[:30], tids[30:-40], tids[30:][-40:]
         return [*newest, *middle[:: len(middle) // 30 + 1], *oldest]
 
-    def last_number(self) -> int:
-        """How many revisions were ever kept: those that come now have greater ones."""
+    def mark(self) -> Mark:
+        """For ``verified``: what is kept from now on has another mark."""
         with self._env.begin() as txn:
-            return self._last_number(txn)
+            state = self._state(txn)
+            lineage = b"" if state is None else state.lineage
+            return Mark(lineage, self._last_number(txn))
 
     @property
     def used_bytes(self) -> int:
@@ -338,38 +347,36 @@ class CacheFile:
                 and self._leads_to(txn, state, through)
             ):
                 return state
-            for db in (
-                self._current,
-                self._ended,
-                self._order,
-                self._recent,
-                self._changes,
-            ):
-                txn.drop(db, delete=False)
+            self._drop_all(txn)
             return self._new_lineage(txn, through)
 
     def verified(
         self,
-        lineage: bytes,
+        mark: Mark,
         through: bytes,
         stale: Collection[bytes],
-        last_number: int,
+        way: Sequence[bytes],
     ) -> State:
         """All open revisions but those of ``stale`` are current as of ``through``.
 
-        But not those that were kept after ``last_number``: nobody has asked for them.
+        But not those that were kept after ``mark``: nobody has asked for them.
+        ``way`` are the tids that the caller has come by, the last is where he stood.
         Raises Foreign.
         """
         with self._write() as txn:
             state = self._state(txn)
-            if state is None or state.lineage != lineage:
+            if state is None or state.lineage != mark.lineage:
+                raise Foreign
+            if state.through <= way[-1] and state.through not in way:
                 raise Foreign
             for oid in stale:
                 txn.delete(oid, db=self._current)
-            if state.through >= through:
+            if self._has_passed(txn, through):
                 return state
+            # Others have gone on since, and perhaps not to where the server is.
+            self._drop_ended_after(txn, way[-1])
             with txn.cursor(self._order) as cursor:
-                is_there = cursor.set_range((last_number + 1).to_bytes(8, "big"))
+                is_there = cursor.set_range((mark.number + 1).to_bytes(8, "big"))
                 while is_there:
                     txn.delete(cursor.value()[:8], db=self._current)
                     is_there = cursor.next()
@@ -386,9 +393,7 @@ class CacheFile:
         with self._write() as txn:
             state = self._state(txn)
             has_gone_on = any(
-                txn.get(tid, None, self._changes) is not None
-                for tid in given_up
-                if tid > through
+                self._has_passed(txn, tid) for tid in given_up if tid > through
             )
             if (
                 state is not None
@@ -396,11 +401,16 @@ class CacheFile:
                 and self._leads_to(txn, state, through)
             ):
                 return state
-            self._drop_if(txn, self._current, lambda _key, value: value[TID] > through)
-            # Whether one that ended later has ended in the new history is not known.
-            self._drop_if(txn, self._ended, lambda key, _value: key[8:] > through)
-            self._drop_if(txn, self._changes, lambda key, _value: key > through)
-            txn.drop(self._recent, delete=False)
+            if self._has_passed(txn, through):
+                self._drop_if(
+                    txn, self._current, lambda _key, value: value[TID] > through
+                )
+                # If one that ended later has ended in the new history is not known.
+                self._drop_ended_after(txn, through)
+                txn.drop(self._recent, delete=False)
+            else:
+                # It has gone another way still.
+                self._drop_all(txn)
             return self._new_lineage(txn, through)
 
     # Of a write transaction
@@ -419,10 +429,11 @@ class CacheFile:
         return state
 
     def _leads_to(self, txn: Any, state: State, through: bytes) -> bool:
-        if state.through < through:
-            # Whoever began it will bring it there, or we will.
-            return True
-        return txn.get(through, None, self._changes) is not None
+        # If it is not there yet, whoever began it will bring it there, or we will.
+        return state.through < through or self._has_passed(txn, through)
+
+    def _has_passed(self, txn: Any, tid: bytes) -> bool:
+        return txn.get(tid, None, self._changes) is not None
 
     def _is_on_the_way(
         self, txn: Any, state: State, base: bytes, tids: Sequence[bytes]
@@ -430,7 +441,7 @@ class CacheFile:
         at = tids[-1] if tids else base
         if state.through <= at:
             return state.through == base or state.through in tids
-        return txn.get(at, None, self._changes) is not None
+        return self._has_passed(txn, at)
 
     def _apply(self, txn: Any, state: State, change: Change) -> State:
         tid, oids = change.tid, change.oids
@@ -496,6 +507,15 @@ class CacheFile:
             while is_there and cursor.key()[:8] == oid:
                 is_there = cursor.delete()
 
+    def _drop_all(self, txn: Any) -> None:
+        for db in self._dbs:
+            if db is not self._meta:
+                txn.drop(db, delete=False)
+
+    def _drop_ended_after(self, txn: Any, tid: bytes) -> None:
+        self._drop_if(txn, self._ended, lambda key, _value: key[8:] > tid)
+        self._drop_if(txn, self._changes, lambda key, _value: key > tid)
+
     def _drop_if(self, txn: Any, db: Any, is_wrong: Any) -> None:
         with txn.cursor(db) as cursor:
             is_there = cursor.first()
@@ -514,14 +534,7 @@ class CacheFile:
 
     def _used_bytes(self, txn: Any) -> int:
         pages = 0
-        for db in (
-            self._current,
-            self._ended,
-            self._order,
-            self._recent,
-            self._changes,
-            self._meta,
-        ):
+        for db in self._dbs:
             stat = txn.stat(db)
             pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
         return int(pages * self._page_bytes)
@@ -546,7 +559,8 @@ class CacheFile:
         number = self._last_number(txn)
         with txn.cursor(self._order) as cursor:
             for _ in range(EVICTED_MAX):
-                if not cursor.first():
+                # One stays, for the next numbers to be greater.
+                if not cursor.first() or cursor.key() == number.to_bytes(8, "big"):
                     break
                 where = cursor.value()
                 cursor.delete()
@@ -571,22 +585,4 @@ class CacheFile:
             is_there = cursor.set_range(oid + following(tid))
             if is_there and cursor.key()[:8] == oid and cursor.value()[TID] == tid:
                 return bool(cursor.delete())
-        return False
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether all pages are there that the file says it has; LMDB itself does not look.
-
-    To read one that is not there would be a signal that ends the process.
-    """
-    try:
-        size = path.stat().st_size
-        with lmdb.open(
-            str(path), subdir=False, readonly=True, lock=False, map_size=max(size, 1)
-        ) as env:
-            pages: int = env.info()["last_pgno"] + 1
-            return size >= pages * int(env.stat()["psize"])
-    except FileNotFoundError:
-        return True
-    except (lmdb.Error, OSError):
         return False

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+import lmdb
+
 from zeolith.client import file_locks
 
 FILE_MODE, DIRECTORY_MODE = 0o600, 0o700
@@ -198,6 +200,24 @@ def remove(path: Path) -> None:
     """Remove the file of a database; whoever has it open keeps what he has."""
     for each in (path, *companions(path)):
         each.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all pages are there that the file says it has; LMDB itself does not look.
+
+    To read one that is not there would be a signal that ends the process.
+    """
+    try:
+        size = path.stat().st_size
+        with lmdb.open(
+            str(path), subdir=False, readonly=True, lock=False, map_size=max(size, 1)
+        ) as env:
+            pages: int = env.info()["last_pgno"] + 1
+            return size >= pages * int(env.stat()["psize"])
+    except FileNotFoundError:
+        return True
+    except (lmdb.Error, OSError):
+        return False
 
 
 def boot_id() -> bytes:

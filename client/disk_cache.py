@@ -19,12 +19,16 @@ Why that is right:
    ``through``, together that is all of them up to ``valid_through``.
 2. A reader takes the dictionary of changes *before* it looks into the file. What is
    trimmed from memory was written before, and the dictionary is replaced, not emptied:
-   whoever still has the old one has all changes after the old ``base``.
+   whoever still has the old one has all changes after the old ``base``. Whenever the
+   position leaves the way it went, there is a new ``Backlog``: who reads keeps the old
+   one, with its position and with the state of the file that it trusts.
 3. Whatever is read comes with the file's state, in one snapshot. It counts only if the
    file's history is ours: if its ``through`` is one of our tids, or our position is one
    of its (``CacheFile.agrees``); asked once for each state. Otherwise it is a miss.
 4. What the server answered is kept as open only if no change after its ``as_of`` is
-   known: by us when it comes, by the file when it is written.
+   known: by us when it comes, by the file when it is written. It is written when our
+   position has come to ``as_of``, and dropped if the session ends before: another
+   server may part from this one in between.
 
 Nothing here raises into the application: an error is a miss, and is counted. If the
 file is of another history, or cannot be written for long, this process goes on *aside*:
@@ -52,7 +56,7 @@ from zeolith.client import cache_files, file_locks
 from zeolith.client.cache import MemoryCache
 from zeolith.client.cache_backlog import Backlog, Batch, Revision, first_after
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts
-from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, State
+from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, Mark, State
 from zeolith.client.cache_place import CachePlace, Identity
 from zeolith.client.cache_writer import Writer
 from zeolith.client.changes import Change
@@ -109,20 +113,23 @@ class DiskCache:
         self._aside: MemoryCache | None = MemoryCache(cache_bytes)
         self._lock = threading.Lock()
         self._writer = Writer(self._flush_safely)
+        self._backlog = Backlog(Z64)
         self._stand_at(None, Z64)
         # following(valid_through), made when it is first needed.
         self._horizon = (Z64, following(Z64))
-        self._listed_number = 0
+        # When the revisions were listed that are to be verified.
+        self._mark = Mark(b"", 0)
         identity = place.last(storage)
         if identity is not None:
             self._open(identity)
 
     def _stand_at(self, state: State | None, base: bytes) -> None:
-        """Nothing waits in memory: what there was is written, or given up."""
-        # The file's state that was found to be of our history, as it is stored.
-        self._trusted = b"" if state is None else b"".join(state)
+        """No change and no revision waits: what there was is written, or given up."""
         self._lineage = b"" if state is None else state.lineage
-        self._backlog = Backlog(base)
+        trusted = b"" if state is None else b"".join(state)
+        forgotten = self._backlog.forgotten
+        self._backlog = Backlog(base, trusted=trusted)
+        self._backlog.forgotten = forgotten
 
     # The file
 
@@ -135,6 +142,7 @@ class DiskCache:
         """
         identity = Identity(database_id, epoch)
         if identity == self.identity:
+            self._forget_what_is_ahead()
             self._come_back()
             return False
         if self.identity is not None:
@@ -179,6 +187,15 @@ class DiskCache:
             self._stand_at(None, self.valid_through)
             self._aside = None
         self._writer.due()
+
+    def _forget_what_is_ahead(self) -> None:
+        """What a session has told of later than our position may be in it only.
+
+        Another server's history may part from it in between.
+        """
+        with self._lock:
+            self.history += 1
+            self._backlog.drop_ahead()
 
     def _let_go(self) -> None:
         file, self._file = self._file, None
@@ -235,8 +252,8 @@ class DiskCache:
             return self._load_aside(aside, oid, before)
         # In this order: see above.
         backlog = self._backlog
+        valid_through = backlog.through
         changed = backlog.changed
-        valid_through = self.valid_through
         pending = backlog.pending.get(oid)
         if pending is not None and pending.tid < before:
             _oid, tid, end, data, _as_of = pending
@@ -247,7 +264,9 @@ class DiskCache:
                 return None
             try:
                 state, tid, end, data = file.find(oid, before)
-                if not data or (state != self._trusted and not self._trust(state)):
+                if not data or (
+                    state != backlog.trusted and not self._trust(backlog, state)
+                ):
                     self.misses += 1
                     return None
             except _FILE_ERRORS as error:
@@ -277,22 +296,22 @@ class DiskCache:
             self.hits += 1
         return found
 
-    def _trust(self, stored: bytes | None) -> bool:
+    def _trust(self, backlog: Backlog, stored: bytes | None) -> bool:
         """Whether a state of the file is of our history; raises lmdb.Error."""
         if stored is None:
             return False
         state = State.parse(stored)
         file = self._file
         with self._lock:
-            backlog = self._backlog
-            base, tids = backlog.base, backlog.tids
+            base, tids, at = backlog.base, backlog.tids, backlog.through
         if file is None or not file.agrees(state, base, tids):
             self._writer.due()
             return False
         with self._lock:
-            if self._backlog is backlog and backlog.base == base:
-                self._trusted = stored
-                self._lineage = state.lineage
+            if backlog.through == at:
+                backlog.trusted = stored
+                if self._backlog is backlog:
+                    self._lineage = state.lineage
         return True
 
     # Filling
@@ -316,11 +335,6 @@ class DiskCache:
                 return
             if len(data) > self._record_bytes_max or not data:
                 return
-            if tid > self.valid_through:
-                # See MemoryCache.store.
-                return
-            if end is not None and end > self.valid_through:
-                end, as_of = None, self.valid_through
             self._backlog.add_revision(Revision(oid, tid, end, data, as_of))
         self._writer.due()
 
@@ -343,9 +357,6 @@ class DiskCache:
                 return
             backlog = self._backlog
             backlog.add_change(Change(self.valid_through, tid, oids, None))
-            if tid <= self._trusted[8:16]:
-                # The file is ahead of us: is it still where we go?
-                self._trusted = b""
             self.valid_through = tid
             is_too_much = len(backlog.changed) > CHANGED_OIDS_MAX
         if is_too_much:
@@ -358,7 +369,6 @@ class DiskCache:
         with self._lock:
             if self._aside is not None:
                 self._aside.forget(oid)
-                return
             # Until the writer thread has done it.
             self._backlog.forget(oid)
         self._writer.due()
@@ -372,10 +382,9 @@ class DiskCache:
 
     def verified(self, through: bytes, stale: Collection[bytes]) -> None:
         """See Cache.verified."""
-        lineage, number = self._lineage, self._listed_number
-        self._begin_anew(
-            through, lambda file: file.verified(lineage, through, stale, number)
-        )
+        mark = self._mark
+        way = [self._backlog.base, *self._backlog.tids]
+        self._begin_anew(through, lambda file: file.verified(mark, through, stale, way))
 
     def cut_back(self, tid: bytes) -> None:
         """See Cache.cut_back."""
@@ -450,7 +459,7 @@ class DiskCache:
         file = self._file
         if self._aside is not None or file is None:
             return
-        self._listed_number = file.last_number()
+        self._mark = file.mark()
         yield from file.open_revisions()
 
     def known_tids(self) -> list[bytes]:
@@ -483,6 +492,8 @@ class DiskCache:
             self._stand_at(None, valid_through)
             # What the parent may have been about to write is ours to write, too.
             self._backlog = Backlog(backlog.base, backlog.changes)
+            self._backlog.through = valid_through
+            self._backlog.forgotten = dict(backlog.forgotten)
             if self._aside is not None:
                 self._aside.forget_all(valid_through)
 
@@ -519,10 +530,11 @@ class DiskCache:
             if backlog is self._backlog:
                 backlog.written(batch)
                 self._lineage = state.lineage
-                is_behind = bool(backlog.changes) and (
-                    backlog.changes[-1].tid <= state.through
-                )
-                self._trusted = b"" if is_behind else b"".join(state)
+                # If changes came meanwhile they may lead past where the file is.
+                if not backlog.changes or state.through == backlog.base:
+                    backlog.trusted = b"".join(state)
+                else:
+                    backlog.trusted = b""
 
     def _extend(self, file: CacheFile, lineage: bytes, batch: Batch) -> State | None:
         """Bring the file to where we stand; None if that is not possible yet."""

@@ -4,6 +4,7 @@ from ZODB.utils import p64
 
 from zeolith.client.cache_backlog import BYTES_MAX, Backlog, Revision, first_after
 from zeolith.client.changes import Change
+from zeolith.client.tids import Z64
 
 A, B = p64(1), p64(2)
 T1, T2, T3, T4, T5 = map(p64, range(1, 6))
@@ -35,7 +36,10 @@ def test_the_latest_revision_of_an_object_can_be_read_and_all_are_written():
         backlog.add_revision(first)
         backlog.add_revision(second)
         assert backlog.pending == {A: new}
-        assert set(backlog.batch().revisions) == {old, new}
+        assert backlog.batch().revisions == [old], "the other one is ahead of us"
+        backlog.add_change(change(T2, A))
+        written = backlog.batch().revisions
+        assert {(each.tid, each.end) for each in written} == {(T1, T2), (T2, None)}
 
 
 def test_what_may_have_ended_before_base_cannot_be_read():
@@ -63,7 +67,7 @@ def test_what_is_written_is_taken_out_and_the_rest_stays():
     assert (backlog.base, backlog.tids) == (T2, [T3])
     assert backlog.changed == {A: (T3,), B: (T3,)}
     assert backlog.pending == {B: later}
-    assert backlog.forgotten == {p64(8)}
+    assert list(backlog.forgotten) == [p64(8)]
     assert before[0][A] == (T2, T3), "who reads has the dictionaries of before"
     assert set(before[1]) == {A, B}
 
@@ -102,7 +106,7 @@ def test_nothing_of_what_is_forgotten_is_read_or_written():
     backlog.forget(A)
     assert set(backlog.pending) == {B}
     assert [each.oid for each in backlog.batch().revisions] == [B]
-    assert backlog.batch().forgotten == {A}
+    assert list(backlog.batch().forgotten) == [A]
 
 
 def test_what_is_known_of_an_object_after_it_was_forgotten_is_kept():
@@ -127,3 +131,45 @@ def test_no_more_waits_than_is_allowed_and_it_is_counted_right():
     assert backlog.batch().revisions == []
     backlog.add_revision(Revision(A, T1, None, large, T1))
     assert backlog.pending
+
+
+def test_what_is_true_as_of_later_than_where_we_stand_can_be_dropped():
+    backlog = Backlog(T1, [change(T2, A)])
+    backlog.add_revision(opened(A, T2, T2))
+    backlog.add_revision(opened(B, T1, T3))
+    backlog.add_revision(Revision(B, Z64, T1, b"data", T3))
+    backlog.drop_ahead()
+    assert list(backlog.pending) == [A]
+    assert [each.oid for each in backlog.batch().revisions] == [A]
+
+
+def test_a_file_that_was_found_to_be_ahead_of_us_is_looked_at_again_as_we_go_on():
+    """It may be on another way than the one that we take now."""
+    ahead = b"lineage." + T3 + T1
+    for tid, is_trusted in ((T2, False), (T3, True), (T4, False)):
+        backlog = Backlog(T1, trusted=ahead)
+        backlog.add_change(change(tid))
+        assert bool(backlog.trusted) == is_trusted
+        backlog.trusted = b"lineage." + backlog.through + T1
+        backlog.add_change(change(T5))
+        assert backlog.trusted
+
+
+def test_what_ends_after_what_is_written_is_written_as_open_until_then():
+    backlog = Backlog(T1, [change(T2, B)])
+    batch = backlog.batch()
+    backlog.add_revision(opened(A, T1, T1))
+    backlog.add_change(change(T3, A))
+    backlog.written(batch)
+    assert backlog.batch().revisions == [Revision(A, T1, T3, b"%s at %s" % (A, T1), T2)]
+
+
+def test_what_is_forgotten_again_while_it_is_written_is_still_forgotten():
+    backlog = Backlog(T1)
+    backlog.forget(A)
+    batch = backlog.batch()
+    backlog.forget(A)
+    backlog.written(batch)
+    assert list(backlog.forgotten) == [A]
+    backlog.written(backlog.batch())
+    assert not backlog.forgotten

@@ -12,7 +12,7 @@ from ZODB.utils import p64
 
 from zeolith.client import cache_file
 from zeolith.client.cache_backlog import Batch, Revision
-from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, State
+from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, Mark, State
 from zeolith.client.changes import Change
 from zeolith.client.tids import MAX_TID, Z64
 
@@ -46,7 +46,7 @@ def extend(
     revisions: tuple[Revision, ...] = (),
     forgotten: tuple[bytes, ...] = (),
 ) -> State:
-    batch = Batch(base, changes, revisions, frozenset(forgotten))
+    batch = Batch(base, changes, revisions, dict.fromkeys(forgotten, 1))
     return file.extend(lineage, batch)[0]
 
 
@@ -244,11 +244,11 @@ def test_what_was_verified_is_open_and_the_rest_is_not(file):
     lineage = file.start(T1, None).lineage
     revisions = tuple(opened(oid, T1, T1) for oid in (A, B))
     extend(file, lineage, T1, (), revisions)
-    number = file.last_number()
+    mark = file.mark()
     listed = [pair for batch in file.open_revisions() for pair in batch]
     assert listed == [(A, T1), (B, T1)]
     extend(file, lineage, T1, (), (opened(C, T1, T1),))
-    state = file.verified(lineage, T5, [B], number)
+    state = file.verified(mark, T5, [B], [T1])
     assert (state.through, state.since) == (T5, T5)
     assert state.lineage != lineage
     assert found(file, A, T6) == (T1, None)
@@ -261,11 +261,57 @@ def test_what_was_verified_is_open_and_the_rest_is_not(file):
 def test_who_verified_later_than_somebody_else_takes_nothing_back(file):
     lineage = file.start(T1, None).lineage
     extend(file, lineage, T1, (change(T2), change(T3)), (opened(A, T1, T3),))
-    state = file.verified(lineage, T2, [], 0)
+    state = file.verified(file.mark(), T2, [], [T1])
     assert state.through == T3
     assert found(file, A, T4) == (T1, None)
     with pytest.raises(Foreign):
-        file.verified(b"another.", T4, [], 0)
+        file.verified(Mark(b"another.", 0), T4, [], [T3])
+
+
+def test_what_was_verified_ends_what_others_did_where_the_server_has_never_been(file):
+    """Two servers with copies of one database: nobody knows which way the file went."""
+    lineage = file.start(T1, None).lineage
+    extend(file, lineage, T1, (), (opened(A, T1, T1), opened(B, T1, T1)))
+    mark = file.mark()
+    extend(file, lineage, T1, (change(T2, A), change(T3, B)))
+    state = file.verified(mark, T5, [], [T1])
+    assert found(file, A, T2) is None, "when it ended is not known"
+    assert not file.agrees(state, T3, []), "it has not been there"
+    assert file.agrees(state, T1, [])
+    extend(file, state.lineage, T5, (change(T6, A),))
+    with pytest.raises(Foreign):
+        file.verified(file.mark(), p64(9), [], [T1, T4, p64(7)])
+
+
+def test_what_is_kept_last_keeps_its_number(file):
+    """Else what comes later may seem to have been there when all was listed."""
+    lineage = file.start(T1, None).lineage
+    extend(file, lineage, T1, (), (opened(A, T1, T1), opened(B, T1, T1)))
+    mark = file.mark()
+    file.cache_bytes = 0
+    extend(file, lineage, T1)
+    extend(file, lineage, T1, (), (opened(C, T1, T1),))
+    assert file.mark().number > mark.number
+
+
+def test_a_state_that_is_no_more_is_agreed_to_by_nobody(file):
+    lineage = file.start(T1, None).lineage
+    extend(file, lineage, T1, (change(T2, A), change(T4, A)))
+    gone = file.state()
+    file.cut_back(T1, {T2})
+    extend(file, file.state().lineage, T1, (change(T3, A), change(T5, A)))
+    assert not file.agrees(gone, T3, [])
+    assert file.agrees(file.state(), T3, [])
+
+
+def test_what_has_never_been_where_it_is_cut_back_to_is_dropped(file):
+    lineage = file.start(T1, None).lineage
+    extend(file, lineage, T1, (change(T2, A), change(T4, A)), (opened(A, T1, T1),))
+    extend(file, lineage, T4, (change(T5, B),))
+    state = file.cut_back(T3, {T5})
+    assert state.through == T3
+    assert found(file, A, T2) is None
+    assert not file.agrees(state, T2, [])
 
 
 def test_many_open_revisions_are_listed_in_batches(file, monkeypatch):
@@ -437,4 +483,4 @@ def test_a_revision_is_evicted_though_another_one_ends_where_it_begins(file):
     extend(file, lineage, T5, (), (later, earlier))
     file.cache_bytes = 0
     extend(file, lineage, T5)
-    assert len(file) == 0
+    assert len(file) == 1, "the last one stays, for its number"

@@ -275,16 +275,17 @@ def restore(file: CacheFile, history: History, through: int) -> State:
     return file.cut_back(p64(tid), [p64(each) for each in (*gone, through)])
 
 
-def verify(file: CacheFile, history: History, lineage: bytes) -> State:
+def verify(file: CacheFile, history: History) -> State:
     """The server does not know the way, and says what of the cache is current."""
-    last, number = history.tids()[-1], file.last_number()
+    last, mark = history.tids()[-1], file.mark()
     stale = [
         oid
         for batch in file.open_revisions()
         for oid, tid in batch
         if p64(history.tids(u64(oid))[-1]) != tid
     ]
-    return file.verified(lineage, p64(last), stale, number)
+    way = [p64(each) for each in history.tids()]
+    return file.verified(mark, p64(last), stale, way)
 
 
 def assert_is_true(path: Path, history: History) -> None:
@@ -316,21 +317,19 @@ def test_nothing_is_wrong_after_any_history(tmp_path, seed, cache_bytes):
             through = u64(state.through)
             answers = [history.answer() for _ in range(chance.randrange(10))]
             told = history.told(through)
-            batch = Batch(
-                p64(through), told, answers, frozenset({p64(chance.choice(OIDS))})
-            )
+            batch = Batch(p64(through), told, answers, {p64(chance.choice(OIDS)): 1})
             state, _evicted = file.extend(state.lineage, batch)
             through = u64(state.through)
             if chance.random() < 0.03:
                 state = restore(file, history, through)
             elif chance.random() < 0.03:
-                state = verify(file, history, state.lineage)
+                state = verify(file, history)
         for _ in range(10):
             history.commit()
         if seed % 2:
             restore(file, history, u64(state.through))
         else:
-            verify(file, history, state.lineage)
+            verify(file, history)
         path = file.path
     assert findings(path) == []
     assert_is_true(path, history)

@@ -210,7 +210,7 @@ def test_a_record_takes_of_a_file_about_what_it_does(tmp_path: Path, data_bytes:
                 revision(oid, 1, None, b"x" * data_bytes, 1)
                 for oid in oids[start : start + 100]
             ]
-            file.extend(lineage, Batch(T1, (), revisions, frozenset()))
+            file.extend(lineage, Batch(T1, (), revisions, {}))
         taken = file.used_bytes - empty_bytes
     shape = block([])._replace(
         entry_bytes=DiskCache.entry_bytes, page_bytes=DiskCache.page_bytes

@@ -156,6 +156,20 @@ def test_what_is_forgotten_is_not_read_again_until_it_is_stored_again(
     assert cache.load(B, T2) == (b"wrong", T1, None)
 
 
+def test_what_is_forgotten_stays_so_wherever_we_go(opened):
+    cache = started(opened)
+    for oid in (A, B):
+        cache.store(oid, T1, None, b"wrong", T1)
+    flush(cache)
+    cache.forget(A)
+    cache.cut_back(T1)
+    assert cache.load(A, T2) is None
+    cache._go_aside("for a test")
+    cache.forget(B)
+    assert not cache.identify(SHOP, 1)
+    assert cache.load(B, T2) is None
+
+
 def test_what_is_too_large_to_be_worth_it_is_not_kept(opened):
     cache = started(opened)
     cache.store(A, T1, None, bytes(4 * MB // 64 + 1), T1)
@@ -266,16 +280,37 @@ def test_what_one_has_not_applied_yet_is_not_open_for_the_other(opened):
     assert read(two, A, T3) is None
 
 
-def test_what_is_ahead_of_who_asked_is_not_kept(opened):
-    """The server may be restored to what he knows, and go on without it."""
-    one = started(opened)
-    one.store(A, T3, None, b"lost", T4)
-    one.store(B, T1, T3, b"data", T4)
-    assert one.load(B, T2) == (b"data", T1, None)
-    one.apply(T5, [C])
+def test_an_answer_that_is_ahead_of_who_asked_is_written_when_he_comes_there(opened):
+    """The way from here to there is not known yet, and the file may go another one."""
+    one, two = started(opened), opened()
+    two.store(A, T3, None, b"new", T3)
+    flush(two)
+    one.apply(T2, [A])
+    one.apply(T3, [A])
     flush(one)
-    assert one.load(A, T6) is None
-    assert one.load(B, T6) == (b"data", T1, None)
+    assert one.load(A, T4) is None
+    assert two.load(A, T2) is None
+    two.apply(T2, [A])
+    two.apply(T3, [A])
+    assert two.load(A, T4) == (b"new", T3, None)
+    flush(two)
+    assert one.load(A, T4) == (b"new", T3, None)
+
+
+def test_what_one_session_told_ahead_of_its_changes_ends_with_it(opened):
+    """The next server may be restored from a copy that has only what we know of."""
+    cache = started(opened)
+    history = cache.history
+    cache.store(A, T3, None, b"lost", T3, history)
+    cache.store(B, T1, T3, b"is open here", T3, history)
+    cache.store(C, T1, None, b"data", T1, history)
+    assert not cache.identify(SHOP, 1)
+    cache.store(A, T3, None, b"lost, and late", T3, history)
+    cache.apply(T2, [])
+    cache.apply(T4, [])
+    assert read(cache, A, T5) is None
+    assert read(cache, B, T2) is None
+    assert read(cache, C, T5) == (T1, None)
 
 
 def standing_at(cache: DiskCache, tid: bytes) -> DiskCache:

@@ -250,13 +250,14 @@ def test_a_reading_that_outlasts_a_hello_serves_the_next_one(tmp_path, gate: Gat
         tids = [commit(writer, x=b"%d" % n) for n in range(1, 5)]
         server.restart()
         readings: list[int] = []
-        read = gate.before(server.database.changes_before)
+        database: Any = server.database
+        read = gate.before(database.changes_before)
 
         def counted(*args: Any) -> Any:
             readings.append(1)
             return read(*args)
 
-        server.database.changes_before = counted
+        database.changes_before = counted
         gate.shut()
         proxy.restore()
         gate.wait_until_reached()
@@ -310,13 +311,14 @@ def test_many_clients_that_come_back_together_share_the_reading(server, proxy):
             tids = [commit(writer, x=b"%d" % n, y=b"y") for n in range(10)]
             server.restart()
             readings: list[int] = []
-            read = server.database.changes_before
+            database: Any = server.database
+            read = database.changes_before
 
             def counted(*args: Any) -> Any:
                 readings.append(1)
                 return read(*args)
 
-            server.database.changes_before = counted
+            database.changes_before = counted
             proxy.restore()
             for storage in clients:
                 wait_until(storage.is_connected, "the return")

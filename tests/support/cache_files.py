@@ -47,12 +47,12 @@ def written(
     with opened(directory, identity) as file:
         state = file.start(p64(through), None)
         base = p64(through)
-        file.extend(state.lineage, Batch(base, (), revisions, frozenset()))
+        file.extend(state.lineage, Batch(base, (), revisions, {}))
         told, since = [], through
         for tid, oids in changes:
             told.append(Change(p64(since), p64(tid), list(map(p64, oids)), None))
             since = tid
-        file.extend(state.lineage, Batch(base, told, (), frozenset()))
+        file.extend(state.lineage, Batch(base, told, (), {}))
         return file.path
 
 
