@@ -1,9 +1,11 @@
 """A server in this process and two clients of it, one of them behind a proxy."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from zeolith.client import cache_writer
 from zeolith.client.storage import ClientStorage
 
 from ..support.gates import Gate
@@ -15,6 +17,22 @@ from ..support.proxy import Proxy, proxied
 def server(tmp_path) -> Iterator[InProcessServer]:
     with serving(tmp_path / "Data.fs") as server:
         yield server
+
+
+@pytest.fixture
+def cached() -> dict[str, Any]:
+    """Options of `reader`: where it caches. See `in_memory_and_on_disk`."""
+    return {}
+
+
+@pytest.fixture(params=["memory", "disk"])
+def in_memory_and_on_disk(request, tmp_path, monkeypatch) -> dict[str, Any]:
+    """Both, one after the other."""
+    if request.param == "memory":
+        return {}
+    # What is to be written is written at once: reads come from the file.
+    monkeypatch.setattr(cache_writer, "FLUSH_WAIT_S", 0)
+    return {"cache": str(tmp_path / "cache")}
 
 
 @pytest.fixture
@@ -30,9 +48,11 @@ def proxy(server: InProcessServer) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def reader(server: InProcessServer, proxy: Proxy) -> Iterator[ClientStorage]:
+def reader(
+    server: InProcessServer, proxy: Proxy, cached: dict[str, Any]
+) -> Iterator[ClientStorage]:
     """A client behind the proxy."""
-    with client_of(server, addr=proxy.address) as storage:
+    with client_of(server, addr=proxy.address, **cached) as storage:
         yield storage
 
 

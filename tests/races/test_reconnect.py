@@ -30,6 +30,11 @@ LONG_S = 1000
 # Live objects
 
 
+@pytest.fixture
+def cached(in_memory_and_on_disk: dict[str, Any]) -> dict[str, Any]:
+    return in_memory_and_on_disk
+
+
 class Population:
     """A ZODB connection with many objects in memory."""
 

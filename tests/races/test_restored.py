@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,8 +67,13 @@ def server(backup: Backup) -> InProcessServer:
 
 
 @pytest.fixture
-def storage(server: InProcessServer) -> Iterator[ClientStorage]:
-    with client_of(server) as storage:
+def cached(in_memory_and_on_disk: dict[str, Any]) -> dict[str, Any]:
+    return in_memory_and_on_disk
+
+
+@pytest.fixture
+def storage(server: InProcessServer, cached: dict[str, Any]) -> Iterator[ClientStorage]:
+    with client_of(server, **cached) as storage:
         yield storage
 
 

@@ -37,6 +37,11 @@ from ..support.waiting import wait_until
 X = oid_of("x")
 
 
+@pytest.fixture
+def cached(in_memory_and_on_disk: dict[str, Any]) -> dict[str, Any]:
+    return in_memory_and_on_disk
+
+
 def load_before(storage: ClientStorage, tid: bytes) -> Any:
     return storage.loadBefore(X, tid)
 

@@ -22,7 +22,8 @@ What is in the root, and what always holds:
 
 A worker's journal is a line an attempt: `committed`, `refused` or `unknown`, the key,
 the amount. A refused one is nowhere in the file, a committed one is there once and
-whole, an unknown one is one of the two.
+whole, an unknown one is one of the two. A worker that may be killed writes `unknown`
+before it tries, and then what became of it: the last line of a key counts.
 """
 
 import io
@@ -61,11 +62,13 @@ class Line(NamedTuple):
 
 
 def read_journal(path: Path) -> Iterator[Line]:
-    """All lines but one that is being written."""
+    """The last line of each key, but for one that is being written."""
     text = path.read_text() if path.exists() else ""
+    found = {}
     for line in text[: text.rfind("\n") + 1].splitlines():
         outcome, key, amount = line.split()
-        yield Line(outcome, key, int(amount))
+        found[key] = Line(outcome, key, int(amount))
+    yield from found.values()
 
 
 # Making

@@ -1,6 +1,9 @@
 """A program that reads and writes a bank (see `bank`) through a server, until told.
 
-    python -m tests.support.bank_worker ADDRESS FOLDER CACHE_BYTES WORKER...
+    python -m tests.support.bank_worker ADDRESS FOLDER CACHE_BYTES CACHE WORKER...
+
+CACHE is a directory that the programs share, or "-": then each caches in memory. With
+one a program may be killed, and begun again.
 
 Each WORKER is a thread with a ZODB connection of its own; all share one
 ClientStorage. A worker journals in FOLDER/WORKER.journal, and its complaints about
@@ -23,6 +26,7 @@ from persistent.mapping import PersistentMapping
 from ZODB.DB import DB
 from ZODB.POSException import ConflictError
 
+from zeolith.client.disk_cache import DiskCache
 from zeolith.client.errors import ClientDisconnected, CommitOutcomeUnknown
 from zeolith.client.storage import ClientStorage
 
@@ -33,6 +37,7 @@ from .bank import (
     UNKNOWN,
     imbalance,
     mistaken_entry,
+    read_journal,
     unlike_marks,
     unlike_twins,
 )
@@ -46,7 +51,8 @@ LARGE_BYTES_MAX = 300_000
 class Worker:
     """One who reads, transfers and journals, in a thread of its own."""
 
-    def __init__(self, db: DB, folder: Path, name: str):
+    def __init__(self, db: DB, folder: Path, name: str, *, may_be_killed: bool):
+        self._may_be_killed = may_be_killed
         self.name = name
         self.counts: Counter[str] = Counter()
         self._db = db
@@ -65,16 +71,17 @@ class Worker:
         manager = transaction.TransactionManager()
         journal_path = self._folder / f"{self.name}.journal"
         # Line buffered: what is told is on its way at once.
-        with journal_path.open("w", buffering=1) as journal:
-            for number in self._numbers():
+        with journal_path.open("a", buffering=1) as journal:
+            for number in self._numbers(sum(1 for _ in read_journal(journal_path))):
                 key = f"{self.name}:{number}"
                 amount = self._random.randrange(1, TRANSFER_MAX)
+                if self._may_be_killed:
+                    journal.write(f"{UNKNOWN} {key} {amount}\n")
                 outcome = self._attempt(manager, key, amount)
                 journal.write(f"{outcome} {key} {amount}\n")
                 self.counts[outcome] += 1
 
-    def _numbers(self) -> Iterator[int]:
-        number = 0
+    def _numbers(self, number: int) -> Iterator[int]:
         while not self._stop_path.exists():
             yield number
             number += 1
@@ -146,19 +153,31 @@ class Worker:
             mark["key"] = key
 
 
-def main(address: str, folder: str, cache_bytes: str, *names: str) -> None:
+def main(address: str, folder: str, cache_bytes: str, cache: str, *names: str) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     # A finish that is refused is daily work here, and the end of the world to it.
     logging.getLogger("txn").setLevel(logging.CRITICAL + 1)
-    storage = ClientStorage(address, cache_size=int(cache_bytes), client_label=names[0])
+    storage = ClientStorage(
+        address,
+        cache=None if cache == "-" else cache,
+        cache_size=int(cache_bytes),
+        client_label=names[0],
+    )
     db = DB(storage)
-    workers = [Worker(db, Path(folder), name) for name in names]
+    workers = [
+        Worker(db, Path(folder), name, may_be_killed=cache != "-") for name in names
+    ]
     with ThreadPoolExecutor(len(workers)) as pool:
         running = [pool.submit(worker.run) for worker in workers]
     counts: Counter[str] = Counter()
     for worker, ended in zip(workers, running, strict=True):
         ended.result()
         counts.update(worker.counts)
+    if isinstance(storage.cache, DiskCache):
+        counts["hits"] = storage.cache.hits
+        counts["misses"] = storage.cache.misses
+        counts["errors"] = storage.cache.errors
+        counts["aside"] = storage.cache.is_aside
     db.close()
     print(json.dumps(counts))
 

@@ -30,8 +30,13 @@ def run_module(name: str, *arguments: str, **options: Any) -> subprocess.Popen[s
 class Bank:
     """A Data.fs in `folder`, and the programs that work on it."""
 
-    def __init__(self, folder: Path, *, programs: int, threads: int):
+    def __init__(
+        self, folder: Path, *, programs: int, threads: int, cache: Path | None = None
+    ):
         self._folder = folder
+        # A directory that all programs share.
+        self._cache = cache
+        self._addresses: tuple[tuple[str, int], ...] = ()
         self.workers = [
             [f"p{program}t{thread}" for thread in range(threads)]
             for program in range(programs)
@@ -84,20 +89,9 @@ class Bank:
 
         The first program works at the first address, and so on in turn.
         """
-        for number, names in enumerate(self.workers):
-            host, port = addresses[number % len(addresses)]
-            # Every other one has so small a cache that it forgets all the time.
-            cache_bytes = 20_000_000 if number % 2 else 200_000
-            errors = (self._folder / f"p{number}.stderr").open("w+b")
-            program = run_module(
-                "bank_worker",
-                f"{host}:{port}",
-                str(self._folder),
-                str(cache_bytes),
-                *names,
-                stderr=errors,
-            )
-            self._running.append((program, errors))
+        self._addresses = addresses
+        for number in range(len(self.workers)):
+            self._running.append(self._start(number))
         try:
             yield
             (self._folder / "stop").touch()
@@ -108,6 +102,33 @@ class Bank:
                 program.kill()
                 program.communicate()
                 complaints.close()
+
+    def kill(self, number: int) -> None:
+        """Kill a program, wherever it is, and begin it again."""
+        program, errors = self._running[number]
+        assert program.poll() is None, self.stderr_text()
+        program.kill()
+        program.communicate()
+        errors.close()
+        self._running[number] = self._start(number)
+
+    def _start(self, number: int) -> tuple[subprocess.Popen[str], IO[bytes]]:
+        host, port = self._addresses[number % len(self._addresses)]
+        # Every other one has so small a cache that it forgets all the time.
+        cache_bytes = 20_000_000 if number % 2 else 200_000
+        if self._cache is not None:
+            cache_bytes = 4_000_000
+        errors = (self._folder / f"p{number}.stderr").open("ab")
+        program = run_module(
+            "bank_worker",
+            f"{host}:{port}",
+            str(self._folder),
+            str(cache_bytes),
+            "-" if self._cache is None else str(self._cache),
+            *self.workers[number],
+            stderr=errors,
+        )
+        return program, errors
 
     def complaints(self) -> str:
         """What the workers saw that may not be."""
