@@ -127,7 +127,9 @@ class Cache(Protocol):
     def identify(self, database_id: bytes, epoch: int) -> bool:
         """The server's database is this one, as a session says before it is adopted.
 
-        True if something else is cached now than before, and ``valid_through`` is new.
+        What was answered as of later than ``valid_through`` is forgotten, and what was
+        asked of another session is not kept: the server may be a restored one. True if
+        something else is cached now than before, and ``valid_through`` is new.
         """
 
     def close(self) -> None:
@@ -169,6 +171,8 @@ class MemoryCache:
         self._recent_since = Z64
         # Of changes that were applied, the oldest first.
         self._tids: list[bytes] = []
+        # oid -> as_of, of answers that are true as of later than valid_through.
+        self._ahead: dict[bytes, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -219,6 +223,8 @@ class MemoryCache:
                     return
                 if self._recent.get(oid, Z64) > as_of:
                     return
+            if as_of > self.valid_through:
+                self._ahead[oid] = as_of
             self._keep(oid, tid, end, data)
             if self._used_bytes > self.cache_bytes:
                 self._evict()
@@ -229,7 +235,7 @@ class MemoryCache:
         """See Cache.store_committed."""
         data_bytes_max = self.cache_bytes // 4 - ENTRY_BYTES
         with self._lock:
-            if history == self.history and tid >= self.valid_through:
+            if history == self.history and tid == self.valid_through:
                 for oid, data in records.items():
                     if len(data) <= data_bytes_max:
                         self._keep(oid, tid, None, data)
@@ -266,6 +272,10 @@ class MemoryCache:
             self._remember(tid, oids)
             self._note_tid(tid)
             self.valid_through = tid
+            if self._ahead:
+                self._ahead = {
+                    oid: as_of for oid, as_of in self._ahead.items() if as_of > tid
+                }
 
     def forget(self, oid: bytes) -> None:
         """See Cache.forget."""
@@ -277,6 +287,7 @@ class MemoryCache:
         """See Cache.forget_all."""
         with self._lock:
             self._by_oid = {}
+            self._ahead = {}
             self._entries.clear()
             self._recent.clear()
             self._used_bytes = 0
@@ -330,6 +341,14 @@ class MemoryCache:
 
     def identify(self, _database_id: bytes, _epoch: int) -> bool:
         """See Cache.identify."""
+        with self._lock:
+            # Another server's history may part from the last one's after our position:
+            # what was told of a later time is true in that one only.
+            self.history += 1
+            for oid in self._ahead:
+                for entry in self._by_oid.pop(oid, ()):
+                    self._remove(entry)
+            self._ahead = {}
         return False
 
     def close(self) -> None:

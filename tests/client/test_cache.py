@@ -711,3 +711,29 @@ def test_a_new_cache_knows_nothing():
     assert cache.valid_through == Z64
     assert cache.load(A, T1) is None
     assert len(cache) == 0
+
+
+def test_what_one_session_told_ahead_of_its_changes_ends_with_it():
+    """The next server may be restored from a copy that has only what we know of."""
+    cache = cache_at(T1)
+    history = cache.history
+    cache.store(A, T3, None, b"lost", T3, history)
+    cache.store(B, T1, T3, b"is open here", T3, history)
+    cache.store(C, T1, None, b"data", T1, history)
+    assert not cache.identify(b"database", 1)
+    cache.store(A, T3, None, b"lost, and late", T3, history)
+    cache.store_committed(T3, {A: b"lost, too"}, history)
+    cache.apply(T2, [])
+    cache.apply(T4, [])
+    assert cache.load(A, T5) is None
+    assert cache.load(B, T2) is None
+    assert cache.load(C, T5) == (b"data", T1, None)
+    assert len(cache) == 1
+
+
+def test_what_was_ahead_and_is_not_any_more_outlives_its_session():
+    cache = cache_at(T1)
+    cache.store(A, T2, None, b"data", T2)
+    cache.apply(T2, [A])
+    cache.identify(b"database", 1)
+    assert cache.load(A, T3) == (b"data", T2, None)

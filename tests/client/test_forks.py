@@ -35,8 +35,8 @@ FORK = """
 import os, sys, transaction
 from zeolith.client import DB
 
-address, way, children = sys.argv[1], sys.argv[2], 3
-db = DB(address)
+address, way, cache, children = sys.argv[1], sys.argv[2], sys.argv[3] or None, 3
+db = DB(address, cache=cache)
 
 def count(name):
     for _ in range(5):
@@ -79,14 +79,16 @@ db.close()
 """
 
 
+@pytest.mark.parametrize("cache", ["", "cache"], ids=["memory", "disk"])
 @pytest.mark.parametrize("way", ["fork", "multiprocessing"])
-def test_parent_and_forked_children_go_on_working(served, tmp_path, way):
+def test_parent_and_forked_children_go_on_working(served, tmp_path, way, cache):
     """Each has a session of its own, and none disturbs that of another."""
     script = tmp_path / "forking.py"
     script.write_text(FORK)
     host, port = served.address
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), f"{host}:{port}", way],
+        [sys.executable, "-W", "error", str(script), f"{host}:{port}", way, cache],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
