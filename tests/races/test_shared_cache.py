@@ -2,11 +2,15 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ X = oid_of("x")
 # Stops itself when it has begun to write.
 WRITER = """
 import os, signal, sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from zeolith.client.cache_file import CacheFile
 
@@ -198,3 +204,90 @@ def test_a_cache_is_as_warm_after_many_restarts_as_after_one(server, other, cach
                 assert seen(storage, name)
             assert server.on_loop(lambda: server.served.counters.loads) <= loads + 1
             wait_until_written(storage)
+
+
+def copy_of(data: Path) -> Path:
+    """The same database with the same id, as somebody has restored it elsewhere."""
+    shutil.copytree(data.parent, data.parent.with_name("copy"))
+    return data.parent.with_name("copy") / data.name
+
+
+def clock(ahead_s: float, now: Callable[[], float] = time.time) -> float:
+    return now() + ahead_s
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_processes_at_two_servers_that_have_parted_see_each_its_own(
+    tmp_path, cached, monkeypatch, is_late
+):
+    """Split by mistake: both have the id of the database, and an epoch, in common."""
+    data = tmp_path / "data" / "Data.fs"
+    data.parent.mkdir()
+    with serving(data) as server, client_of(server) as storage:
+        old = commit(storage, x=b"old", y=b"y")
+    with (
+        serving(data) as one,
+        serving(copy_of(data)) as two,
+        client_of(one, **cached) as of_one,
+        client_of(two, **cached) as of_two,
+    ):
+        ahead_s = 0.0
+        both = [(of_one, b"one"), (of_two, b"two")]
+        for storage, _name in both:
+            assert seen(storage, "x") == b"old"
+        for number in range(3):
+            for storage, name in both:
+                # Else, within a moment after a start, they may give the same tid.
+                ahead_s += 1
+                monkeypatch.setattr(time, "time", partial(clock, ahead_s))
+                tid = commit(storage, x=name + b" %d" % number)
+                if not is_late:
+                    wait_until_written_or_aside(storage)
+                assert storage.loadBefore(X, following(old)) is not None
+                assert seen(storage, "x") == name + b" %d" % number
+                found = storage.loadBefore(X, following(tid))
+                assert found == (name + b" %d" % number, tid, None)
+        for storage, name in both:
+            wait_until_written_or_aside(storage)
+            assert seen(storage, "x") == name + b" 2"
+
+
+def wait_until_written_or_aside(storage: ClientStorage) -> None:
+    cache: Any = storage.cache
+    wait_until(
+        lambda: (
+            cache.is_aside or not (cache._backlog.pending or cache._backlog.changes)
+        ),
+        "a write",
+    )
+
+
+def test_tids_far_ahead_are_tids(server, cached, monkeypatch):
+    """The clock of the server has jumped, and jumps back."""
+    with client_of(server, **cached) as storage, client_of(server, **cached) as other:
+        tids = [commit(storage, x=b"0")]
+        for number, ahead_s in enumerate((10 * 365 * 86400, -86400, 0), 1):
+            monkeypatch.setattr(time, "time", partial(clock, ahead_s))
+            tids.append(commit(storage, x=b"%d" % number))
+            wait_for_position(other, tids[-1])
+            wait_until_written(storage)
+            assert seen(other, "x") == b"%d" % number
+            for tid, after in pairwise(tids):
+                assert other.loadBefore(X, after) == (
+                    b"%d" % tids.index(tid),
+                    tid,
+                    after,
+                )
+        assert tids == sorted(tids)
+
+
+def test_where_no_file_can_be_written_each_caches_for_itself(server, tmp_path):
+    (tmp_path / "cache").mkdir()
+    # Even the superuser cannot make a file of that name.
+    (tmp_path / "cache" / "lock").mkdir()
+    with client_of(server, cache=str(tmp_path / "cache")) as storage:
+        tid = commit(storage, x=b"data")
+        loads = server.on_loop(lambda: server.served.counters.loads)
+        for _ in range(3):
+            assert storage.loadBefore(X, following(tid)) == (b"data", tid, None)
+        assert server.on_loop(lambda: server.served.counters.loads) <= loads + 1
