@@ -459,8 +459,11 @@ class DiskCache:
         file = self._file
         if self._aside is not None or file is None:
             return
-        self._mark = file.mark()
+        # What was listed in part only cannot be verified.
+        self._mark = Mark(b"", 0)
+        mark = file.mark()
         yield from file.open_revisions()
+        self._mark = mark
 
     def known_tids(self) -> list[bytes]:
         """See Cache.known_tids."""
@@ -469,7 +472,12 @@ class DiskCache:
             ours = self._backlog.tids[::-1][:30]
         if self._aside is not None or file is None:
             return [self.valid_through]
-        return list(dict.fromkeys([*ours, *file.known_tids()]))
+        try:
+            known = file.known_tids()
+        except _FILE_ERRORS as error:
+            self._note(error)
+            known = [self.valid_through]
+        return list(dict.fromkeys([*ours, *known]))
 
     # Forks
 

@@ -10,7 +10,7 @@ import lmdb
 import pytest
 from ZODB.utils import p64
 
-from zeolith.client import cache_writer, disk_cache
+from zeolith.client import cache_file, cache_writer, disk_cache
 from zeolith.client.cache_place import CachePlace
 from zeolith.client.changes import Change
 from zeolith.client.disk_cache import DiskCache
@@ -481,7 +481,31 @@ def test_what_was_verified_is_current_and_the_rest_is_gone(opened):
     assert one.known_tids()[0] == T5
 
 
+def test_what_was_listed_in_part_is_not_verified(opened, monkeypatch):
+    monkeypatch.setattr(cache_file, "OPEN_BATCH", 1)
+    one = started(opened)
+    for oid in (A, B):
+        one.store(oid, T1, None, b"data", T1)
+    flush(one)
+    assert list(one.open_revisions())
+    assert next(one.open_revisions()) == [(A, T1)]
+    one.verified(T5, {A})
+    assert one.valid_through == T5
+    assert one.load(B, T6) is None
+
+
 # What goes wrong
+
+
+def test_who_cannot_read_what_was_applied_knows_where_it_stands(opened, monkeypatch):
+    cache = started(opened)
+
+    def fail() -> Any:
+        raise lmdb.CorruptedError("damaged")
+
+    monkeypatch.setattr(cache._file, "known_tids", fail)
+    assert cache.known_tids() == [T1]
+    assert cache.errors == 1
 
 
 def test_an_error_is_a_miss_and_is_counted(opened, monkeypatch, caplog):
