@@ -104,7 +104,10 @@ class Foreign(Exception):
 
 
 class Behind(Exception):
-    """The file lacks changes that we have not got either: those after ``through``."""
+    """The file lacks changes that we have not got either: those after ``through``.
+
+    Or we are so far behind ``through`` that nobody knows whether it is our way.
+    """
 
     def __init__(self, through: bytes):
         self.through = through
@@ -251,9 +254,10 @@ class CacheFile:
         """
         with self._env.begin() as txn:
             now = self._state(txn)
-            # Else what is here now says nothing of what was then.
-            is_same = now is not None and now.lineage == state.lineage
-            return is_same and self._is_on_the_way(txn, state, base, tids)
+            if now is None or now.lineage != state.lineage:
+                # What is here now says nothing of what was then.
+                return False
+            return self._is_on_the_way(txn, state, base, tids)
 
     def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
         """(oid, tid) of what is in ``current``, in batches."""
@@ -316,6 +320,9 @@ class CacheFile:
             self._refuse_if_crowded()
             tids = [change.tid for change in batch.changes]
             if not self._is_on_the_way(txn, state, batch.base, tids):
+                if self._is_thinned_out(txn, tids[-1] if tids else batch.base):
+                    # He may have been stopped for long; as he goes on it is found out.
+                    raise Behind(state.through)
                 raise Foreign
             for change in batch.changes:
                 if change.tid > state.through:
@@ -395,11 +402,7 @@ class CacheFile:
             has_gone_on = any(
                 self._has_passed(txn, tid) for tid in given_up if tid > through
             )
-            if (
-                state is not None
-                and not has_gone_on
-                and self._leads_to(txn, state, through)
-            ):
+            if not has_gone_on and state and self._leads_to(txn, state, through):
                 return state
             if self._has_passed(txn, through):
                 self._drop_if(
@@ -466,6 +469,12 @@ class CacheFile:
             tids = list(islice(cursor.iternext(values=False), CHANGES_MAX // 2))
         for tid in tids[1::2]:
             txn.delete(tid, db=self._changes)
+
+    def _is_thinned_out(self, txn: Any, tid: bytes) -> bool:
+        """Whether a change ``tid`` need not be in ``changes`` any more."""
+        with txn.cursor(self._changes) as cursor:
+            *_rest, oldest = islice(cursor.iterprev(values=False), CHANGES_MAX // 2)
+            return tid < oldest and bool(cursor.prev())
 
     def _keep(self, txn: Any, state: State, revision: Revision) -> bool:
         """Keep ``revision`` if that is right; whether it is there now, and was not."""

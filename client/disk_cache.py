@@ -529,9 +529,9 @@ class DiskCache:
         with self._lock:
             if self._aside is not None or file is None:
                 return
-            backlog, lineage = self._backlog, self._lineage
+            backlog = self._backlog
             batch = backlog.batch()
-        state = self._extend(file, lineage, batch)
+        state = self._extend(file, batch)
         if state is None:
             return
         with self._lock:
@@ -544,7 +544,7 @@ class DiskCache:
                 else:
                     backlog.trusted = b""
 
-    def _extend(self, file: CacheFile, lineage: bytes, batch: Batch) -> State | None:
+    def _extend(self, file: CacheFile, batch: Batch) -> State | None:
         """Bring the file to where we stand; None if that is not possible yet."""
         state = file.state()
         if state is None:
@@ -561,16 +561,10 @@ class DiskCache:
                 batch = batch._replace(
                     base=state.through, changes=(*missing, *batch.changes)
                 )
-            lineage = state.lineage
-        if state.lineage != lineage:
-            tids = [change.tid for change in batch.changes]
-            if not file.agrees(state, batch.base, tids):
-                raise Foreign
-            lineage = state.lineage
         try:
             loads = LoadCounts(self.hits, self.misses)
             more = LoadCounts(*map(int.__sub__, loads, self._told))
-            state, evicted = file.extend(lineage, batch, more)
+            state, evicted = file.extend(state.lineage, batch, more)
         except Behind:
             return None
         self._told = loads

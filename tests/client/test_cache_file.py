@@ -304,6 +304,24 @@ def test_a_state_that_is_no_more_is_agreed_to_by_nobody(file):
     assert file.agrees(file.state(), T3, [])
 
 
+def test_who_is_far_behind_is_not_taken_for_foreign(file, monkeypatch):
+    """Of changes long ago only some are known: he may have been stopped for long."""
+    monkeypatch.setattr(cache_file, "CHANGES_MAX", 8)
+    lineage = file.start(T1, None).lineage
+    extend(file, lineage, T1, tuple(change(p64(number)) for number in range(2, 40)))
+    unknown = [
+        p64(n) for n in range(2, 40) if not file.agrees(file.state(), p64(n), [])
+    ]
+    assert unknown
+    for tid in unknown:
+        with pytest.raises(Behind):
+            extend(file, lineage, tid)
+    # Of those not so long ago all are known.
+    extend(file, lineage, p64(39), (change(p64(60), since=p64(39)),))
+    with pytest.raises(Foreign):
+        extend(file, lineage, p64(39), (change(p64(50), since=p64(39)),))
+
+
 def test_what_has_never_been_where_it_is_cut_back_to_is_dropped(file):
     lineage = file.start(T1, None).lineage
     extend(file, lineage, T1, (change(T2, A), change(T4, A)), (opened(A, T1, T1),))
