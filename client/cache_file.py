@@ -105,9 +105,7 @@ class Foreign(Exception):
 
 class Behind(Exception):
     """The file lacks changes that we have not got either: those after ``through``.
-
-    Or we are so far behind ``through`` that nobody knows whether it is our way.
-    """
+    Or we are so far behind it that nobody knows whether we are on its way."""
 
     def __init__(self, through: bytes):
         self.through = through
@@ -130,7 +128,8 @@ class CacheFile:
         self._presence = Presence(path)
         # Held by the thread that writes, and while a fork is under way.
         self._writing = threading.Lock()
-        self.is_paused = False
+        # And whether it was: who was reading then may find out later.
+        self.is_paused = self.was_paused = False
         try:
             self._begin()
             self.used = UsedMarks(path.with_suffix(".used"))
@@ -194,7 +193,7 @@ class CacheFile:
         """Before a fork: a child must not have what its parent has open.
 
         LMDB says so, and to close it in the child would take the parent's readers their
-        places. Whoever reads now gets an error, which is a miss.
+        places. Whoever reads now gets an lmdb.Error, which is a miss.
         """
         if self._writing.acquire(timeout=FORK_WAIT_S):
             self.is_paused = True
@@ -203,8 +202,10 @@ class CacheFile:
     def resume(self) -> None:
         """After the fork, in the parent; raises lmdb.Error."""
         if self.is_paused:
+            self.was_paused = False
             try:
                 self._open()
+                self.was_paused = True
             finally:
                 self.is_paused = False
                 self._writing.release()
@@ -288,8 +289,7 @@ class CacheFile:
         """For ``verified``: what is kept from now on has another mark."""
         with self._env.begin() as txn:
             state = self._state(txn)
-            lineage = b"" if state is None else state.lineage
-            return Mark(lineage, self._last_number(txn))
+            return Mark(state.lineage if state else b"", self._last_number(txn))
 
     @property
     def used_bytes(self) -> int:

@@ -513,6 +513,9 @@ class DiskCache:
         except Foreign:
             self._go_aside("the history in it is another one than the server's")
         except (Crowded, *_FILE_ERRORS) as error:
+            if self._is_of_a_fork(error):
+                self._writer.due()
+                return True
             self._note(error)
             with self._lock:
                 self._backlog.drop_revisions()
@@ -596,6 +599,18 @@ class DiskCache:
 
     def _note(self, error: BaseException) -> None:
         """Count an error, and say it once."""
+        if self._is_of_a_fork(error):
+            return
         self.errors += 1
         if self.errors == 1:
             logger.warning("the cache on disk failed, which is a miss: %s", error)
+
+    def _is_of_a_fork(self, error: BaseException) -> bool:
+        """Whether the file is, or was just now, closed for the moment of a fork."""
+        file = self._file
+        return (
+            # What else may go wrong has a class of its own.
+            type(error) is lmdb.Error
+            and file is not None
+            and (file.is_paused or file.was_paused)
+        )

@@ -642,6 +642,38 @@ def test_a_forked_child_has_the_file_and_all_changes(opened, is_flushed):
     assert read(cache, B, T4) is None
 
 
+def test_who_reads_or_writes_while_another_thread_forks_has_no_error(
+    opened, monkeypatch, caplog
+):
+    cache = started(opened)
+    cache.store(A, T1, None, b"data", T1)
+    flush(cache)
+    file: Any = cache._file
+    find = file.find
+
+    def find_amid_a_fork(*args: Any) -> Any:
+        file.pause()
+        try:
+            return find(*args)
+        finally:
+            file.resume()
+
+    with monkeypatch.context() as forking:
+        forking.setattr(file, "find", find_amid_a_fork)
+        assert cache.load(A, T2) is None
+    cache.store(B, T1, None, b"data", T1)
+    file.pause()
+    flush(cache)
+    file.resume()
+    assert cache.load(B, T2) == (b"data", T1, None)
+    flush(cache)
+    assert not cache._backlog.pending
+    for oid in (A, B):
+        assert cache.load(oid, T2) == (b"data", T1, None)
+    assert cache.errors == 0
+    assert not caplog.text
+
+
 def test_a_cache_without_a_session_yet_is_in_memory(opened):
     cache = opened(database_id=None)
     assert cache.identity is None
