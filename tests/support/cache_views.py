@@ -244,20 +244,25 @@ class World:
         """A new session: the changes since the view's position, or what can be had."""
         cache = view.cache
         cache.identify(SHOP, 1)
-        view.server = server
+        # Who loads meanwhile has no session: it is used when it is adopted.
+        view.server = None
         view.listed = None
         at = view.position
-        head = self.heads[server]
+        head, branch = self.heads[server], self._branch_of[server]
         if at == Z64:
             cache.forget_all(head)
         elif not self.is_known(at, server):
             for tid in cache.known_tids():
                 if tid != Z64 and self.is_known(tid, server):
                     cache.cut_back(tid)
-                    return
-            cache.forget_all(head)
+                    break
+            else:
+                cache.forget_all(head)
         elif not is_replayed:
             cache.forget_all(head)
+        if self._branch_of[server] == branch:
+            # Else it was restored meanwhile, and the session is lost.
+            view.server = server
 
     def disconnect(self, view: View) -> None:
         view.server = None
