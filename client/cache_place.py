@@ -17,6 +17,7 @@ thread, any process.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
 _MOUNTS = Path("/proc/self/mountinfo")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CLEAN = b"clean"
+VERIFYING_WAIT_S = 60.0
+VERIFYING_POLL_S = 0.05
 
 
 class Identity(NamedTuple):
@@ -189,6 +192,24 @@ class Presence:
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))
         os.fsync(self._fd)
+
+
+@contextmanager
+def verifying(path: Path) -> Iterator[None]:
+    """Of all processes only one is inside, for the file ``path``; raises OSError.
+
+    Whoever is may wait for a server, and may have been stopped: nobody waits for ever.
+    """
+    fd = file_locks.open_lockable(
+        str(path.with_suffix(".verifying")), os.O_RDWR | os.O_CREAT
+    )
+    try:
+        deadline = time.monotonic() + VERIFYING_WAIT_S
+        while not file_locks.try_lock(fd) and time.monotonic() < deadline:
+            time.sleep(VERIFYING_POLL_S)
+        yield
+    finally:
+        file_locks.release(fd)
 
 
 def companions(path: Path) -> tuple[Path, ...]:

@@ -36,14 +36,11 @@ with a cache in memory of its own, until it has a new session.
 
 Threads: ``load`` takes no lock and may run anywhere. ``apply``, ``forget_all``,
 ``verified`` and ``cut_back`` are called by the holder of the position's lock. All that
-writes to the file is done by the writer thread, which may have to wait for a writer of
-another process that was stopped; whoever waits for it waits for WRITER_WAIT_S at most.
+is written is written by the writer thread: another process may keep the file locked.
 """
 
 import logging
-import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from mmap import PAGESIZE
@@ -52,12 +49,12 @@ from typing import Any
 
 import lmdb
 
-from zeolith.client import cache_files, file_locks
+from zeolith.client import cache_files
 from zeolith.client.cache import MemoryCache
 from zeolith.client.cache_backlog import Backlog, Batch, Revision, first_after
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts
 from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, Mark, State
-from zeolith.client.cache_place import CachePlace, Identity
+from zeolith.client.cache_place import CachePlace, Identity, verifying
 from zeolith.client.cache_writer import Writer
 from zeolith.client.changes import Change
 from zeolith.client.tids import Z64, following
@@ -66,9 +63,6 @@ logger = logging.getLogger(__name__)
 
 # With more changes that wait the file is of no use: something keeps us from writing.
 CHANGED_OIDS_MAX = 200_000
-# Who verifies may have been stopped; then others do it, too.
-VERIFYING_WAIT_S = 60.0
-VERIFYING_POLL_S = 0.05
 # This part of the cache, at most, is one record.
 RECORD_PART = 64
 
@@ -92,11 +86,7 @@ class DiskCache:
     def __init__(
         self, place: CachePlace, storage: str, cache_bytes: int, ask: Ask | None = None
     ):
-        """What was used last as ``storage`` is used until ``identify`` says more.
-
-        Then ``valid_through`` says where the file stands, and the server is to be asked
-        for all changes since.
-        """
+        """Use what was used last as ``storage``, until ``identify`` says more."""
         self.cache_bytes = cache_bytes
         self.valid_through = Z64
         self.history = 0
@@ -264,13 +254,14 @@ class DiskCache:
                 return None
             try:
                 state, tid, end, data = file.find(oid, before)
-                if not data or (
-                    state != backlog.trusted and not self._trust(backlog, state)
-                ):
-                    self.misses += 1
-                    return None
+                if state != backlog.trusted and not self._trust(backlog, state):
+                    # It may have been written in between.
+                    state, tid, end, data = file.find(oid, before)
+                    data = data if state == backlog.trusted else b""
             except _FILE_ERRORS as error:
                 self._note(error)
+                data = b""
+            if not data:
                 self.misses += 1
                 return None
             file.used.mark(oid)
@@ -290,10 +281,8 @@ class DiskCache:
 
     def _load_aside(self, aside: MemoryCache, oid: bytes, before: bytes) -> Any:
         found = aside.load(oid, before)
-        if found is None:
-            self.misses += 1
-        else:
-            self.hits += 1
+        self.hits += found is not None
+        self.misses += found is None
         return found
 
     def _trust(self, backlog: Backlog, stored: bytes | None) -> bool:
@@ -431,16 +420,9 @@ class DiskCache:
         if self._aside is not None or file is None:
             yield
             return
-        flags = os.O_RDWR | os.O_CREAT
-        fd = file_locks.open_lockable(str(file.path.with_suffix(".verifying")), flags)
-        try:
-            deadline = time.monotonic() + VERIFYING_WAIT_S
-            while not file_locks.try_lock(fd) and time.monotonic() < deadline:
-                time.sleep(VERIFYING_POLL_S)
+        with verifying(file.path):
             self._take_up(file)
             yield
-        finally:
-            file_locks.release(fd)
 
     def _take_up(self, file: CacheFile) -> None:
         try:

@@ -9,6 +9,8 @@ import pytest
 from zeolith.client import cache_place
 from zeolith.client.cache_place import CachePlace, Identity, Presence, file_system_of
 
+from ..support.gates import Background
+
 SHOP, OTHER = Identity(b"s" * 16, 1), Identity(b"o" * 16, 1)
 
 
@@ -179,3 +181,31 @@ def test_the_run_of_the_machine_has_a_name_here():
     if not os.path.exists("/proc/sys/kernel/random/boot_id"):
         pytest.skip("there is no /proc of Linux")
     assert cache_place.boot_id() == cache_place.boot_id() != b""
+
+
+# Verifying
+
+
+def test_one_verifies_at_a_time(tmp_path):
+    path = tmp_path / "x.lmdb"
+    inside: list[str] = []
+    with cache_place.verifying(path):
+        inside.append("first")
+        second = Background(lambda: enter(path, inside))
+        assert not second.returns_soon()
+        assert inside == ["first"]
+    second.result()
+    assert inside == ["first", "second"]
+
+
+def test_who_was_stopped_meanwhile_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_place, "VERIFYING_WAIT_S", 0.1)
+    inside: list[str] = []
+    with cache_place.verifying(tmp_path / "x.lmdb"):
+        enter(tmp_path / "x.lmdb", inside)
+    assert inside == ["second"]
+
+
+def enter(path: Path, inside: list[str]) -> None:
+    with cache_place.verifying(path):
+        inside.append("second")
