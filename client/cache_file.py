@@ -374,7 +374,7 @@ class CacheFile:
             state = self._state(txn)
             if state is None or state.lineage != mark.lineage:
                 raise Foreign
-            if state.through <= way[-1] and state.through not in way:
+            if not self._is_on_the_way(txn, state, way[0], way[1:]):
                 raise Foreign
             for oid in stale:
                 txn.delete(oid, db=self._current)

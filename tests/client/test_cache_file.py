@@ -369,6 +369,18 @@ def test_what_somebody_else_has_cut_back_is_not_cut_again(file):
     assert file.cut_back(T2, {T3, T5}) != state, "unless it has gone our way"
 
 
+def test_a_file_that_has_gone_past_another_way_is_not_verified(file):
+    """What ended on that way has not ended on ours."""
+    lineage = file.start(T1, None).lineage
+    extend(file, lineage, T1, (), (opened(A, T1, T1),))
+    mark = file.mark()
+    extend(file, lineage, T1, (change(T2, A), change(T4, B, since=T2)))
+    with pytest.raises(Foreign):
+        file.verified(mark, T6, [A], [T3])
+    assert file.verified(mark, T6, [A], [T1, T2]).through == T6
+    assert found(file, A, T2) == (T1, T2)
+
+
 # Room
 
 
