@@ -167,9 +167,7 @@ class Backlog:
         if revision.end is not None or not self.base <= revision.as_of < upto:
             return revision
         end = first_after(self.changed.get(revision.oid, ()), revision.tid)
-        if end is None:
-            return revision._replace(as_of=upto)
-        if end > upto:
+        if end is None or end > upto:
             return revision._replace(as_of=upto)
         return revision._replace(end=end)
 

@@ -42,23 +42,18 @@ from zlib import crc32
 import lmdb
 
 from zeolith.client import cache_place
+from zeolith.client.cache import BATCH_MAX, REVISIONS_MAX
 from zeolith.client.cache_backlog import Batch, Revision
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts, add_loads
+from zeolith.client.cache_environment import opened
 from zeolith.client.cache_eviction import UsedMarks
-from zeolith.client.cache_place import FILE_MODE, Presence, is_whole
+from zeolith.client.cache_place import Presence, is_whole
 from zeolith.client.cache_values import DATA, RESIDUE, TID, encode
 from zeolith.client.changes import Change
-from zeolith.client.tids import Z64, following
+from zeolith.client.tids import Z64, following, sparse
 
 logger = logging.getLogger(__name__)
 
-FORMAT = b"1"
-# Reserved in the address space, not on the disk: no process meets a file that is larger
-# than what it has mapped.
-MAP_BYTES_MIN = 16 * 1024**3
-READERS_MAX = 2000
-# Of one object: what changes with every commit must not cost more each time.
-REVISIONS_MAX = 8
 RECENT_OIDS_MAX = 50_000
 CHANGES_MAX = 10_000
 # Eviction stops at this part of what is allowed; and for one transaction at so many.
@@ -69,14 +64,12 @@ EVICTED_MAX = 5000
 SLACK_BYTES = 32 * 1024**2
 # A reader who reads what so many write transactions ago was true was stopped.
 OLD_TXNS = 20
-OPEN_BATCH = 1000
 # A fork waits no longer for a write; the child then does without the file.
 FORK_WAIT_S = 5.0
 
 # A line of LMDB's list of readers: process, thread, transaction; none is a dash.
 _READER = re.compile(r"^ *\d+ +[0-9a-f]+ +(\d+) *$", re.MULTILINE)
 _STATE = b"state"
-_NAMES = (b"current", b"ended", b"order", b"recent", b"changes", b"meta")
 
 
 class State(NamedTuple):
@@ -104,11 +97,10 @@ class Foreign(Exception):
 
 
 class Behind(Exception):
-    """The file lacks changes that we have not got either: those after ``through``.
-    Or we are so far behind it that nobody knows whether we are on its way."""
+    """The file lacks changes that we have not got either.
 
-    def __init__(self, through: bytes):
-        self.through = through
+    Or we are so far behind it that nobody knows whether we are on its way.
+    """
 
 
 class Crowded(Exception):
@@ -133,7 +125,6 @@ class CacheFile:
         try:
             self._begin()
             self.used = UsedMarks(path.with_suffix(".used"))
-            self._presence.stay()
         except BaseException:
             self._presence.abandon()
             raise
@@ -148,6 +139,8 @@ class CacheFile:
                     self.path,
                 )
             cache_place.remove(self.path)
+        # After it was judged, and before anything is written, for that is not synced.
+        presence.stay()
         try:
             self._open()
         except lmdb.Error as error:
@@ -158,31 +151,10 @@ class CacheFile:
             self._open()
 
     def _open(self) -> None:
-        self._env = env = lmdb.open(
-            str(self.path),
-            map_size=max(MAP_BYTES_MIN, 4 * self.cache_bytes),
-            subdir=False,
-            mode=FILE_MODE,
-            max_dbs=len(_NAMES),
-            max_readers=READERS_MAX,
-            max_spare_txns=16,
-            readahead=False,
-            sync=False,
-            metasync=False,
-        )
-        try:
-            env.reader_check()
-            self._dbs = dbs = tuple(env.open_db(name) for name in _NAMES)
-            self._current, self._ended, self._order, self._recent = dbs[:4]
-            self._changes, self._meta = dbs[4:]
-            self._page_bytes = env.stat()["psize"]
-            with env.begin(write=True) as txn:
-                if txn.get(b"format", FORMAT, self._meta) != FORMAT:
-                    raise lmdb.VersionMismatchError("it is of another version")
-                txn.put(b"format", FORMAT, db=self._meta)
-        except BaseException:
-            env.close()
-            raise
+        self._env, self._dbs = opened(self.path, self.cache_bytes)
+        self._current, self._ended, self._order, self._recent = self._dbs[:4]
+        self._changes, self._meta = self._dbs[4:]
+        self._page_bytes = self._env.stat()["psize"]
 
     def close(self) -> None:
         """Nobody of this process uses it any more."""
@@ -200,7 +172,7 @@ class CacheFile:
             self._env.close()
 
     def resume(self) -> None:
-        """After the fork, in the parent; raises lmdb.Error."""
+        """After the fork, in the parent; raises lmdb.Error and OSError."""
         if self.is_paused:
             self.was_paused = False
             try:
@@ -267,7 +239,7 @@ class CacheFile:
             batch: list[tuple[bytes, bytes]] = []
             with self._env.begin() as txn, txn.cursor(self._current) as cursor:
                 is_there = cursor.set_range(after)
-                while is_there and len(batch) < OPEN_BATCH:
+                while is_there and len(batch) < BATCH_MAX:
                     oid, value = cursor.item()
                     batch.append((oid, value[TID]))
                     is_there = cursor.next()
@@ -280,10 +252,7 @@ class CacheFile:
         """Of changes that were applied, newest first, and fewer of those long ago."""
         with self._env.begin() as txn, txn.cursor(self._changes) as cursor:
             tids = list(cursor.iternext(keys=True, values=False))
-        tids.reverse()
-        # The oldest are thinned out already, so these few reach back far.
-        newest, middle, oldest = tids[:30], tids[30:-40], tids[30:][-40:]
-        return [*newest, *middle[:: len(middle) // 30 + 1], *oldest]
+        return sparse(tids)
 
     def mark(self) -> Mark:
         """For ``verified``: what is kept from now on has another mark."""
@@ -316,13 +285,13 @@ class CacheFile:
             if state is None or state.lineage != lineage:
                 raise Foreign
             if state.through < batch.base:
-                raise Behind(state.through)
+                raise Behind
             self._refuse_if_crowded()
             tids = [change.tid for change in batch.changes]
             if not self._is_on_the_way(txn, state, batch.base, tids):
                 if self._is_thinned_out(txn, tids[-1] if tids else batch.base):
                     # He may have been stopped for long; as he goes on it is found out.
-                    raise Behind(state.through)
+                    raise Behind
                 raise Foreign
             for change in batch.changes:
                 if change.tid > state.through:

@@ -69,7 +69,7 @@ def _after_fork_in_parent() -> None:
     for file, _users in _open.files.values():
         try:
             file.resume()
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             logger.warning("%s is not used any more: %s", file.path, error)
     _open.lock.release()
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Self
 import lmdb
 
 from zeolith.client.cache_counts import LoadCounts, stored_loads
-from zeolith.client.cache_file import FORMAT, MAP_BYTES_MIN, State
+from zeolith.client.cache_environment import FORMAT, MAP_BYTES_MIN, NAMES
+from zeolith.client.cache_file import State
 from zeolith.client.cache_values import DATA, TID, is_whole
 
-_NAMES = ("current", "ended", "order", "recent", "changes", "meta")
 _HEADER_BYTES = 12
 
 
@@ -50,7 +50,7 @@ class Inspection:
                 subdir=False,
                 readonly=True,
                 create=False,
-                max_dbs=len(_NAMES),
+                max_dbs=len(NAMES),
                 map_size=max(MAP_BYTES_MIN, 4 * path.stat().st_size),
                 readahead=False,
             )
@@ -70,7 +70,7 @@ class Inspection:
         if path.stat().st_size < pages * self._page_bytes:
             raise DamagedFile("its end is missing")
         try:
-            dbs = {name: env.open_db(name.encode(), create=False) for name in _NAMES}
+            dbs = {name: env.open_db(name.encode(), create=False) for name in NAMES}
             self._txn = env.begin()
         except lmdb.Error as error:
             raise DamagedFile(f"it is no cache file: {error}") from error
@@ -160,7 +160,7 @@ class Inspection:
     def _wrong_changes(self) -> Iterator[str]:
         state = self.state
         if state is None:
-            for name in _NAMES[:-1]:
+            for name in NAMES[:-1]:
                 if self.count(name):
                     yield f"{name}: there is something, but no state of the file"
             return

@@ -5,7 +5,8 @@ import os
 
 from zeolith.client.cache import Cache, MemoryCache
 from zeolith.client.cache_place import CachePlace
-from zeolith.client.disk_cache import Ask, DiskCache
+from zeolith.client.changes import Ask
+from zeolith.client.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
 

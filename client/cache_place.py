@@ -8,6 +8,8 @@ mistake. Beside it lies LMDB's lock file, and one with marks of what was used la
     <database id, hex>-<epoch>.lmdb-lock   LMDB's
     <database id, hex>-<epoch>.used        see client/cache_eviction.py
     <database id, hex>-<epoch>.users       see Presence
+    <database id, hex>-<epoch>.verifying   see verifying
+    <database id, hex>-<epoch>.hot         see client/warming.py
     <storage>.last                         the name of the file used last as <storage>
     lock                                   held while a file is made, judged or removed
 

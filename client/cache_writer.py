@@ -46,7 +46,12 @@ class Writer:
             self._wake()
 
     def have_done(self, job: Callable[[], Value]) -> Value:
-        """What ``job`` returns, or raises, in the thread; TimeoutError after WAIT_S."""
+        """What ``job`` returns, or raises, in the thread.
+
+        Raises TimeoutError after WAIT_S, and at once if the thread has been closed.
+        """
+        if self._is_closed:
+            raise TimeoutError("it has been closed")
         done: SimpleQueue[tuple[Value, None] | tuple[None, BaseException]]
         done = SimpleQueue()
 

@@ -1,5 +1,6 @@
-"""What a client hears of: which objects a transaction has changed."""
+"""What a client hears of, or asks for: which objects a transaction has changed."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -11,3 +12,32 @@ class Change(NamedTuple):
     oids: list[bytes]
     # The id its client chose; None where the server does not know it any more.
     transaction: bytes | None
+
+
+# The next changes after a tid, perhaps not all; None if nobody knows them any more.
+# Raises if there is no server.
+Ask = Callable[[bytes], list[Change] | None]
+
+
+class UnknownWay(Exception):
+    """Nobody knows any more what changed in between."""
+
+
+def changes_between(ask: Ask | None, after: bytes, upto: bytes) -> list[Change] | None:
+    """The changes after ``after`` and up to ``upto``.
+
+    None if these are not both of the history of who is asked. Raises UnknownWay, and
+    whatever ``ask`` raises.
+    """
+    changes: list[Change] = []
+    at = after
+    while at != upto:
+        found = None if ask is None else ask(at)
+        if found is None:
+            raise UnknownWay
+        found = [change for change in found if change.tid <= upto]
+        if not found or found[0].since != at:
+            return None
+        changes += found
+        at = found[-1].tid
+    return changes

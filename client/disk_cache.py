@@ -10,7 +10,7 @@ them, together. So applying a change costs a few stores to memory, whoever else 
     the file's history  ───────────────●── through
     written by us, or seen  ──────● base        (base <= through, always)
     our changes                    ├──┬───┬────● valid_through
-                                     in memory: _changed, _changes
+                                     in memory, see Backlog
 
 Why that is right:
 
@@ -56,7 +56,7 @@ from zeolith.client.cache_counts import NO_LOADS, LoadCounts
 from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, Mark, State
 from zeolith.client.cache_place import CachePlace, Identity, verifying
 from zeolith.client.cache_writer import Writer
-from zeolith.client.changes import Change
+from zeolith.client.changes import Ask, Change, UnknownWay, changes_between
 from zeolith.client.tids import Z64, following
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,7 @@ CHANGED_OIDS_MAX = 200_000
 # This part of the cache, at most, is one record.
 RECORD_PART = 64
 
-# The changes since a tid; None if nobody knows. Raises if there is no server.
-Ask = Callable[[bytes], list[Change] | None]
 _FILE_ERRORS = (lmdb.Error, OSError)
-
-
-class _NoWay(Exception):
-    """Nobody knows any more what changed since the file was written last."""
 
 
 class DiskCache:
@@ -227,9 +221,9 @@ class DiskCache:
 
     def close(self) -> None:
         """Write what waits, and let go of the file."""
-        # If it has not ended it waits for another process; it needs the file then.
         if self._writer.close():
             self._let_go()
+        # Else it waits for another process, and needs the file.
 
     # Reading
 
@@ -316,23 +310,25 @@ class DiskCache:
     ) -> None:
         """See Cache.store."""
         with self._lock:
-            if history is not None and history != self.history:
-                return
-            aside = self._aside
-            if aside is not None:
-                aside.store(oid, tid, end, data, as_of)
-                return
-            if len(data) > self._record_bytes_max or not data:
-                return
-            self._backlog.add_revision(Revision(oid, tid, end, data, as_of))
+            if history is None or history == self.history:
+                self._store(Revision(oid, tid, end, data, as_of))
         self._writer.due()
+
+    def _store(self, revision: Revision) -> None:
+        if self._aside is not None:
+            self._aside.store(*revision)
+        elif 0 < len(revision.data) <= self._record_bytes_max:
+            self._backlog.add_revision(revision)
 
     def store_committed(
         self, tid: bytes, records: Mapping[bytes, bytes], history: int
     ) -> None:
         """See Cache.store_committed."""
-        for oid, data in records.items():
-            self.store(oid, tid, None, data, tid, history)
+        with self._lock:
+            if history == self.history:
+                for oid, data in records.items():
+                    self._store(Revision(oid, tid, None, data, tid))
+        self._writer.due()
 
     # Changes
 
@@ -393,10 +389,15 @@ class DiskCache:
             self.valid_through = through
         if file is None:
             return
+
+        def done() -> State | None:
+            try:
+                return step(file)
+            except Foreign:
+                return file.state()
+
         try:
-            state = self._writer.have_done(lambda: step(file))
-        except Foreign:
-            state = file.state()
+            state = self._writer.have_done(done)
         except (TimeoutError, *_FILE_ERRORS) as error:
             self._note(error)
             logger.warning("the cache on disk is not used for now: %s", error)
@@ -537,12 +538,17 @@ class DiskCache:
         if state.through < batch.base:
             # Somebody else began it, and has not brought it to where we began.
             try:
-                missing = self._missing_after(state.through, batch.base)
-            except _NoWay:
+                # Who holds the position's lock and waits for this thread has no session
+                # yet, and the last one has ended: this does not wait for him.
+                missing = changes_between(self._ask, state.through, batch.base)
+            except UnknownWay:
                 state = file.start(batch.base, state.lineage)
+            except Exception as error:  # noqa: BLE001 - whatever a server may answer
+                logger.debug("the changes since %s: %s", state.through.hex(), error)
+                return None
             else:
                 if missing is None:
-                    return None
+                    raise Foreign
                 batch = batch._replace(
                     base=state.through, changes=(*missing, *batch.changes)
                 )
@@ -556,29 +562,6 @@ class DiskCache:
         self.evicted += evicted
         return state
 
-    def _missing_after(self, through: bytes, base: bytes) -> list[Change] | None:
-        """The changes after ``through`` up to ``base``, from the server.
-
-        None if there is no server now. Raises _NoWay if it does not know either.
-        """
-        missing: list[Change] = []
-        at = through
-        while at != base:
-            try:
-                found = None if self._ask is None else self._ask(at)
-            except Exception as error:  # noqa: BLE001 - whatever a server may answer
-                logger.debug("the changes since %s: %s", at.hex(), error)
-                return None
-            if found is None:
-                raise _NoWay
-            found = [change for change in found if change.tid <= base]
-            if not found or found[0].since != at:
-                raise Foreign
-            # Much is told in pieces.
-            missing += found
-            at = found[-1].tid
-        return missing
-
     def _note(self, error: BaseException) -> None:
         """Count an error, and say it once."""
         if self._is_of_a_fork(error):
@@ -591,8 +574,8 @@ class DiskCache:
         """Whether the file is, or was just now, closed for the moment of a fork."""
         file = self._file
         return (
-            # What else may go wrong has a class of its own.
-            type(error) is lmdb.Error
+            isinstance(error, lmdb.Error)
+            and "closed" in str(error)
             and file is not None
             and (file.is_paused or file.was_paused)
         )

@@ -25,10 +25,7 @@ MODULE_LINES_MAX = 600
 # A name that says nothing about what is inside.
 EMPTY_NAMES = {"base", "common", "helper", "helpers", "manager", "util", "utils"}
 # Modules whose tests are in no mirror: "package/module" -> the file that tests it.
-COVERED_ELSEWHERE: dict[str, str] = {
-    # A tuple with names.
-    "client/changes": "tests/client/test_position.py",
-}
+COVERED_ELSEWHERE: dict[str, str] = {}
 # Each is a pattern that does not match the line it stands in.
 STRANGE_WORDS = {
     "a path of somebody's machine": r"(?<![\w.])/(home|root|work)/\w",

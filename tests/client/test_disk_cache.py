@@ -482,7 +482,7 @@ def test_what_was_verified_is_current_and_the_rest_is_gone(opened):
 
 
 def test_what_was_listed_in_part_is_not_verified(opened, monkeypatch):
-    monkeypatch.setattr(cache_file, "OPEN_BATCH", 1)
+    monkeypatch.setattr(cache_file, "BATCH_MAX", 1)
     one = started(opened)
     for oid in (A, B):
         one.store(oid, T1, None, b"data", T1)

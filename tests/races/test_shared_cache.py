@@ -41,6 +41,18 @@ with file._write() as txn:
     os.kill(os.getpid(), signal.SIGSTOP)
 """
 
+# Begins while another process is stopped.
+NEWCOMER = """
+import sys
+from zeolith.client.storage import ClientStorage
+
+storage = ClientStorage(sys.argv[1], cache=sys.argv[2])
+data, _tid = storage.load(bytes.fromhex(sys.argv[3]))
+sys.stdout.buffer.write(data)
+assert storage.cache.is_aside
+storage.close()
+"""
+
 
 @pytest.fixture(autouse=True)
 def written_at_once(monkeypatch) -> None:
@@ -99,6 +111,14 @@ def test_nobody_waits_for_a_process_that_was_stopped_while_it_wrote(
             assert storage.loadBefore(X, new) == (b"old", old, new)
             commit(storage, y=b"mine")
             assert seen(storage, "y") == b"mine"
+            # Nor does one that begins now.
+            newcomer = [sys.executable, "-c", NEWCOMER]
+            address = "{}:{}".format(*server.address)
+            arguments = [address, cached["cache"], X.hex()]
+            found = subprocess.run(
+                newcomer + arguments, check=True, timeout=60, stdout=subprocess.PIPE
+            )
+            assert found.stdout == b"new"
         wait_until_written(storage)
         assert file_of(storage).state().through == storage.lastTransaction()
         assert storage.cache.load(b"12345678", new) is None

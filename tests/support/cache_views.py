@@ -506,5 +506,5 @@ def by_hand() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(cache_file, "RECENT_OIDS_MAX", 3)
         patch.setattr(cache_file, "CHANGES_MAX", 12)
         patch.setattr(cache_file, "REVISIONS_MAX", 3)
-        patch.setattr(cache_file, "OPEN_BATCH", 2)
+        patch.setattr(cache_file, "BATCH_MAX", 2)
         yield patch
