@@ -17,7 +17,7 @@ import lmdb
 
 from zeolith.client.cache_place import FILE_MODE
 
-FORMAT = b"1"
+FORMAT = b"2"
 # Reserved in the address space, not on the disk: no process meets a file that is larger
 # than what it has mapped.
 MAP_BYTES_MIN = 16 * 1024**3

@@ -11,18 +11,21 @@ import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
-from struct import Struct
+
+from ZODB.utils import u64
 
 from zeolith.client.cache_place import FILE_MODE
 
 # One for each of so many objects that lie side by side.
 MARKS = 2**18
-_MASK = MARKS - 1
-_low_half = Struct(">4xI").unpack
+MASK = MARKS - 1
 
 
 class UsedMarks:
-    """Which objects were used lately, by any process; any thread."""
+    """Which objects were used lately, by any process; any thread.
+
+    Whoever uses one sets the byte of ``marks`` at its number & MASK.
+    """
 
     def __init__(self, path: Path):
         """Raises OSError."""
@@ -34,13 +37,9 @@ class UsedMarks:
         finally:
             os.close(fd)
 
-    def mark(self, oid: bytes) -> None:
-        """``oid`` is used."""
-        self.marks[_low_half(oid)[0] & _MASK] = 1
-
     def take(self, oid: bytes) -> bool:
         """Whether ``oid`` was used since this was asked last."""
-        place = _low_half(oid)[0] & _MASK
+        place = u64(oid) & MASK
         was_used = bool(self.marks[place])
         self.marks[place] = 0
         return was_used

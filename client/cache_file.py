@@ -37,18 +37,18 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import lmdb
+from xxhash import xxh3_64_digest
 
 from zeolith.client import cache_place
 from zeolith.client.cache import BATCH_MAX, REVISIONS_MAX
 from zeolith.client.cache_backlog import Batch, Revision
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts, add_loads
 from zeolith.client.cache_environment import opened
-from zeolith.client.cache_eviction import UsedMarks
+from zeolith.client.cache_eviction import MASK, UsedMarks
 from zeolith.client.cache_place import Presence, is_whole
-from zeolith.client.cache_values import DATA, RESIDUE, TID, encode
+from zeolith.client.cache_values import CHECKED, CHECKSUM, DATA, TID, encode, number_of
 from zeolith.client.changes import Change
 from zeolith.client.tids import Z64, following, sparse
 
@@ -124,7 +124,6 @@ class CacheFile:
         self.is_paused = self.was_paused = False
         try:
             self._begin()
-            self.used = UsedMarks(path.with_suffix(".used"))
         except BaseException:
             self._presence.abandon()
             raise
@@ -151,10 +150,15 @@ class CacheFile:
             self._open()
 
     def _open(self) -> None:
-        self._env, self._dbs = opened(self.path, self.cache_bytes)
-        self._current, self._ended, self._order, self._recent = self._dbs[:4]
-        self._changes, self._meta = self._dbs[4:]
-        self._page_bytes = self._env.stat()["psize"]
+        self._used = UsedMarks(self.path.with_suffix(".used"))
+        self._env, self._dbs = env, dbs = opened(self.path, self.cache_bytes)
+        self._current, self._ended, self._order, self._recent = dbs[:4]
+        self._changes, self._meta = dbs[4:]
+        self._page_bytes = env.stat()["psize"]
+        # For ``find``, all at once, for after a fork it is another environment; with
+        # the state in the snapshot that was read last, by its number.
+        seen: dict[int, bytes] = {}
+        self._reading = env.begin, dbs.current, seen, self._used.marks
 
     def close(self) -> None:
         """Nobody of this process uses it any more."""
@@ -197,9 +201,13 @@ class CacheFile:
         ``data`` is empty if there is none. ``state`` is as stored. Whether an open
         one is good for ``before`` is the caller's to say. Raises lmdb.Error.
         """
+        begin, current, seen, marks = self._reading
         end = None
-        with self._env.begin(self._current) as txn:
-            state = txn.get(_STATE, None, self._meta)
+        txn = begin(current)
+        # Spelled out, as is_whole below, for this is the hot path.
+        try:
+            snapshot = txn.id()
+            state = seen.get(snapshot) or self._see(txn, snapshot, seen)
             value = txn.get(oid)
             if value is None or value[TID] >= before:
                 with txn.cursor(self._ended) as cursor:
@@ -209,10 +217,20 @@ class CacheFile:
                 if key[:8] != oid or value[TID] >= before:
                     return state, Z64, None, b""
                 end = key[8:]
-        # is_whole, spelled out, for this is the hot path.
-        if crc32(value, crc32(oid)) != RESIDUE:
+        finally:
+            txn.abort()
+        (number,) = number_of(oid)
+        if xxh3_64_digest(value[CHECKED], number) != value[CHECKSUM]:
             raise lmdb.CorruptedError(f"a revision of {oid.hex()} is damaged")
+        marks[number & MASK] = 1
         return state, value[TID], end, value[DATA]
+
+    def _see(self, txn: Any, snapshot: int, seen: dict[int, bytes]) -> bytes | None:
+        state: bytes | None = txn.get(_STATE, None, self._meta)
+        if state is not None:
+            seen.clear()
+            seen[snapshot] = state
+        return state
 
     def state(self) -> State | None:
         """Where it stands; None if nothing was ever kept."""
@@ -543,7 +561,7 @@ class CacheFile:
                 where = cursor.value()
                 cursor.delete()
                 oid, tid = where[:8], where[8:]
-                if self.used.take(oid) and self._is_open(txn, oid, tid):
+                if self._used.take(oid) and self._is_open(txn, oid, tid):
                     number += 1
                     txn.put(number.to_bytes(8, "big"), where, db=self._order)
                 elif self._drop_one(txn, oid, tid):

@@ -258,9 +258,8 @@ class DiskCache:
             if not data:
                 self.misses += 1
                 return None
-            file.used.mark(oid)
-        if end is None:
-            end = first_after(changed.get(oid, ()), tid)
+        if end is None and (tids := changed.get(oid)):
+            end = first_after(tids, tid)
         limit = end
         if limit is None:
             known, limit = self._horizon

@@ -263,14 +263,14 @@ BREAKS = {
     "the changes are read after the file": Break(
         DiskCache,
         "load",
-        "first_after(changed.get(oid, ()), tid)",
-        "first_after(backlog.changed.get(oid, ()), tid)",
+        "changed.get(oid)",
+        "backlog.changed.get(oid)",
     ),
     "what is open is open for ever": Break(
         DiskCache, "load", "if before <= limit:", "if before <= limit or end is None:"
     ),
     "changes of ours are not looked at": Break(
-        DiskCache, "load", "first_after(changed.get(oid, ()), tid)", "None"
+        DiskCache, "load", "first_after(tids, tid)", "None"
     ),
     "the age of an answer is not looked at": Break(
         CacheFile, "_keep", "if as_of < state.through:", "if False:"
