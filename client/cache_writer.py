@@ -2,29 +2,29 @@
 
 To write may mean to wait for another process, which may have been stopped; so whoever
 must not wait hands over what is to be done. The thread is started when it is first
-needed and never again after ``close``. ``flush`` is called a moment after ``due``, so
-that what comes together is written together.
+needed and never again after ``close``. ``flush`` is called a while after ``due``, so
+that what comes together is written together: soon for what others would have to load,
+later for what they hear of themselves.
 """
 
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-# How long what is to be written waits for more.
-FLUSH_WAIT_S = 0.02
+# How long what is to be written waits for more, if others want it, and if not.
+FLUSH_WAIT_S = 0.005
+LATER_WAIT_S = 0.1
 # After an error.
 RETRY_WAIT_S = 5.0
 # Whoever needs the thread waits no longer for it.
 WAIT_S = 10.0
 
 Value = TypeVar("Value")
-_Job = Callable[[], object] | None
-
-
-def _due() -> None:
-    """Stands in the queue for something to be written."""
+# What is to be done; in how many seconds to flush; None at the end.
+_Job = Callable[[], object] | float | None
 
 
 class Writer:
@@ -35,14 +35,16 @@ class Writer:
         self._lock = threading.Lock()
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._is_due = False
+        # The shortest wait that was asked for since the last flush.
+        self._wait_s = inf
         self._is_closed = False
 
-    def due(self) -> None:
+    def due(self, is_urgent: bool = True) -> None:
         """There is something to write; any thread, and costs next to nothing."""
-        if not self._is_due and not self._is_closed:
-            self._is_due = True
-            self._jobs.put(_due)
+        wait_s = FLUSH_WAIT_S if is_urgent else LATER_WAIT_S
+        if wait_s < self._wait_s and not self._is_closed:
+            self._wait_s = wait_s
+            self._jobs.put(wait_s)
             self._wake()
 
     def have_done(self, job: Callable[[], Value]) -> Value:
@@ -91,23 +93,23 @@ class Writer:
                     self._thread.start()
 
     def _run(self) -> None:
-        due_at: float | None = None
+        due_at = inf
         while True:
-            left_s = None if due_at is None else max(0, due_at - time.monotonic())
+            left_s = None if due_at == inf else max(0, due_at - time.monotonic())
             try:
                 job = self._jobs.get(timeout=left_s)
             except Empty:
-                due_at = None
+                due_at = inf
                 # What comes from now on may be too late for this time.
-                self._is_due = False
+                self._wait_s = inf
                 if not self._flush():
-                    self._is_due = True
+                    self._wait_s = 0
                     due_at = time.monotonic() + RETRY_WAIT_S
                 continue
             if job is None:
                 self._flush()
                 return
-            if job is _due:
-                due_at = due_at or time.monotonic() + FLUSH_WAIT_S
-            else:
+            if callable(job):
                 job()
+            else:
+                due_at = min(due_at, time.monotonic() + job)

@@ -46,6 +46,20 @@ def test_what_is_due_is_flushed_once_for_many(flushes, monkeypatch):
     assert writer.close()
 
 
+def test_what_is_no_hurry_goes_with_what_is(flushes, monkeypatch):
+    monkeypatch.setattr(cache_writer, "LATER_WAIT_S", 1000)
+    writer = Writer(flushes)
+    writer.due(is_urgent=False)
+    assert writer.have_done(lambda: flushes.count) == 0
+    writer.due()
+    wait_until(lambda: flushes.count, "a flush")
+    monkeypatch.setattr(cache_writer, "LATER_WAIT_S", 0)
+    writer.due(is_urgent=False)
+    wait_until(lambda: flushes.count == 2, "another flush")
+    assert writer.close()
+    assert flushes.count == 3
+
+
 def test_what_failed_is_tried_again(flushes, monkeypatch):
     monkeypatch.setattr(cache_writer, "FLUSH_WAIT_S", 0.0)
     monkeypatch.setattr(cache_writer, "RETRY_WAIT_S", 0.01)
@@ -78,8 +92,10 @@ def test_nobody_waits_for_ever_for_a_thread_that_does(flushes, monkeypatch):
     assert not writer._thread.is_alive()
 
 
-def test_after_the_end_nothing_is_due(flushes):
+def test_after_the_end_nothing_is_due_or_done(flushes):
     writer = Writer(flushes)
     writer.close()
     writer.due()
+    with pytest.raises(TimeoutError, match="closed"):
+        writer.have_done(flushes)
     assert flushes.count == 1

@@ -11,6 +11,8 @@ import pytest
 from ZODB.utils import p64
 
 from zeolith.client import cache_file, cache_writer, disk_cache
+from zeolith.client.cache_backlog import Batch
+from zeolith.client.cache_file import CacheFile
 from zeolith.client.cache_place import CachePlace
 from zeolith.client.changes import Change
 from zeolith.client.disk_cache import DiskCache
@@ -29,7 +31,8 @@ Open = Callable[..., DiskCache]
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch) -> None:
     """Tests flush when they want to."""
-    monkeypatch.setattr(cache_writer, "FLUSH_WAIT_S", 1000)
+    for wait in ("FLUSH_WAIT_S", "LATER_WAIT_S"):
+        monkeypatch.setattr(cache_writer, wait, 1000)
 
 
 @pytest.fixture
@@ -192,6 +195,39 @@ def test_what_was_written_is_there_for_the_next_process(opened):
     assert again.valid_through == T2
     assert again.load(A, T3) == (b"data", T1, None)
     assert not again.identify(SHOP, 1)
+
+
+def test_changes_that_others_have_written_are_not_written_again(opened, monkeypatch):
+    first, second = started(opened), opened(database_id=None)
+    for cache in (first, second):
+        cache.apply(T2, [A])
+    writes: list[bytes] = []
+    extend = CacheFile.extend
+
+    def counted(file: CacheFile, lineage: bytes, batch: Batch, *loads: Any) -> Any:
+        writes.append(batch.base)
+        return extend(file, lineage, batch, *loads)
+
+    monkeypatch.setattr(CacheFile, "extend", counted)
+    for cache in (first, second, first, second):
+        flush(cache)
+    assert writes == [T1]
+    assert not second._backlog.changes, "they are in the file"
+    second.store(B, T1, None, b"data", T2)
+    for cache in (second, first):
+        flush(cache)
+    assert writes == [T1, T2]
+    assert read(first, B, T3) == (T1, None)
+
+
+def test_who_goes_another_way_is_told_although_he_writes_nothing(opened):
+    first, second = started(opened), opened(database_id=None)
+    first.apply(T3, [A])
+    second.apply(T2, [A])
+    for cache in (first, second):
+        flush(cache)
+    assert second.is_aside
+    assert not first.is_aside
 
 
 def test_it_asks_for_the_changes_since_the_file_and_applies_them(opened):

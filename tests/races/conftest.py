@@ -31,7 +31,8 @@ def in_memory_and_on_disk(request, tmp_path, monkeypatch) -> dict[str, Any]:
     if request.param == "memory":
         return {}
     # What is to be written is written at once: reads come from the file.
-    monkeypatch.setattr(cache_writer, "FLUSH_WAIT_S", 0)
+    for wait in ("FLUSH_WAIT_S", "LATER_WAIT_S"):
+        monkeypatch.setattr(cache_writer, wait, 0)
     return {"cache": str(tmp_path / "cache")}
 
 

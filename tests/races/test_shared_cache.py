@@ -56,7 +56,8 @@ storage.close()
 
 @pytest.fixture(autouse=True)
 def written_at_once(monkeypatch) -> None:
-    monkeypatch.setattr(cache_writer, "FLUSH_WAIT_S", 0)
+    for wait in ("FLUSH_WAIT_S", "LATER_WAIT_S"):
+        monkeypatch.setattr(cache_writer, wait, 0)
 
 
 @pytest.fixture

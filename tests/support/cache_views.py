@@ -55,7 +55,7 @@ class WriterByHand:
         self._is_busy = False
         self._jobs: list[Callable[[], Any]] = []
 
-    def due(self) -> None:
+    def due(self, is_urgent: bool = True) -> None:
         pass
 
     def have_done(self, job: Callable[[], Any]) -> Any:
