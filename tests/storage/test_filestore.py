@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from base64 import decodebytes
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,26 +64,6 @@ from .transactions import (
 
 # The module, which the package hides behind the class.
 ZODB_FILE_STORAGE = sys.modules[FileStorage.__module__]
-
-
-@pytest.fixture
-def open_store(tmp_path) -> Iterator[Callable[..., FileStore]]:
-    """Opens Data.fs of a folder; whatever is still open is closed at the end."""
-    opened = []
-
-    def open_store(folder: Path = tmp_path, **options: Any) -> FileStore:
-        opened.append(FileStore("main", str(folder / "Data.fs"), **options))
-        return opened[-1]
-
-    yield open_store
-    for each in opened:
-        each.close()
-
-
-@pytest.fixture
-def database(open_store) -> FileStore:
-    opened: FileStore = open_store()
-    return opened
 
 
 def commit(database: FileStore, *operations: Any, **others: Any) -> Finished:

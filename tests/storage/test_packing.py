@@ -34,25 +34,6 @@ SOON_S = 1
 OPENING = ((builtins, "open"), (os, "open"))
 
 
-@pytest.fixture
-def open_store(tmp_path) -> Iterator[Callable[..., FileStore]]:
-    opened = []
-
-    def open_store(**options: Any) -> FileStore:
-        opened.append(FileStore("main", str(tmp_path / "Data.fs"), **options))
-        return opened[-1]
-
-    yield open_store
-    for each in opened:
-        each.close()
-
-
-@pytest.fixture
-def database(open_store) -> FileStore:
-    opened: FileStore = open_store()
-    return opened
-
-
 def commit(database: FileStore, *operations: Any) -> bytes:
     database.vote(transaction_of(*operations))
     return database.finish().tid

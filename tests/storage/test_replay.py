@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,25 +32,6 @@ from .transactions import (
 )
 
 ENOUGH = 2**40
-
-
-@pytest.fixture
-def open_store(tmp_path) -> Iterator[Callable[..., FileStore]]:
-    opened = []
-
-    def open_store(folder: Path = tmp_path, **options: Any) -> FileStore:
-        opened.append(FileStore("main", str(folder / "Data.fs"), **options))
-        return opened[-1]
-
-    yield open_store
-    for each in opened:
-        each.close()
-
-
-@pytest.fixture
-def database(open_store) -> FileStore:
-    opened: FileStore = open_store()
-    return opened
 
 
 def commit(database: FileStore, *operations: Any, **others: Any) -> bytes:
