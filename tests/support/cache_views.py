@@ -20,15 +20,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import lmdb
 import pytest
 from ZODB.utils import p64, u64
 
-from zeolith.client import cache_file, cache_files, disk_cache
-from zeolith.client.cache_file import Foreign
+from zeolith.client import cache_file, cache_files, cache_place, disk_cache
+from zeolith.client.cache_file import CacheFile, Foreign
 from zeolith.client.cache_place import CachePlace
 from zeolith.client.changes import Change
 from zeolith.client.disk_cache import DiskCache
 from zeolith.client.tids import MAX_TID, Z64, following
+
+from .cache_files import damaging
 
 SHOP = b"s" * 16
 OIDS = [p64(number) for number in (7, 8, 9)]
@@ -71,7 +74,7 @@ class WriterByHand:
         try:
             self._flush()
             while self._jobs:
-                with suppress(Foreign):
+                with suppress(Foreign, lmdb.Error):
                     self._jobs.pop(0)()
         finally:
             self._is_busy = False
@@ -139,6 +142,9 @@ def moves(method: Method) -> Method:
 
 class World:
     """Servers, and the views of one cache directory."""
+
+    # How often the machine was started.
+    boots = 1
 
     def __init__(self, directory: Path, views: int = 3):
         self._directory = directory
@@ -318,6 +324,45 @@ class World:
 
     def flush(self, view: View) -> None:
         view.cache._writer.flush()  # type: ignore[attr-defined]
+
+    def fail_to_write(self, view: View) -> None:
+        """A flush while the disk is full."""
+
+        def fail(*_args: Any) -> None:
+            raise lmdb.DiskError("for a test")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CacheFile, "_put_state", fail)
+            self.flush(view)
+
+    def damage(self, view: View, oid: bytes, place: int) -> None:
+        """A byte of an open revision is not what was written."""
+        file: Any = view.cache._file
+        if file is None:
+            return
+        with file._write() as txn:
+            value = bytearray(txn.get(oid, b"", file._current))
+            if value:
+                value[place] ^= 1
+                txn.put(oid, bytes(value), db=file._current)
+
+    def reboot(self) -> None:
+        """The machine stops, and some of what was written was not on the disk yet.
+
+        The file says where it stands, and of objects that have changed it has what was
+        before.
+        """
+        file: Any = next((each.cache._file for each in self.views), None)
+        if self._is_amid or file is None:
+            return
+        file._presence.leave = lambda _sync: file._presence.abandon()
+        for view in self.views:
+            self._kill(view)
+        with damaging(file.path) as (txn, dbs), txn.cursor(dbs["ended"]) as cursor:
+            for key, value in cursor:
+                txn.put(key[:8], value, db=dbs["current"])
+        World.boots += 1
+        self.views = [self._new_view() for _ in self.views]
 
     def forget(self, view: View, oid: bytes) -> None:
         """What it has of an object turned out to be of no use."""
@@ -502,6 +547,7 @@ def by_hand() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(disk_cache, "Writer", WriterByHand)
         # Hundreds of files are made, and none of them is to last.
         patch.setattr("zeolith.client.cache_place.os.fsync", lambda fd: None)
+        patch.setattr(cache_place, "boot_id", lambda: b"boot %d" % World.boots)
         # What is forgotten by and by is forgotten soon.
         patch.setattr(cache_file, "RECENT_OIDS_MAX", 3)
         patch.setattr(cache_file, "CHANGES_MAX", 12)
