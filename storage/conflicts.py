@@ -6,10 +6,12 @@ would run a client's choice of code in the server. Here
 
 * the class must be on ``RESOLVABLE``: what ZODB's companions ship and whose
   ``_p_resolveConflict`` is known;
-* while a state is loaded, every global is a ``ClassName``: inert, not callable, so
-  nothing but containers, numbers, text and bytes can come out of a pickle. A class in
-  a persistent reference is all right, for it is written back as the name it was;
-* record size is bounded.
+* while a state is loaded, every global is a ``ClassName``: inert, not callable. Opcodes
+  that make or change an object are not known at all, so nothing but containers,
+  numbers, text, bytes and references can come out of a pickle. A class in a persistent
+  reference is all right, for it is written back as the name it was;
+* record size is bounded, and so is what comparing two states can take: that is one
+  call of C for the interpreter, in which no other thread of the server runs.
 
 What cannot be resolved so is not lost: the client, which has the classes, gets the
 three states, unless a class that both have says that there is no way. Called in threads
@@ -27,7 +29,7 @@ from ZODB._compat import PersistentPickler, Pickler, _protocol
 from ZODB.ConflictResolution import PersistentReference
 from ZODB.POSException import ConflictError
 from zodbpickle.fastpickle import Unpickler as FastUnpickler
-from zodbpickle.pickle_3 import DICT, REDUCE, SETITEM, SETITEMS
+from zodbpickle.pickle_3 import DICT, SETITEM, SETITEMS
 from zodbpickle.slowpickle import Unpickler
 
 from zeolith.storage.opcodes import is_simple
@@ -38,9 +40,15 @@ from zeolith.storage.wrapping import PLAIN, Form
 RECORD_BYTES_MAX = 128 * 1024
 # Of a dictionary among the values; what a class keeps in its own state is a tuple.
 DICTIONARY_KEYS_MAX = 1000
+# Of a pickle that is a class and nothing else.
+CLASS_BYTES_MAX = 4096
 _PLAIN_KEYS = (str, bytes, int, float, bool, type(None))
-# Of a loaded record, when shared parts are counted as often as they occur.
-PARTS_MAX = 1_000_000
+# Of a loaded record, when shared parts are counted as often as they occur: to compare
+# two takes some milliseconds.
+PARTS_MAX = 200_000
+# Bytes of a text, and bits of a number, that take as long to compare as a part does.
+_TEXT_BYTES_A_PART = 64
+_BITS_A_PART = 512
 
 
 # All that is merged on the loop for one vote: three states of a bucket of numbers or of
@@ -116,9 +124,13 @@ def _resolve(new: bytes, old: bytes, committed: bytes, only_simple: bool) -> byt
 
 
 def class_alone(record: bytes) -> ClassName | None:
-    """The class of a record, if its first pickle is that and nothing else."""
+    """The class of a record, if its first pickle is that and nothing else.
+
+    The record may be of any size; no more than the beginning of it is looked at.
+    """
     try:
-        meta = _StateUnpickler(record, lambda _reference: None).load()
+        beginning = record[:CLASS_BYTES_MAX]
+        meta = _StateUnpickler(beginning, lambda _reference: None).load()
     except Exception:  # noqa: BLE001 - whatever a pickle may be made to raise
         return None
     return meta if isinstance(meta, ClassName) else None
@@ -134,11 +146,20 @@ def resolve_encoded(form: Form, new: bytes, old: bytes, committed: bytes) -> byt
     if max(len(new), len(old), len(committed)) > RECORD_BYTES_MAX:
         raise Unresolvable("too large")
     try:
-        plain = [form.decode(record) for record in (new, old, committed)]
+        plain = [_bounded(form.decode(record)) for record in (new, old, committed)]
+    except Unresolvable:
+        raise
     except Exception as error:
         # Whatever a wrapper may raise for what a client made up.
         raise Unresolvable(f"{type(error).__name__}: {error}") from error
     return form.encode(resolve(*plain))
+
+
+def _bounded(record: bytes) -> bytes:
+    # One at a time: of what is compressed, each may be a thousand times as large.
+    if len(record) > RECORD_BYTES_MAX:
+        raise Unresolvable("too large")
+    return record
 
 
 class Quickly:
@@ -164,7 +185,8 @@ def _class_of(meta: Any) -> Any:
         found = RESOLVABLE.get(tuple(name))
         if found is not None and not args:
             return found
-    raise Unresolvable(f"{name} is not resolved by the server")
+    said = f"{name.module}.{name.name}"[:200] if type(name) is ClassName else "a class"
+    raise Unresolvable(f"{said} is not resolved by the server")
 
 
 class _References:
@@ -226,7 +248,7 @@ def _load(record: bytes, references: _References, only_simple: bool) -> tuple[An
 
 
 def _bound_expansion(loaded: Any) -> None:
-    """Refuse a state that is small only because its parts are shared.
+    """Refuse a state that is small only because its parts are shared, or is not plain.
 
     Merging compares keys of three states, which share nothing with each other: forty
     tuples, each holding the next one twice, would take half a day.
@@ -234,17 +256,33 @@ def _bound_expansion(loaded: Any) -> None:
     sizes: dict[int, float] = {}
 
     def size_of(thing: Any) -> float:
-        if not isinstance(thing, tuple | list | dict | set | frozenset):
-            return 1
+        if not isinstance(thing, tuple | list | dict):
+            return _size_alone(thing)
         if id(thing) not in sizes:
             # What contains itself has no end.
             sizes[id(thing)] = float("inf")
-            parts = thing if not isinstance(thing, dict) else (*thing, *thing.values())
-            sizes[id(thing)] = 1 + sum(map(size_of, parts))
+            parts = thing if type(thing) is not dict else (*thing, *thing.values())
+            sizes[id(thing)] = _size_alone(thing) + sum(map(size_of, parts))
         return sizes[id(thing)]
 
     if size_of(loaded) > PARTS_MAX:
         raise Unresolvable("a state that shares its parts too often")
+
+
+def _size_alone(thing: Any) -> float:
+    """How many parts ``thing`` counts for, without what it contains."""
+    kind = type(thing)
+    if kind is str or kind is bytes:
+        return 1 + len(thing) // _TEXT_BYTES_A_PART
+    if kind is int:
+        return 1 + thing.bit_length() // _BITS_A_PART
+    if kind is dict:
+        # Numbers can be made to have the same hash: each key is compared with all.
+        return 1 + float(sum(type(key) not in (str, bytes) for key in thing) ** 2)
+    if kind in _PLAIN_KINDS:
+        return 1
+    # The mark that an unpickler keeps on its stack is an object, too.
+    raise Unresolvable(f"a {kind.__name__} in a state")
 
 
 class _SimpleUnpickler(FastUnpickler):
@@ -258,6 +296,20 @@ class _SimpleUnpickler(FastUnpickler):
         return ClassName(module, name)
 
 
+_PLAIN_KINDS = frozenset((float, bool, type(None), tuple, list, ClassName, _Reference))
+# Numbers, text, bytes, names, references, containers, and what a stack needs. Not
+# REDUCE, NEWOBJ, OBJ, INST and EXT, which make an object, nor BUILD, which gives a
+# reference attributes of any kind: these would fail, too, or be found out, but late.
+_OPCODES = (
+    b"\x80.(012",
+    b"N\x88\x89IJKML\x8a\x8bFG",
+    b"STUBCVX",
+    b"t)\x85\x86\x87]lea}dsu",
+    b"cPQ",
+    b"ghjpqr",
+)
+
+
 class _StateUnpickler(Unpickler):
     """Loads a record; every global in it is only a name.
 
@@ -265,7 +317,9 @@ class _StateUnpickler(Unpickler):
     as a pickle says, and five bytes are enough to say 64 GB.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = dict(Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = {
+        opcode: Unpickler.dispatch[opcode] for opcode in b"".join(_OPCODES)
+    }
 
     def __init__(self, record: bytes, persistent_load: Any):
         super().__init__(BytesIO(record), errors="bytes")
@@ -287,11 +341,12 @@ class _StateUnpickler(Unpickler):
         _check_dictionary({}, self.stack[self.marker() + 1 :])
         super().load_dict()
 
-    def load_reduce(self) -> None:
-        # It would fail anyway, but after it had printed what it was to call.
+    def load_forbidden(self) -> None:
         raise Unresolvable("a call in a state")
 
-    dispatch[REDUCE[0]] = load_reduce
+    dispatch.update(
+        dict.fromkeys(set(Unpickler.dispatch) - set(dispatch), load_forbidden)
+    )
     dispatch[SETITEM[0]] = load_setitem
     dispatch[SETITEMS[0]] = load_setitems
     dispatch[DICT[0]] = load_dict

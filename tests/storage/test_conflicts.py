@@ -10,7 +10,7 @@ import tracemalloc
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from BTrees import _FAMILIES
@@ -675,6 +675,133 @@ def test_a_dictionary_that_may_take_long_is_left_to_the_client(dictionary):
     record = pickled(OOBucket) + state
     with pytest.raises(Unresolvable, match="dictionary"):
         resolve(record, record, record)
+
+
+def hostile(value: bytes, key: bytes = text("key")) -> bytes:
+    """A bucket with one item, both as they are pickled."""
+    return pickled(OOBucket) + b"\x80\x03(" + key + value + b"t\x85."
+
+
+def built_upon(oid: bytes) -> bytes:
+    """A reference whose oid is, afterwards, what takes for ever to compare."""
+    attributes = b"}" + text("oid") + laughing(64) + b"s"
+    return b"C\x08" + oid + b"Q" + attributes + b"b"
+
+
+@pytest.mark.timeout(60)
+def test_a_reference_is_given_no_attributes():
+    """Comparing these two would keep the interpreter, and the server, for ever."""
+    records = [hostile(built_upon(oid)) for oid in (OID, OTHER_OID, b"oid4567a")]
+    with pytest.raises(Unresolvable, match="a call"):
+        resolve(*records)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_a_long_text_that_is_shared_counts_with_its_length(where):
+    """To compare 26 GB of text takes seconds, in which no other thread runs."""
+    shared = text("x" * 100_000) + b"2\x86" * 18
+    record = hostile(**{where: shared, "value" if where == "key" else "key": b"K\x01"})
+    with pytest.raises(Unresolvable, match="shares"):
+        resolve(record, record, record)
+
+
+def test_a_long_number_that_is_shared_counts_with_its_length():
+    shared = b"\x8b" + struct.pack("<i", 100_000) + b"\x7f" * 100_000
+    record = hostile(shared + b"2\x86" * 18)
+    with pytest.raises(Unresolvable, match="shares"):
+        resolve(record, record, record)
+
+
+def colliding(count: int) -> bytes:
+    """A dictionary whose keys have all the same hash."""
+    hashed_as_0 = sys.hash_info.modulus
+    keys = (
+        b"\x8a\x0a" + (number * hashed_as_0).to_bytes(10, "little") + b"N"
+        for number in range(1, 1 + count)
+    )
+    return b"}(" + b"".join(keys) + b"u"
+
+
+def test_a_dictionary_of_keys_with_one_hash_is_not_compared_often():
+    """A thousand keys take a million steps, each time that it is compared."""
+    for value in (colliding(1000), colliding(100) + b"2\x86" * 7):
+        record = hostile(value)
+        with pytest.raises(Unresolvable, match="shares"):
+            resolve(record, record, record)
+    small = hostile(colliding(20))
+    with pytest.raises(Contradiction):
+        resolve(small, small, small)
+
+
+@pytest.mark.parametrize("pair", [b"N\x86", b"\x85"], ids=["class", "no class"])
+def test_a_class_is_not_printed_when_it_is_refused(pair):
+    """Its name, of 60 KB, would be there a quarter of a million times."""
+    meta = b"\x80\x03" + text("x" * 60_000) + b"2\x86" * 18 + pair + b"."
+    record = meta + pickle.dumps(1, 3)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Unresolvable):
+            resolve(record, record, record)
+        _now, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10_000_000
+
+
+def test_the_mark_of_the_unpickler_does_not_come_out():
+    """It is an object, and would be written as one."""
+    record = hostile(b"(q\x000h\x00\x85")
+    with pytest.raises(Unresolvable, match="object"):
+        resolve(record, bucket(), bucket(other=1))
+
+
+def test_a_class_that_was_loaded_by_its_code_once_is_not_taken_from_there(
+    extension_codes, monkeypatch
+):
+    """An unpickler finds it without asking which classes there are."""
+    monkeypatch.setitem(vars(copyreg)["_extension_cache"], 0xF0, Explosive)
+    for made in (b"\x82\xf0)\x81", b"\x82\xf0", b"(\x82\xf0o"):
+        record = hostile(made)
+        with pytest.raises(Unresolvable, match="a call"):
+            resolve(record, record, record)
+
+
+def test_no_opcode_is_known_that_makes_or_changes_an_object():
+    careful = conflicts._StateUnpickler(b"", lambda _reference: None)
+    making = b"Rb\x81oi\x82\x83\x84"
+    for opcode in making:
+        with pytest.raises(Unresolvable, match="a call"):
+            careful.dispatch[opcode](careful)
+
+
+def test_what_is_compressed_is_bounded_when_it_is_not_any_more():
+    decoded = []
+
+    def decode(record: bytes) -> bytes:
+        decoded.append(record)
+        return record * 100_000
+
+    form = Form(decode, bytes)
+    with pytest.raises(Unresolvable, match="too large"):
+        conflicts.resolve_encoded(form, *[pickled(Length, 1)] * 3)
+    assert len(decoded) == 1, "the others take memory, too"
+
+
+def test_the_class_of_a_large_record_is_not_looked_for_further_than_it_may_be():
+    read = []
+
+    def recorded(self: Any) -> None:
+        read.append(self)
+
+    class Counted(conflicts._StateUnpickler):
+        dispatch: ClassVar = {**conflicts._StateUnpickler.dispatch, 78: recorded}
+
+    large = b"\x80\x03" + b"N" * 1_000_000 + pickled(Length)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(conflicts, "_StateUnpickler", Counted)
+        assert conflicts.class_alone(large) is None
+    assert 0 < len(read) <= conflicts.CLASS_BYTES_MAX
 
 
 def test_what_is_shared_a_little_is_resolved():
