@@ -37,6 +37,8 @@ _LOCK = "lock"
 _MARK = ".voted"
 # Operations that carry a blob, and where what names its file is in them.
 _NAME_AT = {"store_blob": 4, "store_shared_blob": 4, "restore_blob": 5}
+# A blob's record is its class and None: forty bytes. What is longer is not looked into.
+BLOB_RECORD_BYTES_MAX = 4096
 # For the names of files; next() is atomic.
 _numbers = count(1)
 
@@ -62,7 +64,9 @@ def has_blobs(storage: Any) -> bool:
 
 def is_blob_record(record: bytes) -> bool:
     """ZODB.blob.is_blob_record for records that anybody may have written."""
-    if not record or b"ZODB.blob" not in record:
+    if not record or len(record) > BLOB_RECORD_BYTES_MAX:
+        return False
+    if b"ZODB.blob" not in record:
         return False
     return conflicts.class_alone(record) == ("ZODB.blob", "Blob")
 

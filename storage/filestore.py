@@ -29,7 +29,7 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadOnlyError
 
 from zeolith.storage.adapted import TIDS_SKIPPED, AdaptedStorage
 from zeolith.storage.appending import Appender
-from zeolith.storage.blobs import is_blob_record
+from zeolith.storage.blobs import BLOB_RECORD_BYTES_MAX, is_blob_record
 from zeolith.storage.changes import Change, Known, Past
 from zeolith.storage.commit import FUTURE_MAX_S
 from zeolith.storage.database import (
@@ -209,6 +209,9 @@ class _DataFile(IndexedFile):
 
     def is_blob_record(self, record: bytes) -> bool:
         """Called by undo and pack, with the record as it is in the file."""
+        if len(record or b"") > BLOB_RECORD_BYTES_MAX:
+            # Nor is it decompressed: that may be a thousand times as much.
+            return False
         try:
             return is_blob_record(self._crs_untransform_record_data(record))
         except Exception:  # noqa: BLE001 - what wrappers raise for what was made up

@@ -34,13 +34,13 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
-from ZODB.blob import is_blob_record
 from ZODB.FileStorage.FileStorage import RedundantPackWarning
 from ZODB.FileStorage.format import CorruptedDataError
 from ZODB.FileStorage.fspack import GC, FileStoragePacker, PackCopier, PackError
 from ZODB.fsIndex import fsIndex
 from ZODB.serialize import referencesf
 
+from zeolith.storage.blobs import is_blob_record
 from zeolith.storage.syncing import sync_path
 
 PROGRESS_INTERVAL_S = 0.25

@@ -301,6 +301,12 @@ def test_what_is_a_blob_is_found_without_loading_classes():
     assert not is_blob_record(b"\x80\x03Nr\xff\xff\xff\xff" + b"ZODB.blob.")
 
 
+def test_what_is_too_large_for_a_blobs_record_is_not_looked_into():
+    large = plain(b"x" * blobs.BLOB_RECORD_BYTES_MAX)
+    assert not is_blob_record(BLOB + large)
+    assert is_blob_record(BLOB + b"x" * (blobs.BLOB_RECORD_BYTES_MAX - len(BLOB)))
+
+
 # Restoring
 
 
