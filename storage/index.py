@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from BTrees.fsBTree import fsBucket
-from ZODB.fsIndex import fsIndex
+from ZODB.fsIndex import ensure_bytes, fsIndex
 
 from zeolith.storage.syncing import sync_path
 
@@ -74,16 +74,28 @@ class Source(Protocol):
 def load(path: Path) -> Index | None:
     """The index that is saved at ``path``; None if there is none.
 
-    Raises whatever reading a damaged pickle raises.
+    Raises whatever reading a damaged pickle raises. Nothing that the file names is
+    made: it may have come from elsewhere, with a backup.
     """
     try:
-        saved = fsIndex.load(str(path))
+        file = path.open("rb")
     except FileNotFoundError:
         return None
-    objects, position = saved["index"], saved["pos"]
-    if type(objects) is not fsIndex or isinstance(objects._data, dict):
-        raise ValueError("it is of an old format")
-    return Index(objects, int(position))
+    with file:
+        unpickler = _NamelessUnpickler(file)
+        position = unpickler.load()
+        if type(position) is not int:
+            raise ValueError("it is of an old format")
+        objects = fsIndex()
+        while bucket := unpickler.load():
+            prefix, places = map(ensure_bytes, bucket)
+            objects._data[prefix] = fsBucket().fromString(places)
+    return Index(objects, position)
+
+
+class _NamelessUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it names {module[:80]}.{name[:80]}")
 
 
 def save(source: Source, path: Path) -> int:

@@ -1,6 +1,7 @@
 """The file Data.fs.index, which is right as a whole or is not there."""
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,28 @@ def test_a_damaged_one_is_an_error(tmp_path):
         path.write_bytes(content)
         with pytest.raises(Exception):  # noqa: B017, PT011 - whatever pickle raises
             load(path)
+
+
+class Hostile:
+    def __init__(self, proof: Path):
+        self._proof = proof
+
+    def __reduce__(self) -> Any:
+        return eval, (f"open({str(self._proof)!r}, 'w').close()",)
+
+
+def test_nothing_is_made_that_an_index_names(tmp_path):
+    """It may have come with a backup, from anybody."""
+    path, proof = tmp_path / "index", tmp_path / "was run"
+    hostile = pickle.dumps(Hostile(proof), 3)
+    pickle.loads(hostile)
+    assert proof.exists(), "a pickle that does nothing proves nothing"
+    proof.unlink()
+    for content in (hostile, pickle.dumps(77, 3) + hostile):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="it names"):
+            load(path)
+    assert not proof.exists()
 
 
 _places = st.dictionaries(
