@@ -23,7 +23,6 @@ import click
 import ZConfig
 from persistent.TimeStamp import TimeStamp
 from zc.lockfile import LockError
-from ZODB.blob import is_blob_record
 from ZODB.FileStorage import FileStorage
 from ZODB.FileStorage.FileStorage import FileIterator, FileStorageFormatError
 from ZODB.interfaces import (
@@ -35,6 +34,7 @@ from ZODB.POSException import POSError, POSKeyError
 from zodburi import resolve_uri
 
 from zeolith.client.copying import blob_of, copy_transactions, is_wrapped
+from zeolith.client.record_class import is_blob_record
 from zeolith.client.tids import Z64, following, preceding
 
 _INTERRUPTED = 130

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ZODB.blob import is_blob_record
 from ZODB.Connection import TransactionMetaData
 from ZODB.interfaces import (
     IBlobStorage,
@@ -22,6 +21,7 @@ from ZODB.interfaces import (
 from ZODB.POSException import POSKeyError, Unsupported
 
 from zeolith.client.blob_directory import discard
+from zeolith.client.record_class import is_blob_record
 
 Transactions = Iterable[Any]
 

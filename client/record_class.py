@@ -12,6 +12,9 @@ import zlib
 UNKNOWN = "(not told)"
 # No pickle begins so: what zc.zlibstorage makes of a record.
 _DEFLATED = b".z"
+# What ZODB writes of a blob, whatever its protocol, and what is of no account in it.
+_BLOB = [("GLOBAL", "ZODB.blob Blob"), ("STOP", None)]
+_REMEMBERING = ("PROTO", "PUT", "BINPUT", "LONG_BINPUT")
 # As far as is looked for a name.
 _HEAD_BYTES = 4096
 # A protocol, a tuple's beginning, and the name; nearly always.
@@ -30,6 +33,23 @@ def class_of(record: bytes) -> str:
     if found is None:
         return _printable(_slowly(head))
     return _printable(b".".join(found.groups()).decode(errors="replace"))
+
+
+def is_blob_record(record: bytes | None) -> bool:
+    """ZODB.blob.is_blob_record without an unpickler: the class is Blob, and alone."""
+    # None in a copy of a transaction that was undone.
+    if not record or b"ZODB.blob" not in record[:_HEAD_BYTES]:
+        return False
+    seen: list[tuple[str, object]] = []
+    try:
+        for opcode, argument, _position in pickletools.genops(record[:_HEAD_BYTES]):
+            if opcode.name not in _REMEMBERING:
+                seen.append((opcode.name, argument))
+            if opcode.name == "STOP":
+                break
+    except ValueError:
+        return False
+    return seen == _BLOB
 
 
 def _slowly(head: bytes) -> str:

@@ -9,12 +9,12 @@ from BTrees.OOBTree import OOBTree
 from hypothesis import given
 from hypothesis import strategies as st
 from persistent.mapping import PersistentMapping
-from ZODB import DB
+from ZODB import DB, blob
 from ZODB.blob import Blob
 from ZODB.MappingStorage import MappingStorage
 from ZODB.serialize import ObjectWriter
 
-from zeolith.client.record_class import UNKNOWN, class_of
+from zeolith.client.record_class import UNKNOWN, class_of, is_blob_record
 
 GLOBAL = b"cshop.models\nOrder\n"
 STATE = b"\x80\x03N."
@@ -90,3 +90,49 @@ def test_a_bomb_is_not_inflated():
 def test_a_name_does_nothing_to_a_terminal():
     name = class_of(b"cmodule\n\x1b[2JName\xff\n.")
     assert name == "module.?[2JName\N{REPLACEMENT CHARACTER}"
+
+
+# Whether it is a blob
+
+BLOB = b"cZODB.blob\nBlob\n"
+
+
+def written_by_zodb(instance: object) -> bytes:
+    db = DB(MappingStorage())
+    connection = db.open()
+    connection.add(instance)
+    record: bytes = ObjectWriter(instance).serialize(instance)
+    connection.transaction_manager.abort()
+    connection.close()
+    db.close()
+    return record
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        written_by_zodb(Blob()),
+        written_by_zodb(PersistentMapping({"a": "ZODB.blob"})),
+        BLOB + b"." + STATE,
+        b"\x80\x01" + BLOB + b"p0\n." + STATE,
+        b"\x80\x02" + BLOB + b"r\x00\x00\x00\x00." + STATE,
+        b"(" + BLOB + b"Nt." + STATE,
+        BLOB + b"q\x01N." + STATE,
+        b"cZODB.blob\nBlobFile\n." + STATE,
+        b"ZODB.blob",
+        BLOB,
+        b"",
+    ],
+)
+def test_what_is_a_blob_for_zodb_is_one_here(record):
+    assert is_blob_record(record) == blob.is_blob_record(record)
+
+
+def test_a_record_that_calls_the_class_of_blobs_makes_none(monkeypatch):
+    made = []
+    monkeypatch.setattr(Blob, "__setstate__", lambda *_args: made.append(1))
+    record = BLOB + b")\x81}b." + STATE
+    assert not is_blob_record(record)
+    assert not made
+    blob.is_blob_record(record)
+    assert made, "a record that does nothing proves nothing"
