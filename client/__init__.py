@@ -22,6 +22,7 @@
 * ``commit``     one transaction from begin to its end
 * ``stores``     what it wants to write
 * ``log``        undo logs and histories in ZODB's form
+* ``extensions`` what transactions say of themselves
 * ``cache``      revisions and the snapshots they are good for; one in memory
 * ``disk_cache`` one that the processes of a host share; it is a client of
   ``cache_place``, ``cache_file`` (LMDB), ``cache_eviction``, ``cache_backlog``,

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ZODB.BaseStorage import DataRecord, TransactionRecord
+from ZODB.Connection import overridable_property
 from ZODB.interfaces import IStorageTransactionInformation
 from zope.interface import implementer
+
+from zeolith.client.extensions import load_extension
 
 Call = Callable[..., Any]
 
@@ -26,6 +29,11 @@ class Transaction(TransactionRecord):
         self._call = call
         self._records = records
         self._rest = rest
+
+    @overridable_property  # type: ignore[untyped-decorator]
+    def extension(self) -> dict[str, Any]:
+        """What the transaction says of itself; see load_extension."""
+        return load_extension(self.extension_bytes)
 
     def __iter__(self) -> Iterator[DataRecord]:
         records, rest = self._records, self._rest

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from persistent.TimeStamp import TimeStamp
-from ZODB import _compat
+
+from zeolith.client.extensions import load_extension
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ def describe(entry: Sequence[Any]) -> Description:
     }
     if extension:
         try:
-            described.update(_compat.loads(extension))
-        except Exception as error:  # noqa: BLE001 - whatever a class may raise
+            described.update(load_extension(extension))
+        except Exception as error:  # noqa: BLE001 - whatever a pickle may be
             logger.warning("the extension of %s is unreadable: %s", tid.hex(), error)
     return described
 

@@ -1,6 +1,7 @@
 """Entries of the log become ZODB's descriptions; the paging never loses one."""
 
 import pickle
+import sys
 
 import pytest
 from ZODB import _compat
@@ -69,6 +70,15 @@ def test_a_prefix_is_compared_from_the_left():
     assert log.having({"user_name": Prefix("/folder")})(described)
     assert not log.having({"user_name": Prefix("/other")})(described)
     assert not log.having({"no such key": 1})(described)
+
+
+def test_what_is_not_plain_is_left_out_and_not_imported(caplog):
+    extension = b"}(U\x01acthis\ns\nu."
+    described = log.describe([tid(1), b"user", b"description", extension, 7])
+    assert described["description"] == b"description"
+    assert "a" not in described
+    assert "this.s" in caplog.text
+    assert "this" not in sys.modules
 
 
 def test_where_unpickling_is_forbidden_nothing_is_unpickled(monkeypatch):

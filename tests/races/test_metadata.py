@@ -33,7 +33,6 @@ EXTENSIONS: dict[str, dict[Any, Any]] = {
     "a key that is a number": {1: "one"},
     "a key that is a tuple": {(1, 2): None},
     "a date": {"when": datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.UTC)},
-    "a class of the application's": {"thing": Thing()},
     "nested": {"list": [1, {"set": {1, 2}}, (b"\xff", None, 1.5, 2**100)]},
     "large": {"large": b"x" * 60_000},
     "empty": {},
@@ -64,6 +63,27 @@ def test_an_extension_arrives_bit_for_bit(server, writer, tmp_path, extension: s
     assert record.tid == tid
     assert record.user == transaction.user
     assert record.description == transaction.description
+    assert record.extension_bytes == written
+    plain.close()
+
+
+def test_a_class_that_an_extension_names_is_nothing_to_whoever_reads_it(
+    server, writer, tmp_path, caplog
+):
+    """It may be anybody's who may write; what is written is the application's."""
+    transaction = metadata({"thing": Thing()})
+    written = transaction.extension_bytes
+    writer.tpc_begin(transaction)
+    writer.store(X, None, b"data", "", transaction)
+    writer.tpc_vote(transaction)
+    writer.tpc_finish(transaction)
+    (told,) = writer.undoLog(0, 1)
+    assert "thing" not in told
+    assert told["description"] == transaction.description
+    assert "test_metadata.Thing" in caplog.text
+    server.stop()
+    plain = FileStorage(str(tmp_path / "Data.fs"), read_only=True)
+    (record,) = plain.iterator()
     assert record.extension_bytes == written
     plain.close()
 
