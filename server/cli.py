@@ -77,19 +77,28 @@ def main() -> None:
     "--path", "data_path", metavar="DATA.FS", help="Without a file: the data."
 )
 @click.option("--blob-dir", metavar="DIR", help="Without a file: where blobs are.")
+@click.option(
+    "--insecure",
+    "is_insecure",
+    is_flag=True,
+    help="Without a file: listen also where other machines can connect.",
+)
 def serve(
     path: str | None,
     addresses: tuple[Address, ...],
     data_path: str | None,
     blob_dir: str | None,
+    is_insecure: bool,
 ) -> None:
     """Serve storages until told to stop (SIGTERM, or Ctrl-C)."""
     if bool(path) == bool(data_path):
         raise click.UsageError(
             "give either a configuration file (-C) or the data (--path)"
         )
-    if path and (addresses or blob_dir):
-        raise click.UsageError("--address and --blob-dir belong to --path, not to -C")
+    if path and (addresses or blob_dir or is_insecure):
+        raise click.UsageError(
+            "--address, --blob-dir and --insecure belong to --path, not to -C"
+        )
     logging.basicConfig(format=_LOG_FORMAT, level=logging.INFO, stream=sys.stderr)
     # It logs a traceback for a file that is locked; we say it in a line.
     logging.getLogger("zc.lockfile").setLevel(logging.CRITICAL)
@@ -98,7 +107,10 @@ def serve(
             options = config.read_file(path)
         else:
             assert data_path
-            options = config.quick_options(list(addresses), data_path, blob_dir)
+            options = config.quick_options(
+                list(addresses), data_path, blob_dir, is_insecure=is_insecure
+            )
+        config.refuse_exposed(options)
         daemon.run(options, click.echo, lambda: _reread(path))
     except config.ConfigError as error:
         _exit(2, error)
@@ -112,6 +124,7 @@ def check_config(path: str) -> None:
     """Say whether a configuration file can be used; opens nothing."""
     try:
         options = config.read_file(path)
+        config.refuse_exposed(options)
     except config.ConfigError as error:
         _exit(2, error)
     for address in options.addresses:

@@ -16,6 +16,8 @@ import ZConfig
 
 from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
 from zeolith.protocol.durations import parse_seconds
+from zeolith.server.exposure import exposed, refusal, resolved
+from zeolith.server.listener import SOCKET_MODE
 from zeolith.server.replays import REPLAY_BYTES
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.opening import open_database, open_file
@@ -42,6 +44,16 @@ class Options:
     index_interval_s: float = 600.0
     replay_bytes: int = REPLAY_BYTES
     log_level: int = logging.INFO
+    is_insecure: bool = False
+    socket_mode: int = SOCKET_MODE
+    # Whether TCP is spoken under TLS, and whether whoever comes must say who he is.
+    has_tls: bool = False
+    has_login: bool = False
+
+    @property
+    def may_be_exposed(self) -> bool:
+        """Whether it may listen on addresses that strangers reach."""
+        return self.is_insecure or (self.has_tls and self.has_login)
 
 
 def read_file(path: str) -> Options:
@@ -58,12 +70,32 @@ def read_file(path: str) -> Options:
     return _options(path, document)
 
 
-def quick_options(addresses: list[Address], path: str, blob_dir: str | None) -> Options:
+def quick_options(
+    addresses: list[Address],
+    path: str,
+    blob_dir: str | None,
+    *,
+    is_insecure: bool = False,
+) -> Options:
     """The options of a server without a file, for the one Data.fs at ``path``."""
     return Options(
         addresses=addresses or [(DEFAULT_HOST, DEFAULT_PORT)],
         storages={DEFAULT_STORAGE: partial(open_file, DEFAULT_STORAGE, path, blob_dir)},
+        is_insecure=is_insecure,
     )
+
+
+def refuse_exposed(options: Options) -> None:
+    """Raise ConfigError if strangers would reach an address, and nobody allowed it.
+
+    Names of hosts are looked up, which may take a while.
+    """
+    if options.is_insecure:
+        return
+    addresses = resolved(options.addresses)
+    found = exposed(addresses, options.has_tls, options.has_login)
+    if found:
+        raise ConfigError(refusal(found))
 
 
 def Document(section: Any) -> Any:
@@ -82,6 +114,17 @@ def seconds(text: str) -> float:
     if value == 0:
         raise ValueError(f"{text!r} is no time to wait; write for example 30s")
     return value
+
+
+def socket_mode(text: str) -> int:
+    """Datatype: the mode of a file in octal, as in 0660."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"{text!r} is no mode of a file; write for example 0660")
+    return mode
 
 
 def log_level(text: str) -> int:
@@ -123,6 +166,8 @@ def _options(path: str, document: Any) -> Options:
         index_interval_s=server.index_interval,
         replay_bytes=server.replay_bytes,
         log_level=server.log_level,
+        is_insecure=server.is_insecure,
+        socket_mode=server.socket_mode,
     )
 
 

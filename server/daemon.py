@@ -118,7 +118,11 @@ async def _serve(
     for number in _STOPPING:
         _heed(number, loop, stop.set)
     _heed(signal.SIGHUP, loop, on_hangup)
-    listener = Listener(lambda: Peer(service, DEFAULT))
+    listener = Listener(
+        lambda: Peer(service, DEFAULT),
+        may_be_exposed=options.may_be_exposed,
+        socket_mode=options.socket_mode,
+    )
     ticking = loop.create_task(_tick(service, index_saver))
     try:
         for address in options.addresses:

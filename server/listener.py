@@ -1,7 +1,9 @@
 """The addresses on which the server accepts: bound, announced, and let go.
 
 Called on the loop. A Unix socket's file is removed at the end; a file that a dead
-server left behind is replaced, one on which somebody answers is not.
+server left behind is replaced, one on which somebody answers is not. Nobody can
+connect before it is certain that the address may be reached, and the mode of a Unix
+socket is set: it is bound first, and listened to then.
 """
 
 import asyncio
@@ -12,8 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zeolith.protocol.addresses import Address, format_address
+from zeolith.server.exposure import exposed, refusal
 
 BACKLOG = 512
+# Only the server's own user may connect to a Unix socket.
+SOCKET_MODE = 0o600
 
 
 class ListenError(Exception):
@@ -23,8 +28,16 @@ class ListenError(Exception):
 class Listener:
     """The listening sockets of one server."""
 
-    def __init__(self, protocol: Callable[[], asyncio.BaseProtocol]):
+    def __init__(
+        self,
+        protocol: Callable[[], asyncio.BaseProtocol],
+        *,
+        may_be_exposed: bool = False,
+        socket_mode: int = SOCKET_MODE,
+    ):
         self._protocol = protocol
+        self._may_be_exposed = may_be_exposed
+        self._socket_mode = socket_mode
         self._servers: list[asyncio.Server] = []
         self._paths: list[Path] = []
         # Where clients really reach us: port 0 has become a port.
@@ -55,18 +68,32 @@ class Listener:
     async def _listen_tcp(self, host: str, port: int) -> None:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            self._protocol, host or None, port, backlog=BACKLOG
+            self._protocol, host or None, port, backlog=BACKLOG, start_serving=False
         )
         self._servers.append(server)
-        for sock in server.sockets:
-            self.addresses.append(sock.getsockname()[:2])
+        bound = [sock.getsockname()[:2] for sock in server.sockets]
+        if not self._may_be_exposed:
+            reachable = exposed(bound, has_tls=False, has_login=False)
+            if reachable:
+                raise ListenError(refusal(reachable))
+        await server.start_serving()
+        self.addresses += bound
 
     async def _listen_unix(self, path: str) -> None:
         _remove_stale(path)
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(self._protocol, path, backlog=BACKLOG)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.bind(path)
+            self._paths.append(Path(path))
+            os.chmod(path, self._socket_mode)
+            server = await loop.create_unix_server(
+                self._protocol, sock=sock, backlog=BACKLOG
+            )
+        except BaseException:
+            sock.close()
+            raise
         self._servers.append(server)
-        self._paths.append(Path(path))
         self.addresses.append(path)
 
 

@@ -265,6 +265,6 @@ def _address_of(transport: asyncio.Transport) -> str:
     if sock is not None and hasattr(socket, "SO_PEERCRED"):
         size = struct.calcsize("3i")
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid, uid, _gid = struct.unpack("3i", credentials)
-        return f"unix:pid={pid},uid={uid}"
+        pid, uid, gid = struct.unpack("3i", credentials)
+        return f"unix:pid={pid},uid={uid},gid={gid}"
     return "unix"

@@ -139,15 +139,16 @@ def test_the_unit_lets_the_server_write_where_its_configuration_says(unit):
     assert f"/run/{unit['RuntimeDirectory'][0]}/" in text
 
 
-def test_the_units_group_may_use_the_socket_and_nobody_else(
+def test_the_servers_group_may_use_the_socket_and_nobody_else(
     unit, server_conf, tmp_path
 ):
     command = on_this_machine(unit["ExecStart"][0], server_conf)
     umask = int(unit["UMask"][0], 8)
     with running(command, cwd=tmp_path, umask=umask) as process:
         _tcp, path = addresses_of(process)
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o770
-    # The same goes for the files of the data, which the folder keeps to the user.
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o660
+        # The data is nobody's but the server's.
+        assert stat.S_IMODE(os.stat(tmp_path / "Data.fs").st_mode) == 0o600
     assert unit["StateDirectoryMode"] == ["0700"]
 
 

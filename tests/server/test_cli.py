@@ -146,6 +146,31 @@ def test_a_file_can_be_checked(conf, tmp_path):
     assert not (tmp_path / "Data.fs").exists()
 
 
+@pytest.mark.parametrize("command", ["serve", "check-config"])
+def test_an_exposed_address_is_refused_with_a_way_out(tmp_path, served, command):
+    path = tmp_path / "server.conf"
+    text = CONF.replace("127.0.0.1:8101", "0.0.0.0:8101")
+    text = text.replace("{folder}", str(tmp_path))
+    path.write_text(text)
+    result = run(command, "-C", str(path))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("zeolith: 0.0.0.0:8101: ")
+    assert "insecure true" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not served
+    path.write_text(text.replace("<zeolith>\n", "<zeolith>\n  insecure true\n"))
+    assert run(command, "-C", str(path)).exit_code == 0
+
+
+def test_an_exposed_address_without_a_file_needs_an_option(served):
+    command = ["serve", "--path", "Data.fs", "--address", "0.0.0.0:8101"]
+    assert run(*command).exit_code == 2
+    assert not served
+    assert run(*command, "--insecure").exit_code == 0
+    assert served[0].may_be_exposed
+    assert run("serve", "-C", "server.conf", "--insecure").exit_code == 2
+
+
 def test_a_check_needs_a_file():
     assert run("check-config").exit_code == 2
 

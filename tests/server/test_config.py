@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT
-from zeolith.server.config import ConfigError, Options, quick_options, read_file
+from zeolith.server.config import (
+    ConfigError,
+    Options,
+    quick_options,
+    read_file,
+    refuse_exposed,
+)
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.opening import OpeningError
@@ -32,6 +38,8 @@ def test_everything_may_be_said(conf):
               address 127.0.0.1:8101
               address localhost:8102
               address /run/zeolith.sock
+              insecure true
+              socket-mode 0660
               read-only true
               transaction-timeout 2m
               shutdown-timeout 5s
@@ -52,6 +60,8 @@ def test_everything_may_be_said(conf):
         ("localhost", 8102),
         "/run/zeolith.sock",
     ]
+    assert options.is_insecure
+    assert options.socket_mode == 0o660
     assert options.is_read_only
     assert options.transaction_timeout_s == 120
     assert options.shutdown_timeout_s == 5
@@ -66,6 +76,8 @@ def test_what_is_not_said_has_a_default(conf, section):
     options = read_file(conf(section + FILESTORAGE))
     assert options.addresses == [(DEFAULT_HOST, DEFAULT_PORT)]
     assert not options.is_read_only
+    assert not options.is_insecure
+    assert options.socket_mode == Options([], {}).socket_mode == 0o600
     assert options.shutdown_timeout_s == 10
     assert options.index_interval_s == Options([], {}).index_interval_s == 600
     assert options.replay_bytes == Options([], {}).replay_bytes == 256 * 1024**2
@@ -123,6 +135,8 @@ def test_a_read_only_server_opens_files_read_only(conf, tmp_path):
         ("<zeolith>\n\ntransaction-timeout -1\n</zeolith>\n", "server.conf:3: "),
         ("<zeolith>\ntransaction-timeout 0\n</zeolith>\n", "no time to wait"),
         ("<zeolith>\nlog-level loud\n</zeolith>\n", "none of debug, info"),
+        ("<zeolith>\nsocket-mode rw\n</zeolith>\n", "no mode of a file"),
+        ("<zeolith>\nsocket-mode 10000\n</zeolith>\n", "no mode of a file"),
         ("<zeolith>\nread-only perhaps\n</zeolith>\n", "server.conf:2: "),
         ("<zeolith>\nport 8100\n</zeolith>\n", "'port'"),
         ("<zeolith>\n", "server.conf:"),
@@ -139,6 +153,26 @@ def test_a_mistake_is_one_line_that_says_what_and_where(conf, text, complaint):
     assert complaint in said
     assert "server.conf" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("protection", "is_refused"),
+    [
+        ({}, True),
+        ({"has_tls": True}, True),
+        ({"has_login": True}, True),
+        ({"has_tls": True, "has_login": True}, False),
+        ({"is_insecure": True}, False),
+    ],
+)
+def test_strangers_are_kept_away_unless_something_protects(protection, is_refused):
+    options = Options([("127.0.0.1", 1), ("0.0.0.0", 2)], {}, **protection)
+    assert options.may_be_exposed is not is_refused
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"^0\.0\.0\.0:2: "):
+            refuse_exposed(options)
+    else:
+        refuse_exposed(options)
 
 
 def test_a_file_that_is_not_there_is_a_mistake_too(tmp_path):

@@ -1,6 +1,8 @@
 import asyncio
+import errno
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator
 
 import pytest
@@ -131,6 +133,51 @@ async def test_a_file_that_is_no_socket_is_left_alone(listener, tmp_path):
     with pytest.raises(ListenError, match="no socket"):
         await listener.listen(str(path))
     assert path.read_text() == "data"
+
+
+async def test_an_address_that_strangers_reach_is_refused(listener):
+    with pytest.raises(ListenError, match="insecure true"):
+        await listener.listen(("0.0.0.0", 0))
+    assert not listener.addresses
+    await listener.listen(("127.0.0.1", 0))
+
+
+async def test_nobody_can_connect_before_the_refusal(listener, monkeypatch):
+    tried: list[int] = []
+
+    def exposed(bound, **_protection):
+        with socket.socket() as sock:
+            tried.append(sock.connect_ex(bound[0]))
+        return bound
+
+    monkeypatch.setattr("zeolith.server.listener.exposed", exposed)
+    with pytest.raises(ListenError):
+        await listener.listen(("127.0.0.1", 0))
+    assert tried == [errno.ECONNREFUSED]
+
+
+async def test_an_address_that_strangers_reach_may_be_allowed():
+    listener = Listener(Greeter, may_be_exposed=True)
+    await listener.listen(("0.0.0.0", 0))
+    (address,) = listener.addresses
+    assert await greeting(("127.0.0.1", address[1])) == b"here"
+    await listener.close()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+@pytest.mark.parametrize("mode", [None, 0o660, 0o666])
+async def test_a_unix_socket_has_its_mode_whatever_the_umask(tmp_path, mode, umask):
+    path = str(tmp_path / "socket")
+    options = {} if mode is None else {"socket_mode": mode}
+    listener = Listener(Greeter, **options)
+    before = os.umask(umask)
+    try:
+        await listener.listen(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(path).st_mode) == (mode or 0o600)
+    assert await greeting(path) == b"here"
+    await listener.close()
 
 
 async def test_a_folder_that_is_not_there_is_told(listener, tmp_path):

@@ -557,7 +557,8 @@ async def test_a_unix_client_is_known_by_its_process(server, tmp_path):
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
         peer = await arrived.get()
-        assert peer.address == f"unix:pid={os.getpid()},uid={os.getuid()}"
+        who = f"pid={os.getpid()},uid={os.getuid()},gid={os.getgid()}"
+        assert peer.address == f"unix:{who}"
         peer.cut_off()
         await server.service.wait_until_empty(60)
     await listener.close()
