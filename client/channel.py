@@ -205,6 +205,8 @@ class Channel:
         if goodbye is not None and goodbye.reason == "protocol":
             # It is what we said that was wrong; it would be the next time, too.
             return errors.LocalProtocolError(goodbye.text)
+        if goodbye is not None and goodbye.reason == "forbidden":
+            return errors.Forbidden(goodbye.text)
         if isinstance(error, OSError) and error.errno in _SILENT:
             silence_s = self._connection.limits.heartbeat_timeout_s
             return ChannelLost(f"the server was silent for {silence_s:g} s")

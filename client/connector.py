@@ -382,7 +382,8 @@ class Connector:
             session.close("the storage is closed")
         elif is_elsewhere:
             session.close("the storage was given a new address")
-        elif is_read_only and not self._is_read_only:
+        elif is_read_only and not self._is_read_only and session.may_write:
+            # Else nobody would give us one.
             self._look_for_better()
 
     def _note(self, error: Exception) -> None:
@@ -411,6 +412,9 @@ class Connector:
             try:
                 better = self._reach(is_read_only=False)
             except (OSError, ZeolithError):
+                continue
+            if better.is_read_only:
+                better.discard("it takes no writes from us any more")
                 continue
             with self._changed:
                 # Whatever is adopted next takes it or discards it.

@@ -24,6 +24,7 @@ from zeolith.protocol.connection import Connection
 from zeolith.protocol.errors import ZeolithError
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Message, Notice
+from zeolith.protocol.roles import AccessRole
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,16 @@ class Session:
     def is_read_only(self) -> bool:
         """Whether the server takes no writes from this session."""
         return bool(self.welcome["read_only"])
+
+    @property
+    def may_write(self) -> bool:
+        """Whether this client may write, wherever something can be written."""
+        return AccessRole.WRITE in self.welcome["roles"]
+
+    @property
+    def may_undo(self) -> bool:
+        """Whether the server lets this client undo."""
+        return AccessRole.UNDO in self.welcome["roles"]
 
     # Channels, for any thread
 

@@ -319,9 +319,9 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         return self._is_read_only or (session is not None and session.is_read_only)
 
     def supportsUndo(self) -> bool:
-        """Whether the server's storage can undo."""
+        """Whether the server's storage can undo, and this client may."""
         session = self._connector.session(self._wait_timeout_s)
-        return bool(session.welcome["supports_undo"])
+        return bool(session.welcome["supports_undo"]) and session.may_undo
 
     def __len__(self) -> int:
         return int(self.call("info")[1])

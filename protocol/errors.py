@@ -9,6 +9,8 @@
       RemoteFailure              a method failed at the other end with an error that has
                                  no class here: its name and text are all there is
       HelloRefused               the server will not have this client: .reason says why
+      Forbidden                  the server's rules do not let this client do it
+        WriteForbidden             nor anything that changes the database
 
 An exception crosses the wire as ``(name, attributes, text)``. Only the names in
 ``_CROSSING`` become exceptions of a class again, and each is rebuilt by code here,
@@ -55,11 +57,22 @@ class HelloRefused(ZeolithError):
     ``reason`` is one of REFUSALS, the argument a sentence for a person.
     """
 
-    REFUSALS = ("version", "storage", "read-only", "session", "stopping")
+    REFUSALS = ("version", "storage", "read-only", "session", "stopping", "access")
 
     def __init__(self, reason: str, text: str):
         super().__init__(text)
         self.reason = reason
+
+
+class Forbidden(ZeolithError, POSException.StorageError):
+    """This client has not the role that it takes; see docs/operations.md.
+
+    Nothing was done. The text says which role is missing.
+    """
+
+
+class WriteForbidden(Forbidden, POSException.ReadOnlyError):
+    """This client may only read; to ZODB it is a ReadOnlyError."""
 
 
 class TransactionTimeout(POSException.StorageTransactionError, TransientError):
@@ -217,6 +230,8 @@ _BY_TEXT_ALONE: tuple[type[Exception], ...] = (
     POSException.Unsupported,
     FileStorageError,
     FileStorageQuotaError,
+    Forbidden,
+    WriteForbidden,
     TransactionTimeout,
     ShuttingDown,
     Unavailable,

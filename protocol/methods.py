@@ -1,27 +1,20 @@
 """The table of everything that can be asked over the wire; a table, no behaviour.
 
 ``METHODS`` says of each method: its arguments, who may send it, whether it is
-answered, what it does to the database (reads, writes, administers: what a role will
-be allowed), and whether it needs a session. The server checks every request against
-it before any code of a method runs; ``README.md`` is checked against it by a test.
+answered, the role that it needs (None: anybody's), and whether it needs a session;
+``OPERATION_ROLES`` says which operations of a transaction need more than to write. The
+server checks every request against it before any code of a method runs; ``README.md``
+is checked against it by a test.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from zeolith.protocol.errors import RemoteProtocolError
+from zeolith.protocol.roles import NO_ROLE, AccessRole, Roles
 
 VERSION = 1
-
-
-class Effect(Enum):
-    """What a method does to a database."""
-
-    READS = "reads"
-    WRITES = "writes"
-    ADMINISTERS = "administers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +31,7 @@ class Method:
 
     name: str
     arguments: tuple[tuple[str, Kind], ...]
-    effect: Effect
+    role: AccessRole | None
     answers: bool = True
     needs_session: bool = True
     sender: str = "client"
@@ -231,14 +224,15 @@ WELCOME: dict[str, Kind] = {
     "interfaces": list_of(TEXT),
     "supports_undo": BOOL,
     "read_only": BOOL,
-    "role": TEXT,
+    "roles": list_of(TEXT),
 }
 
-_R, _W, _A = Effect.READS, Effect.WRITES, Effect.ADMINISTERS
+_R, _W, _P = AccessRole.READ, AccessRole.WRITE, AccessRole.PACK
 
 _TABLE = (
-    Method("ping", (), _R, needs_session=False),
-    Method("status", (), _R, needs_session=False),
+    Method("ping", (), None, needs_session=False),
+    # It tells of everybody who is there.
+    Method("status", (), AccessRole.ADMIN, needs_session=False),
     Method("load", (("oid", OID), ("before", TID)), _R),
     Method("load_many", (("oids", list_of(OID)), ("before", TID)), _R),
     Method(
@@ -312,15 +306,42 @@ _TABLE = (
     ),
     Method("finish", (("transaction", TRANSACTION_ID), ("position", TID)), _W),
     Method("abort", (("transaction", TRANSACTION_ID),), _W),
-    Method("pack", (("time", TIME), ("gc", optional(BOOL))), _A),
+    Method("pack", (("time", TIME), ("gc", optional(BOOL))), _P),
     Method("pack_progress", (), _R),
-    Method("pack_cancel", (), _A),
+    Method("pack_cancel", (), _P),
     Method(
         "changes", (("changes", list_of(CHANGE)),), _R, answers=False, sender="server"
     ),
 )
 
 METHODS = {method.name: method for method in _TABLE}
+
+# What operations need beside the role of the method that brings them. Who restores may
+# choose the tid of a transaction, and with it the tids of all that come after it.
+OPERATION_ROLES: dict[str, AccessRole] = {
+    "undo": AccessRole.UNDO,
+    "delete": AccessRole.PACK,
+    "restore": AccessRole.ADMIN,
+    "restore_blob": AccessRole.ADMIN,
+}
+# Of the metadata of a vote: to keep the tid of a transaction that is copied.
+TID_ROLE = AccessRole.ADMIN
+
+
+def roles_of_call(name: str, args: list[Any]) -> Roles:
+    """What the content of a checked call needs, beside the role of its method."""
+    if name == "vote":
+        _transaction, metadata, operations = args
+    elif name == "stage":
+        metadata, operations = None, args[1]
+    else:
+        return NO_ROLE
+    # First the few kinds there are: a transaction may have very many operations.
+    kinds = {operation[0] for operation in operations}
+    needed = {OPERATION_ROLES[kind] for kind in kinds & OPERATION_ROLES.keys()}
+    if metadata is not None and metadata[3] is not None:
+        needed.add(TID_ROLE)
+    return frozenset(needed)
 
 
 def check_fields(what: str, fields: dict[str, Any], kinds: dict[str, Kind]) -> None:

@@ -16,6 +16,7 @@ import click
 
 from zeolith.protocol.addresses import Address, format_address, parse_address
 from zeolith.server import config, daemon, probe
+from zeolith.server.access import NOBODY
 from zeolith.server.listener import ListenError
 from zeolith.server.pack_command import pack_storage
 from zeolith.storage.opening import OpeningError
@@ -232,6 +233,7 @@ def _lines(state: dict[str, Any]) -> list[str]:
         lines += [
             f"  client {client['address']}"
             + (f" {client['label']}" if client["label"] else "")
+            + (f" as {client['identity']}" if client["identity"] != str(NOBODY) else "")
             + (" read-only" if client["read_only"] else "")
             + f", {client['channels']} channels"
             for client in storage["clients"]

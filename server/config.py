@@ -16,6 +16,7 @@ import ZConfig
 
 from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
 from zeolith.protocol.durations import parse_seconds
+from zeolith.server.access import Access
 from zeolith.server.exposure import exposed, refusal, resolved
 from zeolith.server.listener import SOCKET_MODE
 from zeolith.server.replays import REPLAY_BYTES
@@ -54,6 +55,9 @@ class Options:
     def may_be_exposed(self) -> bool:
         """Whether it may listen on addresses that strangers reach."""
         return self.is_insecure or (self.has_tls and self.has_login)
+
+    # Who may do what; None: everybody everything.
+    access: Access | None = None
 
 
 def read_file(path: str) -> Options:
@@ -106,6 +110,11 @@ def Document(section: Any) -> Any:
 def ServerSection(section: Any) -> Any:
     """Datatype of the <zeolith> section."""
     return section
+
+
+def AccessSection(section: Any) -> Access:
+    """Datatype of the <access> section."""
+    return Access(anonymous=section.anonymous)
 
 
 def seconds(text: str) -> float:
@@ -168,6 +177,7 @@ def _options(path: str, document: Any) -> Options:
         log_level=server.log_level,
         is_insecure=server.is_insecure,
         socket_mode=server.socket_mode,
+        access=server.access,
     )
 
 

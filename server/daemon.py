@@ -18,6 +18,7 @@ import uvloop
 
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT
+from zeolith.server.access import OPEN
 from zeolith.server.config import Options
 from zeolith.server.indexing import IndexSaver
 from zeolith.server.interpreter import share_interpreter
@@ -103,7 +104,7 @@ async def _serve(
         name: await _prepare(name, database, options.is_read_only)
         for name, database in databases.items()
     }
-    service = Service(served, DEFAULT)
+    service = Service(served, DEFAULT, options.access or OPEN)
     for each in served.values():
         Relay(service, each)
     index_saver = IndexSaver(served.values(), options.index_interval_s)
@@ -177,6 +178,7 @@ def _configure(service: Service, index_saver: IndexSaver, options: Options) -> N
     """Put into force what may change while the server runs."""
     index_saver.interval_s = options.index_interval_s
     service.transaction_timeout_s = options.transaction_timeout_s
+    service.greeting.renew(options.access or OPEN)
     for served in service.databases.values():
         served.replays.bytes_max = options.replay_bytes
     logging.getLogger().setLevel(options.log_level)

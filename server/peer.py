@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from zeolith.protocol.connection import Answer, Connection, Role, State
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request
+from zeolith.server.access import NOBODY, Identity
 from zeolith.server.sessions import ChannelTransactions, Session
 from zeolith.storage.tids import Z64
 
@@ -34,6 +35,8 @@ class Peer(asyncio.Protocol):
         self.connection = Connection(Role.SERVER, self._now(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
+        # Who it is; the service finds out when it answers the hello.
+        self.identity: Identity = NOBODY
         # The short way of a load, if its database has one; a channel has it.
         self.answer: Answer | None = None
         self.transactions = ChannelTransactions(limits)

@@ -3,7 +3,8 @@
 Called on the loop, by peers, with messages that protocol.methods has checked. A method
 whose answer is at hand returns it; one that must wait hands the work to the database's
 worker threads or to its committer, returns LATER, and the answer is sent from the
-callback. Who may do what is decided in one place, ``_permit``.
+callback. Who may do what is decided in one place, ``access.permit``; who comes in, in
+``greeting``.
 """
 
 import asyncio
@@ -13,15 +14,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ZODB.POSException import POSError, ReadOnlyError, StorageTransactionError
+from ZODB.POSException import POSError, StorageTransactionError
 
-from zeolith.protocol.errors import HelloRefused, LocalProtocolError, ZeolithError
+from zeolith.protocol.errors import Forbidden, LocalProtocolError, ZeolithError
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Notice, Request
-from zeolith.protocol.methods import METHODS, VERSION, Effect
+from zeolith.protocol.methods import METHODS
 from zeolith.server import blobs, staging
+from zeolith.server.access import OPEN, Access, permit
 from zeolith.server.answering import load_shortly
 from zeolith.server.committer import Commit, Phase
+from zeolith.server.greeting import Greeting
 from zeolith.server.iteration import Iteration
 from zeolith.server.loading import (
     answer_of,
@@ -33,7 +36,7 @@ from zeolith.server.loading import (
 from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
 from zeolith.server.reading_ahead import ReadingAhead
-from zeolith.server.returning import Returning, is_of_history, missed_since
+from zeolith.server.returning import Returning
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
 from zeolith.server.status import status_of
@@ -56,7 +59,12 @@ _EXPECTED = (POSError, KeyError, ZeolithError, OSError)
 class Service:
     """The databases of one server, and everybody who is connected to it."""
 
-    def __init__(self, databases: dict[str, Served], limits: Limits):
+    def __init__(
+        self,
+        databases: dict[str, Served],
+        limits: Limits,
+        access: Access = OPEN,
+    ):
         self.databases = databases
         self.limits = limits
         self.peers: set[Peer] = set()
@@ -65,6 +73,9 @@ class Service:
         self.started_at = time.time()
         self.is_stopping = False
         self._someone_left = asyncio.Event()
+        # What peers report first.
+        self.greeting = Greeting(self, access)
+        self.hello = self.greeting.hello
         self.packs = Packs(self, later=LATER, fail=self._fail)
         elsewhere = {
             **blobs.Blobs(self._read, limits).handlers,
@@ -83,35 +94,11 @@ class Service:
 
     # What peers report
 
-    def hello(self, peer: Peer, fields: dict[str, Any]) -> None:
-        """Accept or refuse a peer, now or when it is known what it has missed.
-
-        Its fields are checked if it speaks our version.
-        """
-        self._greet(peer, fields, may_wait=True)
-
-    def _greet(self, peer: Peer, fields: dict[str, Any], *, may_wait: bool) -> None:
-        if not peer.is_there:
-            return
-        now = asyncio.get_running_loop().time()
-        try:
-            welcome = self._welcome(peer, fields, may_wait)
-        except HelloRefused as refusal:
-            logger.info("%s is refused: %s", peer.address, refusal)
-            peer.send(peer.connection.refuse(refusal, now))
-            return
-        if welcome is None:
-            return
-        peer.send(peer.connection.welcome(welcome, now))
-        if peer.session is not None and peer is peer.session.stream:
-            # What was too much for the welcome.
-            peer.session.served.catch_up(peer)
-
     def request(self, peer: Peer, request: Request) -> None:
         """Answer a request, now or later."""
         number, name, args = request
         try:
-            self._permit(peer, name)
+            self._permit(peer, name, args)
             value = self._handlers[name](peer, number, *args)
         except Exception as error:  # noqa: BLE001 - every error is an answer
             self._fail(peer, number, name, error)
@@ -122,8 +109,10 @@ class Service:
     def notice(self, peer: Peer, notice: Notice) -> None:
         """Do what needs no answer; an error ends the socket, for nobody hears it."""
         try:
-            self._permit(peer, notice.method)
+            self._permit(peer, notice.method, notice.args)
             self._handlers[notice.method](peer, 0, *notice.args)
+        except Forbidden as error:
+            peer.hang_up("forbidden", str(error))
         except _EXPECTED as error:
             # As after an offence: it would be the same the next time.
             peer.hang_up("protocol", f"{notice.method}: {error}")
@@ -177,81 +166,16 @@ class Service:
         for served in self.databases.values():
             served.committer.tick(now, self.transaction_timeout_s)
 
-    # Hello
-
-    def _welcome(
-        self, peer: Peer, fields: dict[str, Any], may_wait: bool
-    ) -> dict[str, Any] | None:
-        """What to answer to a hello; None: it will be asked again."""
-        if fields.get("version") != VERSION:
-            raise HelloRefused(
-                "version",
-                f"this server speaks version {VERSION} of the protocol,"
-                f" the client {fields.get('version')!r:.20}",
-            )
-        if self.is_stopping:
-            raise HelloRefused("stopping", "the server is stopping")
-        if fields["kind"] == "channel":
-            return self._welcome_channel(peer, fields["session"])
-        return self._welcome_stream(peer, fields, may_wait)
-
-    def _welcome_channel(self, peer: Peer, token: bytes | None) -> dict[str, Any]:
-        if token is not None:
-            session = self.sessions.get(token)
-            if session is None:
-                raise HelloRefused("session", "the session has ended")
-            peer.session = session
-            peer.answer = session.served.answer
-            session.channels.add(peer)
-        return _welcome(None)
-
-    def _welcome_stream(
-        self, peer: Peer, fields: dict[str, Any], may_wait: bool
-    ) -> dict[str, Any] | None:
-        served = self.databases.get(fields["storage"])
-        if served is None:
-            names = ", ".join(map(repr, self.databases))
-            raise HelloRefused(
-                "storage",
-                f"there is no storage {fields['storage']!r} here, only {names}",
-            )
-        if served.is_starting_afresh:
-            raise HelloRefused("stopping", f"storage {served.name!r} starts afresh")
-        if served.is_read_only and not fields["read_only"]:
-            raise HelloRefused(
-                "read-only",
-                f"storage {served.name!r} is read-only here; connect with read_only,"
-                " or with read_only_fallback",
-            )
-        position = fields["position"]
-        is_ours = is_of_history(served, fields)
-        if may_wait and is_ours and position and served.replays.may_be_told(position):
-            again = partial(self._greet, peer, fields, may_wait=False)
-            served.replays.ask(position, again)
-            return None
-        is_read_only = served.is_read_only or fields["read_only"]
-        session = Session(
-            served, peer, is_read_only=is_read_only, label=fields["label"]
-        )
-        peer.session = session
-        self.sessions[session.token] = session
-        missed = missed_since(served, position) if is_ours or not position else None
-        # One step of the loop, from the last change that was missed to following:
-        # whoever follows from here misses nothing.
-        last_tid, changes = served.follow_after(peer, missed or ())
-        logger.info("%s has come to storage %s", session.name, served.name)
-        return _welcome(session, last_tid, None if missed is None else changes)
-
-    # Permission, and the way back
-
-    def _permit(self, peer: Peer, name: str) -> None:
-        method = METHODS[name]
+    def _permit(self, peer: Peer, name: str, args: list[Any]) -> None:
         session = peer.session
         if session is None:
-            if method.needs_session:
-                raise LocalProtocolError(f"{name} needs a session")
-        elif method.effect is not Effect.READS and session.is_read_only:
-            raise ReadOnlyError("this connection is read-only")
+            roles = peer.identity.roles_anywhere(self.databases)
+            permit(name, args, roles, in_session=False, is_read_only=False)
+        else:
+            read_only = session.is_read_only
+            permit(name, args, session.roles, in_session=True, is_read_only=read_only)
+
+    # The way back
 
     def _reply(self, peer: Peer, number: int, value: Any) -> bool:
         """Whether ``value`` could be sent."""
@@ -315,7 +239,7 @@ class Service:
     def _status(self, peer: Peer, number: int) -> object:
         async def collect() -> None:
             try:
-                status = await status_of(self)
+                status = await status_of(self, peer.identity)
             except Exception as error:  # noqa: BLE001 - every error is an answer
                 self._fail(peer, number, "status", error)
             else:
@@ -537,32 +461,6 @@ class Service:
 def _session(peer: Peer) -> Session:
     assert peer.session is not None
     return peer.session
-
-
-def _welcome(
-    session: Session | None,
-    last_tid: bytes | None = None,
-    changes: list[Change] | None = None,
-) -> dict[str, Any]:
-    """The fields of a Welcome; a channel's says only that it is accepted."""
-    served = session.served if session else None
-    database = served.database if served else None
-    return {
-        "version": VERSION,
-        "capabilities": [],
-        "session": session.token if session else None,
-        "database_id": database.database_id if database else None,
-        "epoch": database.epoch if database else None,
-        "last_tid": last_tid,
-        "changes": changes,
-        "name": database.name if database else None,
-        "size": served.size if served else None,
-        "length": served.length if served else None,
-        "interfaces": list(database.interfaces) if database else [],
-        "supports_undo": database.supports_undo if database else False,
-        "read_only": session.is_read_only if session else True,
-        "role": ("read" if session.is_read_only else "admin") if session else "read",
-    }
 
 
 def _others(tid: bytes, changes: list[Change] | None) -> list[Change] | None:

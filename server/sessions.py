@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ZODB.POSException import StorageTransactionError
 
 from zeolith.protocol.limits import Limits
+from zeolith.protocol.roles import AccessRole, Roles
+from zeolith.server.access import Identity
 from zeolith.server.committer import Commit
 from zeolith.server.served import Served
 from zeolith.server.staging import Reading, Staged
@@ -27,13 +29,23 @@ class Session:
     """A client's presence: its stream, its channels, its rights."""
 
     def __init__(
-        self, served: Served, stream: "Peer", *, is_read_only: bool, label: str | None
+        self,
+        served: Served,
+        stream: "Peer",
+        *,
+        identity: Identity,
+        roles: Roles,
+        is_read_only: bool,
+        label: str | None,
     ):
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self.served = served
         self.stream = stream
         self.channels: set[Peer] = set()
-        self.is_read_only = is_read_only
+        self.identity = identity
+        # On the storage, whether it is used to write or not.
+        self.roles = roles
+        self.is_read_only = is_read_only or AccessRole.WRITE not in roles
         self.label = label
 
     @property
@@ -42,12 +54,12 @@ class Session:
         address = self.stream.address
         return f"{address} ({self.label})" if self.label else address
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, text: str = "") -> None:
         """Unfollow, abort and hang up."""
         self.served.unfollow(self.stream)
         for channel in tuple(self.channels):
-            channel.hang_up(reason)
-        self.stream.hang_up(reason)
+            channel.hang_up(reason, text)
+        self.stream.hang_up(reason, text)
 
 
 class ChannelTransactions:

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from zeolith.protocol.roles import AccessRole
+from zeolith.server.access import Identity
 from zeolith.server.committer import Commit
 from zeolith.server.served import Served
 
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
     from zeolith.server.service import Service
 
 
-async def status_of(service: "Service") -> dict[str, Any]:
-    """The state of the server now; waits for the storages' sizes."""
+async def status_of(service: "Service", asker: Identity) -> dict[str, Any]:
+    """The state of the server now; waits for the storages' sizes.
+
+    Of the storages, those that ``asker`` administers.
+    """
     return {
         "version": version("zeolith"),
         "pid": os.getpid(),
@@ -27,6 +32,7 @@ async def status_of(service: "Service") -> dict[str, Any]:
         "storages": {
             name: await _storage_status(service, served)
             for name, served in service.databases.items()
+            if AccessRole.ADMIN in asker.roles_on(name)
         },
     }
 
@@ -50,6 +56,8 @@ async def _storage_status(service: "Service", served: Served) -> dict[str, Any]:
             {
                 "address": session.stream.address,
                 "label": session.label,
+                "identity": str(session.identity),
+                "roles": sorted(session.roles),
                 "read_only": session.is_read_only,
                 "channels": len(session.channels),
             }

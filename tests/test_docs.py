@@ -159,6 +159,13 @@ def test_every_key_of_the_server_is_in_the_reference_with_its_default():
         assert default in (None, described[key][2]), key
 
 
+def test_every_key_of_the_access_is_in_the_reference_with_its_default():
+    described = {row[0]: row for row in rows("### Access")}
+    for key, default in keys(config.SCHEMA, "access").items():
+        assert key in described
+        assert default in (None, described[key][2]), key
+
+
 def test_every_key_of_a_client_is_in_the_reference_with_its_default():
     described = {row[1].split(",")[0].split(";")[0]: row for row in rows("### Options")}
     for key, default in keys(KEYS, "zeolith.client.keys").items():

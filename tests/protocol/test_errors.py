@@ -23,6 +23,7 @@ from ZODB.POSException import (
 from zeolith.protocol.codec import decode, encode
 from zeolith.protocol.errors import (
     CROSSING_NAMES,
+    Forbidden,
     HelloRefused,
     LocalProtocolError,
     RemoteFailure,
@@ -30,6 +31,7 @@ from zeolith.protocol.errors import (
     ShuttingDown,
     TransactionTimeout,
     Unavailable,
+    WriteForbidden,
     ZeolithError,
     error_of,
     failure_of,
@@ -49,6 +51,8 @@ BY_TEXT_ALONE = [
     POSException.Unsupported,
     FileStorageError,
     FileStorageQuotaError,
+    Forbidden,
+    WriteForbidden,
     TransactionTimeout,
     ShuttingDown,
     Unavailable,

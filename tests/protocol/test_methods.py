@@ -13,12 +13,13 @@ from zeolith.protocol.methods import (
     METHODS,
     OPERATIONS,
     WELCOME,
-    Effect,
     Kind,
     check_fields,
     list_of,
     optional,
+    roles_of_call,
 )
+from zeolith.protocol.roles import AccessRole
 
 from .strategies import arguments_of, hellos, of_kind, plain, welcomes
 
@@ -218,14 +219,37 @@ def test_a_stranger_may_ask_how_the_server_is_and_nothing_else():
     assert free == {"ping", "status"}
 
 
-def test_every_effect_is_on_the_right_methods():
-    writes = {n for n, method in METHODS.items() if method.effect is Effect.WRITES}
-    administers = {
-        n for n, method in METHODS.items() if method.effect is Effect.ADMINISTERS
+def test_every_role_is_on_the_right_methods():
+    by_role = {
+        role: {name for name, method in METHODS.items() if method.role is role}
+        for role in (None, *AccessRole)
     }
     transaction = {"stage", "blob_chunk", "vote", "resolve", "finish", "abort"}
-    assert writes == {"new_oids", *transaction}
-    assert administers == {"pack", "pack_cancel"}
+    reading = by_role.pop(AccessRole.READ)
+    assert by_role == {
+        None: {"ping"},
+        AccessRole.WRITE: {"new_oids", *transaction},
+        AccessRole.UNDO: set(),
+        AccessRole.PACK: {"pack", "pack_cancel"},
+        AccessRole.ADMIN: {"status"},
+    }
+    assert {"load", "undo_log", "pack_progress"} <= reading
+
+
+def test_an_operation_that_is_more_than_a_write_needs_more():
+    store, undo = ["store", ID, ID, b"data"], ["undo", ID]
+    delete, restore = ["delete", ID, ID], ["restore", ID, ID, None, None]
+    metadata = [b"", b"", b"", None, " "]
+    assert roles_of_call("load", [ID, ID]) == set()
+    assert roles_of_call("vote", [SIXTEEN, metadata, [store, store]]) == set()
+    assert roles_of_call("vote", [SIXTEEN, metadata, [store, undo]]) == {"undo"}
+    assert roles_of_call("stage", [SIXTEEN, [store, undo, delete]]) == {"undo", "pack"}
+    assert roles_of_call("stage", [SIXTEEN, [restore]]) == {"admin"}
+
+
+def test_who_keeps_the_tid_of_a_transaction_administers():
+    metadata = [b"", b"", b"", ID, " "]
+    assert roles_of_call("vote", [SIXTEEN, metadata, []]) == {"admin"}
 
 
 @pytest.mark.parametrize(("kinds", "strategy"), [(HELLO, hellos), (WELCOME, welcomes)])

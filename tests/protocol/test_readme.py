@@ -15,13 +15,14 @@ from zeolith.protocol.messages import KINDS, Heartbeat, Reply, Request
 from zeolith.protocol.methods import (
     HELLO,
     METHODS,
+    OPERATION_ROLES,
     OPERATIONS,
     VERSION,
     WELCOME,
-    Effect,
     Kind,
     Method,
 )
+from zeolith.protocol.roles import AccessRole
 
 README = (Path(__file__).parents[2] / "protocol" / "README.md").read_text()
 
@@ -47,17 +48,17 @@ def arguments(method: Method) -> str:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_every_method_has_its_row(method):
-    _name, args, effect, answers, session = row_of(method.name, 5)
+    _name, args, role, answers, session = row_of(method.name, 5)
     assert args == (arguments(method) or "none")
-    assert effect == method.effect.value
+    assert role == (method.role or "none")
     assert answers == ("answers" if method.answers else "no answer")
     assert session == ("session" if method.needs_session else "no session")
 
 
 def test_there_is_no_row_of_a_method_that_does_not_exist():
-    effects = {effect.value for effect in Effect}
+    roles = {"none", *AccessRole}
     described = {
-        row[0].strip("`") for row in rows() if len(row) == 5 and row[2] in effects
+        row[0].strip("`") for row in rows() if len(row) == 5 and row[2] in roles
     }
     assert described == set(METHODS)
 
@@ -82,9 +83,12 @@ def test_every_field_of_hello_and_welcome_has_its_row():
 
 
 def test_every_operation_has_its_row():
-    described = {row[0]: row[1] for row in section("Transactions")}
+    described = {row[0]: row[1:3] for row in section("Transactions")}
     assert described == {
-        name: ", ".join(kind.name for kind in kinds)
+        name: [
+            ", ".join(kind.name for kind in kinds),
+            OPERATION_ROLES.get(name, AccessRole.WRITE),
+        ]
         for name, kinds in OPERATIONS.items()
     }
 

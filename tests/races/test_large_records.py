@@ -88,7 +88,7 @@ def welcome() -> Welcome:
             "interfaces": [],
             "supports_undo": False,
             "read_only": True,
-            "role": "read",
+            "roles": [],
         }
     )
 

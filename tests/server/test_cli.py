@@ -230,7 +230,13 @@ def test_the_status_for_people_tells_who_waits_and_what_is_broken(monkeypatch):
                 "transactions": [{"client": "a", "phase": "voted", "operations": 2}],
                 "waiting": [{"client": "b"}, {"client": "c"}],
                 "clients": [
-                    {"address": "d", "label": None, "read_only": True, "channels": 1}
+                    {
+                        "address": "d",
+                        "label": None,
+                        "identity": "user ann",
+                        "read_only": True,
+                        "channels": 1,
+                    }
                 ],
             }
         },
@@ -247,7 +253,7 @@ def test_the_status_for_people_tells_who_waits_and_what_is_broken(monkeypatch):
         "  in transaction: a (voted, 2 operations)",
         "  waiting for objects of others: b",
         "  waiting for objects of others: c",
-        "  client d read-only, 1 channels",
+        "  client d as user ann read-only, 1 channels",
     ]
 
 

@@ -7,7 +7,8 @@ from ZODB.POSException import ConflictError
 
 from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Failure, Goodbye, Notice, Reply, Welcome
-from zeolith.protocol.methods import METHODS, VERSION, Effect
+from zeolith.protocol.methods import METHODS, VERSION
+from zeolith.protocol.roles import CHANGING
 from zeolith.server.committer import Phase
 from zeolith.server.loading import PREFETCHED
 from zeolith.storage.database import Conflict, Transaction, Unresolved
@@ -54,7 +55,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "pack_cancel": [],
 }
 CALLABLE = [method.name for method in METHODS.values() if method.sender == "client"]
-READING = [name for name in CALLABLE if METHODS[name].effect is Effect.READS]
+READING = [name for name in CALLABLE if METHODS[name].role not in CHANGING]
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_all_methods_have_arguments_to_be_tried_with():
 async def test_a_read_only_session_can_only_read(server, method):
     session = MemorySession(server.service, read_only=True)
     answer = await called(server, session.channel(), method)
-    may = METHODS[method].effect is Effect.READS
+    may = METHODS[method].role not in CHANGING
     assert is_refused(answer, "read-only") is not may
     if not may:
         assert not server.database.steps
@@ -156,7 +157,7 @@ async def test_one_welcome_tells_everything_a_client_must_know(server):
         "interfaces": ["IStorage"],
         "supports_undo": False,
         "read_only": False,
-        "role": "admin",
+        "roles": ["admin", "pack", "read", "undo", "write"],
     }
 
 
@@ -216,7 +217,7 @@ async def test_a_read_only_database_makes_a_read_only_storage():
     assert isinstance(MemoryClient(server.service).hello(), Failure)
     session = MemorySession(server.service, read_only=True)
     assert session.welcome["read_only"] is True
-    assert session.welcome["role"] == "read"
+    assert "admin" in session.welcome["roles"]
 
 
 async def test_nobody_is_welcome_in_a_server_that_stops(server):

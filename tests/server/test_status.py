@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from zeolith.server.access import EVERYTHING, anonymous
 from zeolith.server.status import status_of
 
 from ..support.ids import number, transaction_id
@@ -22,7 +23,7 @@ async def server() -> ModelServer:
 
 
 async def status(server: ModelServer) -> dict[str, Any]:
-    collecting = asyncio.ensure_future(status_of(server.service))
+    collecting = asyncio.ensure_future(status_of(server.service, anonymous(EVERYTHING)))
     await asyncio.sleep(0)
     await server.workers.read_step()
     return await collecting
@@ -70,10 +71,14 @@ async def test_clients_are_told_by_their_own_address_and_label(server):
     MemoryClient(server.service)
     told = await status(server)
     assert told["connections"] == 5
-    address = "192.0.2.7:4567"
+    of_both = {
+        "address": "192.0.2.7:4567",
+        "identity": "anonymous",
+        "roles": ["admin", "pack", "read", "undo", "write"],
+    }
     assert told["storages"]["1"]["clients"] == [
-        {"address": address, "label": "zope-3", "read_only": False, "channels": 2},
-        {"address": address, "label": None, "read_only": True, "channels": 0},
+        {**of_both, "label": "zope-3", "read_only": False, "channels": 2},
+        {**of_both, "label": None, "read_only": True, "channels": 0},
     ]
 
 

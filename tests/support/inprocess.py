@@ -19,6 +19,7 @@ import uvloop
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server import daemon
+from zeolith.server.access import OPEN, Access
 from zeolith.server.listener import Listener
 from zeolith.server.peer import Peer
 from zeolith.server.relay import Relay
@@ -48,11 +49,13 @@ class InProcessServer:
         limits: Limits = DEFAULT,
         is_read_only: bool = False,
         transaction_timeout_s: float = 30,
+        access: Access = OPEN,
     ):
         self._storages = storages
         self._limits = limits
         self._is_read_only = is_read_only
         self._transaction_timeout_s = transaction_timeout_s
+        self._access = access
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
         self._failures: list[str] = []
@@ -171,7 +174,7 @@ class InProcessServer:
             name: await daemon._prepare(name, database, self._is_read_only)
             for name, database in self.databases.items()
         }
-        self.service = Service(served, self._limits)
+        self.service = Service(served, self._limits, self._access)
         for each in served.values():
             Relay(self.service, each)
         self.service.transaction_timeout_s = self._transaction_timeout_s

@@ -13,6 +13,7 @@ from typing import Any
 from ZODB.POSException import ConflictError, POSKeyError
 
 from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.server.access import OPEN, Access
 from zeolith.server.served import Served
 from zeolith.server.service import Service
 from zeolith.server.workers import Workers
@@ -479,6 +480,7 @@ class ModelServer:
         limits: Limits = DEFAULT,
         *,
         is_read_only: bool = False,
+        access: Access = OPEN,
     ):
         self.database = database or ModelDatabase()
         self.workers = HandWorkers()
@@ -492,7 +494,7 @@ class ModelServer:
         )
         self.committer = self.served.committer
         self.limits = limits
-        self.service = Service({"1": self.served}, limits)
+        self.service = Service({"1": self.served}, limits, access)
 
     def commit(self, oid: bytes, data: bytes) -> bytes:
         """Somebody has committed, and it is announced; returns the tid."""

@@ -60,7 +60,7 @@ def welcome_fields(**others: Any) -> dict[str, Any]:
         "interfaces": [],
         "supports_undo": False,
         "read_only": False,
-        "role": "primary",
+        "roles": ["admin"],
         **others,
     }
 

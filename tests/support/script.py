@@ -86,7 +86,7 @@ def welcome(**fields: Any) -> dict[str, Any]:
         "interfaces": [],
         "supports_undo": True,
         "read_only": False,
-        "role": "admin",
+        "roles": ["admin", "pack", "read", "undo", "write"],
         **fields,
     }
 

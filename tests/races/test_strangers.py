@@ -1,0 +1,121 @@
+"""Clients whose server does not let them do what they would like to do."""
+
+import logging
+import threading
+
+import pytest
+import transaction
+import ZODB
+from persistent.mapping import PersistentMapping
+from ZODB.POSException import ReadOnlyError, Unsupported
+from ZODB.utils import p64
+
+from zeolith.client.errors import ClientDisconnected
+from zeolith.protocol.errors import Forbidden, WriteForbidden
+from zeolith.server.access import Access, parse_grants
+
+from ..support.inprocess import client_of, serving
+from ..support.waiting import wait_until
+
+
+def access(anonymous: str) -> Access:
+    return Access(anonymous=parse_grants(anonymous))
+
+
+def renew(server, anonymous):
+    server.on_loop(server.service.greeting.renew, access(anonymous))
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A Data.fs with a root object."""
+    path = tmp_path / "Data.fs"
+    database = ZODB.DB(str(path))
+    with database.transaction() as connection:
+        connection.root()["bank"] = PersistentMapping()
+    database.close()
+    return path
+
+
+def test_a_reader_is_read_only_without_having_asked(path):
+    with serving(path, access=access("read")) as server, client_of(server) as storage:
+        assert storage.isReadOnly()
+        database = ZODB.DB(storage)
+        connection = database.open()
+        assert "bank" in connection.root()
+        connection.root()["mine"] = 1
+        with pytest.raises(ReadOnlyError):
+            transaction.commit()
+        transaction.abort()
+        connection.close()
+        for method, *args in (
+            ("pack", 0.0, None),
+            ("new_oids", 1),
+            ("vote", b"t" * 16, [b"", b"", b"", None, " "], []),
+        ):
+            with pytest.raises(WriteForbidden):
+                storage.call(method, *args)
+        with pytest.raises(Forbidden, match="needs the role admin"):
+            storage.server_status()
+        assert server.served.changes.last_tid == storage.lastTransaction()
+
+
+def test_a_reader_does_not_look_for_a_better_server(path):
+    with (
+        serving(path, access=access("read")) as server,
+        client_of(server, read_only_fallback=True) as storage,
+    ):
+        assert storage.isReadOnly()
+        storage.ping()
+        assert server.status()["sessions"] == 1
+        names = [thread.name for thread in threading.enumerate()]
+        assert not [name for name in names if name.endswith("-upgrade")]
+
+
+def test_a_writer_that_may_not_undo_is_refused_whatever_it_sends(path):
+    with serving(path, access=access("write")) as server, client_of(server) as storage:
+        assert not storage.supportsUndo()
+        tid = storage.lastTransaction()
+        with pytest.raises(Unsupported):
+            storage.undo(b"AAAAAAAAAAA=", None)
+        metadata = [b"", b"", b"", None, " "]
+        with pytest.raises(Forbidden, match="needs the role undo"):
+            storage.call("vote", b"t" * 16, metadata, [["undo", tid]])
+        session = storage.current_session
+        assert session is not None
+        channel = session.borrow()
+        notice = channel._connection.notice(
+            "stage", [b"t" * 16, [["undo", tid]]], channel.used_at
+        )
+        channel.send(notice)
+        with pytest.raises(Forbidden, match="needs the role undo"):
+            channel.call("vote", b"t" * 16, metadata, [])
+        session.give_back(channel)
+        with pytest.raises(Forbidden, match="needs the role pack"):
+            storage.pack()
+        assert server.served.changes.last_tid == tid
+
+
+def test_who_has_no_role_is_told_so_at_once(path):
+    with (
+        serving(path, access=access("none")) as server,
+        pytest.raises(ClientDisconnected, match="has no role on storage '1'"),
+        client_of(server),
+    ):
+        raise AssertionError("it came in")
+
+
+def test_a_client_that_loses_its_role_to_write_goes_on_reading(path, caplog):
+    with serving(path, access=access("undo")) as server, client_of(server) as storage:
+        assert storage.supportsUndo()
+        assert not storage.isReadOnly()
+        with caplog.at_level(logging.WARNING, logger="zeolith.client"):
+            renew(server, "read")
+            wait_until(storage.isReadOnly, "a session that reads")
+        assert "what this client may do has changed" in caplog.text
+        assert storage.load(p64(0))
+        renew(server, "write")
+        wait_until(
+            lambda: storage.is_connected() and not storage.isReadOnly(),
+            "a session that writes",
+        )
