@@ -141,6 +141,9 @@ class Connection:
         self.sent_at = self.rcvd_at = now
         # When the time for the hello began.
         self._began_at = now
+        # What a client may still send before it is welcomed, and until the next tick.
+        self._hello_bytes_left = limits.hello_bytes_max
+        self._heartbeats_left = limits.heartbeats_max
         self._last_request = 0
         # A client trusts the server it dialled with a long welcome.
         self._reader = FrameReader(
@@ -175,7 +178,12 @@ class Connection:
             known = self._recognise(data)
             if known is not None and self._accept_known(known, len(data)):
                 return [known]
-        if self.state is State.CLOSED:
+        state = self.state
+        if (
+            state is not State.CHANNEL
+            and state is not State.STREAM
+            and not self._may_feed(len(data))
+        ):
             return []
         received: list[Message] = []
         try:
@@ -217,6 +225,22 @@ class Connection:
         """Whether the conversation is over."""
         return self.state is State.CLOSED
 
+    def _may_feed(self, size: int) -> bool:
+        """Whether ``size`` bytes more may be looked at, before the welcome."""
+        if self.state is State.CLOSED:
+            return False
+        if self.role is Role.SERVER:
+            self._hello_bytes_left -= size
+            if self._hello_bytes_left < 0:
+                self._fail(
+                    RemoteProtocolError(
+                        f"more than {self.limits.hello_bytes_max} bytes before the"
+                        " welcome (hello_bytes_max)"
+                    )
+                )
+                return False
+        return True
+
     def _accept(self, message: Message) -> None:
         kind = type(message)
         try:
@@ -233,6 +257,8 @@ class Connection:
             self._check_call(message.method, message.args, False)  # type: ignore[union-attr]
         elif kind is Hello:
             self._accept_hello(message.fields)  # type: ignore[union-attr]
+        elif kind is Heartbeat:
+            self._accept_heartbeat()
         elif kind is Welcome:
             check_fields("Welcome", message.fields, WELCOME)  # type: ignore[union-attr]
         elif kind is Goodbye:
@@ -279,10 +305,20 @@ class Connection:
         self._last_request = request.id
         if len(self.open_requests) >= self.limits.requests_open_max:
             raise RemoteProtocolError(
-                f"more than {self.limits.requests_open_max} open requests"
+                f"more than {self.limits.requests_open_max} open requests; wait for"
+                " answers (requests_open_max)"
             )
         self._check_call(request.method, request.args, True)
         self.open_requests.add(request.id)
+
+    def _accept_heartbeat(self) -> None:
+        if self.role is Role.SERVER:
+            self._heartbeats_left -= 1
+            if self._heartbeats_left < 0:
+                raise RemoteProtocolError(
+                    f"more than {self.limits.heartbeats_max} heartbeats at once"
+                    " (heartbeats_max)"
+                )
 
     def _check_call(self, name: str, args: list[Any], answers: bool) -> None:
         method = METHODS.get(name)
@@ -456,9 +492,15 @@ class Connection:
         it at least every half ``heartbeat_interval_s``.
         """
         limits = self.limits
+        self._heartbeats_left = limits.heartbeats_max
         if self.state in (State.OPENING, State.GREETED):
             if now - self._began_at > limits.hello_timeout_s:
-                self._fail(RemoteProtocolError("no hello in time"))
+                self._fail(
+                    RemoteProtocolError(
+                        f"no hello in time: {limits.hello_timeout_s:g} s"
+                        " (hello_timeout_s)"
+                    )
+                )
             return b""
         if self._must_hear and now - self.rcvd_at > limits.heartbeat_timeout_s:
             self._fail(

@@ -57,7 +57,15 @@ class HelloRefused(ZeolithError):
     ``reason`` is one of REFUSALS, the argument a sentence for a person.
     """
 
-    REFUSALS = ("version", "storage", "read-only", "session", "stopping", "access")
+    REFUSALS = (
+        "version",
+        "storage",
+        "read-only",
+        "session",
+        "stopping",
+        "access",
+        "limit",
+    )
 
     def __init__(self, reason: str, text: str):
         super().__init__(text)

@@ -77,7 +77,7 @@ class FrameReader:
             if not 0 < length <= self.frame_bytes_max:
                 raise RemoteProtocolError(
                     f"a frame of {length} bytes, where 1 to {self.frame_bytes_max}"
-                    " are allowed"
+                    " are allowed (frame_bytes_max)"
                 )
             if body + length > end:
                 self._need_bytes = PREFIX_BYTES + length

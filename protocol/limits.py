@@ -15,20 +15,33 @@ ENVELOPE_BYTES = 256 * 1024
 class Limits:
     """The bounds of one end of the wire. Sizes in bytes, times in seconds."""
 
+    # Sockets that a server has open at once: in all, with one host (of IPv6: one /64
+    # network; of a Unix socket: one user), and those that were not welcomed yet.
+    connections_max: int = 10_000
+    address_connections_max: int = 4000
+    unwelcomed_connections_max: int = 1000
     # Before the hello is accepted nothing is known about the peer; a hello with the
     # longest names we allow takes less than 2 KiB.
     hello_frame_bytes_max: int = 16 * 1024
+    # All that it may send until it is welcomed.
+    hello_bytes_max: int = 64 * 1024
     # A record may be as large as a frame less ENVELOPE_BYTES; ZODB warns at 16 MB.
     frame_bytes_max: int = 256 * 1024 * 1024
     # From accepting a socket to its hello.
     hello_timeout_s: float = 10.0
     # Requests of one socket that are not answered yet.
     requests_open_max: int = 1000
+    # Heartbeats of a client between two ticks of the server's clock; one is due in
+    # some seconds.
+    heartbeats_max: int = 100
     # Frames larger than this are not put together from many stores by the client, and
     # no part of a blob is.
     batch_bytes_max: int = 1024 * 1024
-    # Records of one transaction that a server keeps until the vote, and how many of
-    # these in memory. As much again may be on its way to the disk.
+    # Channels of one session that a server accepts, and so its transactions.
+    session_channels_max: int = 1000
+    # Records that a server keeps until the vote, of all transactions together, of one,
+    # and how many of these in memory. As much again may be on its way to the disk.
+    staged_bytes_max: int = 16 * 1024 * 1024 * 1024
     transaction_bytes_max: int = 2 * 1024 * 1024 * 1024
     staged_memory_bytes_max: int = 4 * 1024 * 1024
     # Blobs of one transaction.
@@ -75,6 +88,7 @@ class Limits:
         return self.frame_bytes_max - ENVELOPE_BYTES
 
     def __post_init__(self) -> None:
+        assert self.hello_frame_bytes_max <= self.hello_bytes_max
         assert self.hello_frame_bytes_max <= self.frame_bytes_max < 2**32
         assert self.batch_bytes_max <= self.frame_bytes_max
         # Two beats may be lost to a stalled machine before the third one counts.

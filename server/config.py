@@ -16,6 +16,7 @@ import ZConfig
 
 from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
 from zeolith.protocol.durations import parse_seconds
+from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server.access import Access
 from zeolith.server.exposure import exposed, refusal, resolved
 from zeolith.server.listener import SOCKET_MODE
@@ -50,6 +51,7 @@ class Options:
     # Whether TCP is spoken under TLS, and whether whoever comes must say who he is.
     has_tls: bool = False
     has_login: bool = False
+    limits: Limits = DEFAULT
 
     @property
     def may_be_exposed(self) -> bool:
@@ -178,6 +180,7 @@ def _options(path: str, document: Any) -> Options:
         is_insecure=server.is_insecure,
         socket_mode=server.socket_mode,
         access=server.access,
+        limits=server.limits or DEFAULT,
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import uvloop
 
 from zeolith.protocol.addresses import format_address
-from zeolith.protocol.limits import DEFAULT
+from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server.access import OPEN
 from zeolith.server.config import Options
 from zeolith.server.indexing import IndexSaver
@@ -100,11 +100,12 @@ async def _serve(
     """Serve until told to stop; false if a worker thread could not be waited for."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    limits = options.limits
     served = {
-        name: await _prepare(name, database, options.is_read_only)
+        name: await _prepare(name, database, options.is_read_only, limits)
         for name, database in databases.items()
     }
-    service = Service(served, DEFAULT, options.access or OPEN)
+    service = Service(served, limits, options.access or OPEN)
     for each in served.values():
         Relay(service, each)
     index_saver = IndexSaver(served.values(), options.index_interval_s)
@@ -120,7 +121,7 @@ async def _serve(
         _heed(number, loop, stop.set)
     _heed(signal.SIGHUP, loop, on_hangup)
     listener = Listener(
-        lambda: Peer(service, DEFAULT),
+        lambda: Peer(service, limits),
         may_be_exposed=options.may_be_exposed,
         socket_mode=options.socket_mode,
     )
@@ -162,7 +163,9 @@ def _heed_no_more_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> Served:
+async def _prepare(
+    name: str, database: AdaptedStorage, is_read_only: bool, limits: Limits = DEFAULT
+) -> Served:
     workers = Workers(asyncio.get_running_loop(), name)
     try:
         last_tid, recent = await workers.read(database.last_changes)
@@ -171,7 +174,14 @@ async def _prepare(name: str, database: AdaptedStorage, is_read_only: bool) -> S
     changes = Changes(recent[0].since if recent else last_tid)
     changes.extend(recent)
     info = await workers.read(database.info)
-    return Served(database, workers, changes, info=info, is_read_only=is_read_only)
+    return Served(
+        database,
+        workers,
+        changes,
+        info=info,
+        is_read_only=is_read_only,
+        limits=limits,
+    )
 
 
 def _configure(service: Service, index_saver: IndexSaver, options: Options) -> None:

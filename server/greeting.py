@@ -52,16 +52,16 @@ class Greeting:
     def _greet(self, peer: "Peer", fields: dict[str, Any], *, may_wait: bool) -> None:
         if not peer.is_there:
             return
-        now = asyncio.get_running_loop().time()
         try:
             welcome = self._welcome(peer, fields, may_wait)
         except HelloRefused as refusal:
             logger.info("%s is refused: %s", peer.address, refusal)
+            now = asyncio.get_running_loop().time()
             peer.send(peer.connection.refuse(refusal, now))
             return
         if welcome is None:
             return
-        peer.send(peer.connection.welcome(welcome, now))
+        peer.welcome(welcome)
         if peer.session is not None and peer is peer.session.stream:
             # What was too much for the welcome.
             peer.session.served.catch_up(peer)
@@ -89,6 +89,7 @@ class Greeting:
         session = self._service.sessions.get(token)
         if session is None:
             raise HelloRefused("session", "the session has ended")
+        self._service.admission.admit_channel(peer, session)
         peer.session = session
         peer.identity = session.identity
         peer.answer = session.served.answer

@@ -6,23 +6,19 @@ one place where everything that hung on the socket is let go.
 """
 
 import asyncio
-import logging
-import socket
-import struct
 from typing import TYPE_CHECKING, Any, cast
 
 from zeolith.protocol.connection import Answer, Connection, Role, State
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request
 from zeolith.server.access import NOBODY, Identity
+from zeolith.server.origins import Origin, origin_of
 from zeolith.server.sessions import ChannelTransactions, Session
 from zeolith.storage.tids import Z64
 
 if TYPE_CHECKING:
     from zeolith.server.blobs import Uploading
     from zeolith.server.service import Service
-
-logger = logging.getLogger(__name__)
 
 
 class Peer(asyncio.Protocol):
@@ -39,11 +35,12 @@ class Peer(asyncio.Protocol):
         self.identity: Identity = NOBODY
         # The short way of a load, if its database has one; a channel has it.
         self.answer: Answer | None = None
-        self.transactions = ChannelTransactions(limits)
+        self.transactions = ChannelTransactions(limits, service.stock)
         # The blobs of the transaction that will vote next; a channel has it.
         self.upload: Uploading | None = None
         # The client's own address, never ours.
-        self.address = "?"
+        self.origin = Origin("?", "?")
+        self.address = self.origin.address
         self._transport: asyncio.Transport | None = None
         # Replies to one batch of requests leave in one write.
         self._batch: list[bytes] | None = None
@@ -65,8 +62,10 @@ class Peer(asyncio.Protocol):
         self._transport.set_write_buffer_limits(
             high=min(limits.lag_bytes_max, limits.output_bytes_max)
         )
-        self.address = _address_of(self._transport)
+        self.origin = origin_of(transport)
+        self.address = self.origin.address
         self._service.peers.add(self)
+        self._service.admission.arrive(self)
 
     def data_received(self, data: bytes) -> None:
         """Some bytes have come."""
@@ -111,6 +110,11 @@ class Peer(asyncio.Protocol):
         transport = self._transport
         return transport is not None and not transport.is_closing()
 
+    def welcome(self, fields: dict[str, Any]) -> None:
+        """Answer its hello; see methods.WELCOME for ``fields``."""
+        self._service.admission.welcome(self)
+        self.send(self.connection.welcome(fields, self._now()))
+
     def reply(self, number: int, value: Any) -> None:
         """Answer request ``number``; harmless when the socket is gone."""
         connection = self.connection
@@ -141,7 +145,7 @@ class Peer(asyncio.Protocol):
     def fall_behind(self) -> None:
         """A stream that cannot be told any more what it has missed: hang up."""
         reason = "it reads too slowly, and what it missed is too long ago"
-        logger.warning("%s is disconnected: %s", self.address, reason)
+        self._complain(reason)
         self.hang_up("behind", reason)
 
     def tick(self, now: float) -> None:
@@ -232,7 +236,7 @@ class Peer(asyncio.Protocol):
             return
         error = self.connection.error
         if error is not None and self.connection.goodbye_rcvd is None:
-            logger.warning("%s is disconnected: %s", self.address, error)
+            self._complain(str(error))
             self._write(self.connection.farewell())
         transport.close()
 
@@ -249,25 +253,13 @@ class Peer(asyncio.Protocol):
             self.is_lagging
             and transport.get_write_buffer_size() > self._limits.output_bytes_max
         ):
-            logger.warning(
-                "%s is disconnected: it does not read, %d bytes wait for it",
-                self.address,
-                transport.get_write_buffer_size(),
+            waiting = transport.get_write_buffer_size()
+            self._complain(
+                f"it does not read, {waiting} bytes wait for it (output_bytes_max)"
             )
             transport.abort()
             return
         transport.write(data)
 
-
-def _address_of(transport: asyncio.Transport) -> str:
-    name = transport.get_extra_info("peername")
-    if isinstance(name, tuple):
-        host, port = name[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    sock = transport.get_extra_info("socket")
-    if sock is not None and hasattr(socket, "SO_PEERCRED"):
-        size = struct.calcsize("3i")
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid, uid, gid = struct.unpack("3i", credentials)
-        return f"unix:pid={pid},uid={uid},gid={gid}"
-    return "unix"
+    def _complain(self, text: str) -> None:
+        self._service.admission.complain(self, text)

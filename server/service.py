@@ -22,6 +22,7 @@ from zeolith.protocol.messages import Notice, Request
 from zeolith.protocol.methods import METHODS
 from zeolith.server import blobs, staging
 from zeolith.server.access import OPEN, Access, permit
+from zeolith.server.admission import Admission
 from zeolith.server.answering import load_shortly
 from zeolith.server.committer import Commit, Phase
 from zeolith.server.greeting import Greeting
@@ -68,6 +69,8 @@ class Service:
         self.databases = databases
         self.limits = limits
         self.peers: set[Peer] = set()
+        self.admission = Admission(limits)
+        self.stock = staging.Stock(limits.staged_bytes_max)
         self.sessions: dict[bytes, Session] = {}
         self.transaction_timeout_s = 30.0
         self.started_at = time.time()
@@ -115,11 +118,14 @@ class Service:
             peer.hang_up("forbidden", str(error))
         except _EXPECTED as error:
             # As after an offence: it would be the same the next time.
-            peer.hang_up("protocol", f"{notice.method}: {error}")
+            text = f"{notice.method}: {error}"
+            self.admission.complain(peer, text)
+            peer.hang_up("protocol", text)
 
     def lost(self, peer: Peer) -> None:
         """A socket is gone: let go of everything that hung on it."""
         self.peers.discard(peer)
+        self.admission.leave(peer)
         self._someone_left.set()
         session = peer.session
         commit = peer.transactions.commit

@@ -16,7 +16,7 @@ from zeolith.protocol.roles import AccessRole, Roles
 from zeolith.server.access import Identity
 from zeolith.server.committer import Commit
 from zeolith.server.served import Served
-from zeolith.server.staging import Reading, Staged
+from zeolith.server.staging import Reading, Staged, Stock
 from zeolith.server.workers import Workers
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ class ChannelTransactions:
     channel: another one cannot vote, finish or abort it.
     """
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, stock: Stock):
         self._limits = limits
+        self._stock = stock
         self._staged: Staged | None = None
         self.commit: Commit | None = None
 
@@ -86,7 +87,7 @@ class ChannelTransactions:
         if staged is None or staged.transaction_id != transaction_id:
             # A transaction that was given up before its vote leaves its stores.
             self.drop()
-            staged = Staged(transaction_id, reading, workers, self._limits)
+            staged = Staged(transaction_id, reading, workers, self._limits, self._stock)
             self._staged = staged
         try:
             staged.add(operations)

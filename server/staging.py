@@ -120,11 +120,33 @@ class Spilled(Collection[list[Any]]):
         return any(each == operation for each in self)
 
 
+class Stock:
+    """How much all transactions of a server have staged; belongs to the loop."""
+
+    def __init__(self, bytes_max: int):
+        self._bytes_max = bytes_max
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        """Count ``size`` bytes more; raises StorageTransactionError: too many."""
+        if self.bytes + size > self._bytes_max:
+            raise StorageTransactionError(
+                f"transactions have sent {self._bytes_max} bytes that are not voted on;"
+                " try again when others have ended (staged_bytes_max)"
+            )
+        self.bytes += size
+
+
 class Staged:
     """The operations of one transaction until its vote, and its file until the end."""
 
     def __init__(
-        self, transaction_id: bytes, reading: Reading, workers: Workers, limits: Limits
+        self,
+        transaction_id: bytes,
+        reading: Reading,
+        workers: Workers,
+        limits: Limits,
+        stock: Stock,
     ):
         self.transaction_id = transaction_id
         # When something happened to it last; see Peer.expire.
@@ -132,6 +154,9 @@ class Staged:
         self._reading = reading
         self._workers = workers
         self._limits = limits
+        self._stock = stock
+        # What of the stock is this one's.
+        self._stocked_bytes = 0
         self._gathered: list[list[Any]] = []
         self._gathered_bytes = 0
         self._all_bytes = 0
@@ -158,6 +183,8 @@ class Staged:
         if not self.names_blobs:
             self.names_blobs = any(name_in(each) is not None for each in operations)
         if self._error is None:
+            self._stock.add(size)
+            self._stocked_bytes += size
             self._gathered += operations
             self._gathered_bytes += size
             self._spill_gathered()
@@ -232,6 +259,8 @@ class Staged:
 
     def _forget(self) -> None:
         self._gathered, self._gathered_bytes = [], 0
+        self._stock.bytes -= self._stocked_bytes
+        self._stocked_bytes = 0
         spill = self._spill
         if spill is not None and not self._is_writing:
             self._spill = None

@@ -166,6 +166,14 @@ def test_every_key_of_the_access_is_in_the_reference_with_its_default():
         assert default in (None, described[key][2]), key
 
 
+def test_every_limit_that_can_be_configured_is_in_the_reference_with_its_default():
+    described = {row[0]: row for row in rows("### What clients can run into")}
+    limits = keys(config.SCHEMA, "limits")
+    assert len(limits) > 10
+    for key, default in limits.items():
+        assert described[key][2] == default, key
+
+
 def test_every_key_of_a_client_is_in_the_reference_with_its_default():
     described = {row[1].split(",")[0].split(";")[0]: row for row in rows("### Options")}
     for key, default in keys(KEYS, "zeolith.client.keys").items():

@@ -650,7 +650,7 @@ def test_who_does_not_say_hello_in_time_is_given_up():
     assert not server.is_closed
     server.tick(10.1)
     assert server.is_closed
-    assert str(server.error) == "no hello in time"
+    assert str(server.error).startswith("no hello in time: ")
 
 
 def test_a_hello_that_trickles_in_is_no_hello_in_time():
@@ -660,7 +660,48 @@ def test_a_hello_that_trickles_in_is_no_hello_in_time():
         server.receive_data(bytes([byte]), second)
         server.tick(second)
     assert server.is_closed
-    assert str(server.error) == "no hello in time"
+    assert str(server.error).startswith("no hello in time: ")
+
+
+@pytest.mark.parametrize("state", [State.OPENING, State.GREETED])
+def test_what_comes_before_the_welcome_is_bounded(state):
+    limits = replace(SMALL, hello_bytes_max=4000)
+    server = in_state(Role.SERVER, state, limits)
+    hello = encode(Hello(hello_fields()))
+    assert server.receive_data(hello + bytes(4000), 1.0) == []
+    assert server.is_closed
+    assert "more than 4000 bytes before the welcome" in str(server.error)
+
+
+def test_what_comes_after_the_welcome_is_not_counted():
+    limits = replace(SMALL, hello_bytes_max=1000)
+    server = in_state(Role.SERVER, State.CHANNEL, limits)
+    for number in range(1, 100):
+        server.receive_data(encode(Request(number, "ping", [])), 1.0)
+        server.reply(number, None, 1.0)
+    assert server.is_open
+
+
+def test_a_client_takes_a_long_welcome():
+    client = in_state(Role.CLIENT, State.GREETED, replace(SMALL, hello_bytes_max=1000))
+    welcome = welcome_fields(interfaces=["x" * 4000])
+    assert len(client.receive_data(encode(Welcome(welcome)), 1.0)) == 1
+
+
+@pytest.mark.parametrize("state", [State.STREAM, State.CHANNEL])
+def test_heartbeats_are_no_way_to_keep_a_server_busy(state):
+    server = in_state(Role.SERVER, state, replace(SMALL, heartbeats_max=10))
+    for second in range(5):
+        assert len(server.receive_data(HEARTBEAT * 10, second)) == 10
+        server.tick(second)
+    received = server.receive_data(HEARTBEAT * 11, 5.0)
+    assert len(received) == 10
+    assert "more than 10 heartbeats at once" in str(server.error)
+
+
+def test_a_server_that_was_stopped_for_long_may_beat_often():
+    client = in_state(Role.CLIENT, State.STREAM, replace(SMALL, heartbeats_max=10))
+    assert len(client.receive_data(HEARTBEAT * 100, 1.0)) == 100
 
 
 def test_a_server_that_does_not_answer_the_hello_is_given_up():

@@ -7,7 +7,7 @@ from ZODB.POSException import StorageTransactionError
 from zeolith.protocol.limits import Limits
 from zeolith.server.committer import Commit
 from zeolith.server.sessions import ChannelTransactions, Session
-from zeolith.server.staging import OPERATION_BYTES, Staged
+from zeolith.server.staging import OPERATION_BYTES, Staged, Stock
 from zeolith.storage.database import Transaction
 
 from ..support.ids import number, transaction_id
@@ -73,9 +73,13 @@ def operations_of(staged: Staged | None) -> list[Any]:
     return sealed
 
 
+def channel_transactions(**limits: int) -> ChannelTransactions:
+    return ChannelTransactions(Limits(**limits), Stock(1_000_000_000))
+
+
 def staging(server: ModelServer, bytes_max: int) -> tuple[ChannelTransactions, Any]:
     """The transactions of a channel, and its way to stage."""
-    transactions = ChannelTransactions(Limits(transaction_bytes_max=bytes_max))
+    transactions = channel_transactions(transaction_bytes_max=bytes_max)
     peer = MemorySession(server.service).channel().peer
     workers = server.served.workers
     return transactions, lambda id_, operations: transactions.stage(
@@ -121,7 +125,7 @@ async def test_operations_without_data_are_bounded_too(server):
 
 
 def test_only_the_transaction_of_the_channel_is_found():
-    transactions = ChannelTransactions(Limits())
+    transactions = channel_transactions()
     with pytest.raises(StorageTransactionError):
         transactions.commit_of(ONE)
     commit = transactions.commit = Commit(Transaction(ONE), "somebody")

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,14 @@ from ZODB.POSException import StorageTransactionError
 
 from zeolith.protocol.limits import Limits
 from zeolith.server import staging
-from zeolith.server.staging import OPERATION_BYTES, Spill, Spilled, Staged, joined
+from zeolith.server.staging import (
+    OPERATION_BYTES,
+    Spill,
+    Spilled,
+    Staged,
+    Stock,
+    joined,
+)
 from zeolith.server.workers import Workers
 
 from ..support.gates import Gate
@@ -63,8 +70,18 @@ def socket() -> Socket:
 
 
 @pytest.fixture
-async def staged(socket, workers) -> Staged:
-    return Staged(transaction_id(1), socket, workers, LIMITS)
+def stock() -> Iterator[Stock]:
+    stock = Stock(LIMITS.staged_bytes_max)
+    yield stock
+    assert stock.bytes == 0, "some of what was staged is counted for ever"
+
+
+@pytest.fixture
+async def staged(socket, workers, stock) -> AsyncIterator[Staged]:
+    staged = Staged(transaction_id(1), socket, workers, LIMITS, stock)
+    yield staged
+    # Once more does no harm.
+    staged.discard()
 
 
 async def sealed(staged: Staged) -> tuple[list[Any], Exception | None]:
@@ -159,16 +176,38 @@ async def test_nothing_is_left_of_what_was_given_up_while_it_was_written(
 async def test_a_transaction_is_bounded_whether_in_memory_or_not(workers, socket):
     room = 10 * (5000 + OPERATION_BYTES)
     limits = Limits(staged_memory_bytes_max=10_000, transaction_bytes_max=room)
-    staged = Staged(transaction_id(1), socket, workers, limits)
+    staged = Staged(transaction_id(1), socket, workers, limits, Stock(10**6))
     staged.add([store(n) for n in range(10)])
     with pytest.raises(StorageTransactionError, match="transaction_bytes_max"):
         staged.add([["undo", number(1)]])
     staged.discard()
 
 
+@pytest.mark.parametrize("size", [10, 5000])
+async def test_all_transactions_together_are_bounded(workers, socket, size):
+    """Wherever it is kept: memory, or a file."""
+    stock = Stock(10 * (size + OPERATION_BYTES))
+    one, other = (
+        Staged(transaction_id(n), socket, workers, LIMITS, stock) for n in (1, 2)
+    )
+    one.add([store(n, size) for n in range(6)])
+    other.add([store(n, size) for n in range(4)])
+    with pytest.raises(StorageTransactionError, match="staged_bytes_max"):
+        other.add([["undo", number(1)]])
+    await sealed(one)
+    one.discard()
+    other.add([store(n, size) for n in range(6)])
+    other.expire(30)
+    assert stock.bytes == 0
+    other.add([store(1, size)])
+    assert stock.bytes == 0, "it is dropped"
+    await sealed(other)
+    other.discard()
+
+
 async def test_the_names_of_files_are_counted(workers, socket):
     limits = Limits(transaction_bytes_max=10_000)
-    staged = Staged(transaction_id(1), socket, workers, limits)
+    staged = Staged(transaction_id(1), socket, workers, limits, Stock(10**6))
     shared = ["store_shared_blob", number(1), number(0), b"record", "x" * 10_000]
     with pytest.raises(StorageTransactionError, match="transaction_bytes_max"):
         staged.add([shared])
