@@ -49,14 +49,19 @@ def encode(message: Message) -> bytes:
     return frame(msgpack.packb([_CODES[type(message)], *message], use_bin_type=True))
 
 
-def decode(payload: bytes) -> Message:
-    """The message in one frame's payload; raises RemoteProtocolError."""
+def decode(payload: bytes, items_max: int = -1) -> Message:
+    """The message in one frame's payload; raises RemoteProtocolError.
+
+    No array may have more than ``items_max`` elements, if that is said: msgpack makes
+    a list for as many as an array's head promises, on each of 1024 levels.
+    """
     try:
         array = _unpack(
             payload,
             raw=False,
             timestamp=_TIMESTAMP_AS_FLOAT,
             ext_hook=_refuse_extension,
+            max_array_len=items_max,
         )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise RemoteProtocolError(f"a frame is not msgpack: {error}") from None

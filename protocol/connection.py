@@ -151,6 +151,8 @@ class Connection:
             if role is Role.SERVER
             else limits.frame_bytes_max
         )
+        # What an array may have, of whoever is not known.
+        self._items_max = limits.hello_items_max if role is Role.SERVER else -1
         self._receiving = RECEIVING[role]
         self._sending = SENDING[role]
         # For a frame with its prefix, so a little less than is allowed.
@@ -188,7 +190,7 @@ class Connection:
         received: list[Message] = []
         try:
             for payload in self._reader.feed(data):
-                message = decode(payload)
+                message = decode(payload, self._items_max)
                 self._accept(message)
                 received.append(message)
                 if self.is_closed:
@@ -346,6 +348,7 @@ class Connection:
             assert self.kind is not None
             state = _OPENED[self.kind]
             self._reader.frame_bytes_max = self.limits.frame_bytes_max
+            self._items_max = -1
         if state is not self.state:
             self._turn_to(state)
 

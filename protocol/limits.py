@@ -23,6 +23,8 @@ class Limits:
     # Before the hello is accepted nothing is known about the peer; a hello with the
     # longest names we allow takes less than 2 KiB.
     hello_frame_bytes_max: int = 16 * 1024
+    # The elements of an array in it.
+    hello_items_max: int = 64
     # All that it may send until it is welcomed.
     hello_bytes_max: int = 64 * 1024
     # A record may be as large as a frame less ENVELOPE_BYTES; ZODB warns at 16 MB.

@@ -20,6 +20,7 @@ from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server.access import OPEN
 from zeolith.server.config import Options
+from zeolith.server.descriptors import Watch, connections_possible
 from zeolith.server.indexing import IndexSaver
 from zeolith.server.interpreter import share_interpreter
 from zeolith.server.listener import Listener, ListenError
@@ -106,6 +107,7 @@ async def _serve(
         for name, database in databases.items()
     }
     service = Service(served, limits, options.access or OPEN)
+    service.admission.connections_max = connections_possible(limits.connections_max)
     for each in served.values():
         Relay(service, each)
     index_saver = IndexSaver(served.values(), options.index_interval_s)
@@ -196,9 +198,11 @@ def _configure(service: Service, index_saver: IndexSaver, options: Options) -> N
 
 async def _tick(service: Service, index_saver: IndexSaver) -> None:
     loop = asyncio.get_running_loop()
+    descriptors = Watch()
     while True:
         await asyncio.sleep(TICK_INTERVAL_S)
         try:
+            descriptors.tick()
             service.tick(loop.time())
             index_saver.tick(loop.time())
         except Exception:

@@ -1,5 +1,6 @@
 """One socket's conversation: states, open requests, limits, heartbeats."""
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from zeolith.protocol.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
+from zeolith.protocol.frames import frame
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import (
     KINDS,
@@ -671,6 +673,42 @@ def test_what_comes_before_the_welcome_is_bounded(state):
     assert server.receive_data(hello + bytes(4000), 1.0) == []
     assert server.is_closed
     assert "more than 4000 bytes before the welcome" in str(server.error)
+
+
+def bomb(items: int) -> bytes:
+    """A frame in which a thousand arrays promise so many items each, and have one."""
+    return frame((b"\xdd" + items.to_bytes(4, "big")) * 1000)
+
+
+def test_an_array_before_the_welcome_is_bounded_before_it_is_made():
+    server = in_state(Role.SERVER, State.OPENING)
+    tracemalloc.start()
+    try:
+        assert server.receive_data(bomb(5000), 1.0) == []
+        _now, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "5000 exceeds max_array_len(64)" in str(server.error)
+    assert peak_bytes < 1_000_000
+
+
+def test_a_hello_with_few_capabilities_is_not_too_long():
+    server = in_state(Role.SERVER, State.OPENING)
+    fields = hello_fields(capabilities=[f"capability {n}" for n in range(60)])
+    assert len(server.receive_data(encode(Hello(fields)), 1.0)) == 1
+
+
+def test_a_bomb_of_arrays_leaves_nothing_behind():
+    """From whoever was welcomed; some versions of msgpack keep it all for ever."""
+    server = in_state(Role.SERVER, State.CHANNEL)
+    tracemalloc.start()
+    try:
+        server.receive_data(bomb(4000), 1.0)
+        now_bytes, _peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "not msgpack" in str(server.error)
+    assert now_bytes < 100_000
 
 
 def test_what_comes_after_the_welcome_is_not_counted():
