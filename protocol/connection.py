@@ -348,7 +348,8 @@ class Connection:
             assert self.kind is not None
             state = _OPENED[self.kind]
             self._reader.frame_bytes_max = self.limits.frame_bytes_max
-            self._items_max = -1
+            if self.role is Role.SERVER:
+                self._items_max = self.limits.array_items_max
         if state is not self.state:
             self._turn_to(state)
 
@@ -471,6 +472,10 @@ class Connection:
             and self.role is Role.SERVER
             and bool(self.open_requests)
         )
+
+    def first_frame_end(self, data: bytes) -> int:
+        """How much of ``data``, which is to be received, is of its first frame."""
+        return self._reader.first_frame_end(data)
 
     @property
     def is_inside_frame(self) -> bool:

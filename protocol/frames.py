@@ -59,6 +59,18 @@ class FrameReader:
             self.have_bytes = 0
         return self._cut(data)
 
+    def first_frame_end(self, data: bytes) -> int:
+        """How much of ``data`` belongs to the frame under way, or else to the first.
+
+        More than there is of it if the rest is still to come.
+        """
+        if self.have_bytes:
+            return self._need_bytes - self.have_bytes
+        if len(data) < PREFIX_BYTES:
+            return PREFIX_BYTES
+        length: int = _unpack_length(data)[0]
+        return PREFIX_BYTES + length
+
     def _cut(self, data: bytes) -> list[bytes]:
         start, end = 0, len(data)
         if end > PREFIX_BYTES:

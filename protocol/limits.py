@@ -31,6 +31,11 @@ class Limits:
     frame_bytes_max: int = 256 * 1024 * 1024
     # From accepting a socket to its hello.
     hello_timeout_s: float = 10.0
+    # The elements of an array that a client sends. Those of a batch take 64 bytes each.
+    array_items_max: int = 100_000
+    # What is looked at of a client's bytes before it is the others' turn, unless it
+    # belongs to one frame.
+    turn_bytes_max: int = 4096
     # Requests of one socket that are not answered yet.
     requests_open_max: int = 1000
     # Heartbeats of a client between two ticks of the server's clock; one is due in

@@ -27,7 +27,9 @@ class Peer(asyncio.Protocol):
     def __init__(self, service: "Service", limits: Limits):
         self._service = service
         self._limits = limits
-        self._now = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
+        self._turn_bytes_max = limits.turn_bytes_max
         self.connection = Connection(Role.SERVER, self._now(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
@@ -53,6 +55,8 @@ class Peer(asyncio.Protocol):
         self.told_tid = Z64
         # How many want nothing to be read now.
         self._holds = 0
+        # What has been read, and not looked at: meanwhile nothing is read.
+        self._next_turns = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is accepted."""
@@ -76,6 +80,12 @@ class Peer(asyncio.Protocol):
             if answered is not None:
                 self._write(answered)
                 return
+        if len(data) > self._turn_bytes_max:
+            data = self._first_turn(data)
+        self._receive(data, now)
+
+    def _receive(self, data: bytes, now: float) -> None:
+        connection = self.connection
         messages = connection.receive_data(data, now)
         if len(messages) == 1:
             # Nothing to gather, and nearly always so.
@@ -87,6 +97,26 @@ class Peer(asyncio.Protocol):
             self._flush()
         if connection.state is State.CLOSED:
             self._give_up()
+
+    def _first_turn(self, data: bytes) -> bytes:
+        """What to look at now of ``data``; the rest is for the next step of the loop.
+
+        Otherwise somebody who sends nothing but small messages, of which nobody waits
+        for an answer, would be the only one whom the loop serves.
+        """
+        end = max(self.connection.first_frame_end(data), self._turn_bytes_max)
+        if len(data) <= end:
+            return data
+        self.hold_reading()
+        self._next_turns = data[end:]
+        self._loop.call_soon(self._next_turn)
+        return data[:end]
+
+    def _next_turn(self) -> None:
+        data, self._next_turns = self._next_turns, b""
+        if self.is_there and not self.connection.is_closed:
+            self._receive(self._first_turn(data), self._now())
+        self.let_read()
 
     def pause_writing(self) -> None:
         """It does not read as fast as it is written to."""

@@ -1,6 +1,7 @@
 """Where one message ends and the next begins."""
 
 import tracemalloc
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -132,3 +133,22 @@ def test_a_whole_frame_that_is_too_long_is_refused():
     assert reader.feed(frame(bytes(10))) == [bytes(10)]
     with pytest.raises(RemoteProtocolError, match="11 bytes"):
         reader.feed(frame(bytes(11)))
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=5), st.data())
+def test_the_end_of_the_first_frame_is_known_as_soon_as_it_can_be(payloads, data):
+    stream = b"".join(map(frame, payloads))
+    ends = list(accumulate(len(frame(payload)) for payload in payloads))
+    fed = data.draw(st.integers(0, len(stream) - 1))
+    reader = FrameReader(1000)
+    reader.feed(stream[:fed])
+    end = fed + reader.first_frame_end(stream[fed:])
+    begin = max((each for each in [0, *ends] if each <= fed), default=0)
+    if fed == begin or fed >= begin + PREFIX_BYTES:
+        assert end == next(each for each in ends if each > fed)
+    else:
+        assert end == begin + PREFIX_BYTES, "the length is not all there"
+
+
+def test_less_than_a_length_does_not_tell_where_a_frame_ends():
+    assert FrameReader(1000).first_frame_end(b"\0\0") == PREFIX_BYTES

@@ -109,6 +109,10 @@ async def test_an_answer_that_is_too_large_for_the_wire_is_a_failure(server, cha
 # Offences: the reason is told, that one socket ends, and nobody else is disturbed
 
 
+def store(size: int) -> list[object]:
+    return ["store", OID, number(1), bytes(size)]
+
+
 def request_of(method: str, *args: object, id_: int = 1) -> bytes:
     return encode(Request(id_, method, list(args)))
 
@@ -216,6 +220,67 @@ async def test_a_notice_that_cannot_be_heeded_ends_the_socket_with_the_reason(se
     await asyncio.sleep(0)
     assert channel.transport.is_lost
     assert not session.stream.transport.is_closing()
+
+
+# Turns: whoever sends much does not keep the others waiting
+
+BEAT = encode(Notice("stage", [transaction_id(1), []]))
+MANY = 10 * LIMITS.turn_bytes_max // len(BEAT)
+
+
+async def test_it_is_the_others_turn_after_some_of_many_messages(server, session):
+    busy, other = session.channel(), session.channel()
+    last = busy.connection.request("ping", [], now())
+    busy.send(BEAT * MANY + last)
+    assert busy.transport.is_paused, "what has come is enough for now"
+    assert not busy.received()
+    assert other.value(other.ask("ping")) is None
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not busy.received()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert busy.received() == [Reply(1, None)]
+    assert not busy.transport.is_paused
+    assert busy.value(busy.ask("ping")) is None
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+async def test_messages_that_take_turns_are_all_there_in_their_order(session, cut):
+    busy = session.channel()
+    requests = [busy.connection.request("ping", [], now()) for _ in range(4)]
+    large = encode(Notice("stage", [transaction_id(1), [store(9000)]]))
+    data = BEAT * MANY + requests[0] + large + requests[1] + BEAT * MANY + requests[2]
+    busy.send(data[:cut])
+    busy.send(data[cut:])
+    while busy.transport.is_paused:
+        await asyncio.sleep(0)
+    busy.send(requests[3])
+    assert busy.received() == [Reply(n, None) for n in (1, 2, 3, 4)]
+
+
+async def test_one_large_message_takes_no_turns(session):
+    channel = session.channel()
+    staging = encode(Notice("stage", [transaction_id(1), [store(60_000)]]))
+    channel.send(staging)
+    assert not channel.transport.is_paused
+    channel.send(staging[:10])
+    channel.send(staging[10:])
+    assert not channel.transport.is_paused
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_nobody_waits_for_his_turn_who_is_gone(server, session, is_told):
+    busy = session.channel()
+    vote = request_of("vote", transaction_id(1), [b"", b"", b"", None, " "], [])
+    busy.send(BEAT * MANY + (frame(b"\xc1") if is_told else b"") + vote)
+    if not is_told:
+        await busy.lose()
+    for _ in range(30):
+        await asyncio.sleep(0)
+    assert busy.transport.is_lost
+    assert busy.peer not in server.service.peers
+    assert not server.committer.holders
 
 
 # Before the hello
