@@ -65,6 +65,7 @@ class HelloRefused(ZeolithError):
         "stopping",
         "access",
         "limit",
+        "tls",
     )
 
     def __init__(self, reason: str, text: str):

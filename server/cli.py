@@ -9,6 +9,7 @@ operator's is one line on standard error, never a traceback.
 import json
 import logging
 import sys
+import time
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from zeolith.server import config, daemon, probe
 from zeolith.server.access import NOBODY
 from zeolith.server.listener import ListenError
 from zeolith.server.pack_command import pack_storage
+from zeolith.server.tls import warning
 from zeolith.storage.opening import OpeningError
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -128,6 +130,10 @@ def check_config(path: str) -> None:
         config.refuse_exposed(options)
     except config.ConfigError as error:
         _exit(2, error)
+    if options.tls is not None:
+        text = warning(options.tls.options, time.time())
+        if text is not None:
+            click.echo(f"warning: {text}", err=True)
     for address in options.addresses:
         click.echo(f"address {format_address(address)}")
     for name in options.storages:

@@ -1,11 +1,13 @@
 """The configuration file: read, checked, and turned into Options.
 
 The schema, with the description of each key, is ``schema.xml`` beside this file; the
-functions named there are here. Reading opens no storage and touches no socket. Every
+functions named there are here. Reading opens no storage and touches no socket; it reads
+the files of a certificate, too, and may wait for a command that tells a password. Every
 mistake becomes a ConfigError of one line that says where.
 """
 
 import logging
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,9 @@ from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.server.access import Access
 from zeolith.server.exposure import exposed, refusal, resolved
 from zeolith.server.listener import SOCKET_MODE
+from zeolith.protocol.tls import TlsMistake
 from zeolith.server.replays import REPLAY_BYTES
+from zeolith.server.tls import VERSIONS, Certificate, TlsOptions
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.opening import open_database, open_file
 
@@ -48,18 +52,21 @@ class Options:
     log_level: int = logging.INFO
     is_insecure: bool = False
     socket_mode: int = SOCKET_MODE
-    # Whether TCP is spoken under TLS, and whether whoever comes must say who he is.
-    has_tls: bool = False
-    has_login: bool = False
     limits: Limits = DEFAULT
+    # Who may do what; None: everybody everything.
+    access: Access | None = None
+    # None: TCP is plain.
+    tls: Certificate | None = None
 
     @property
     def may_be_exposed(self) -> bool:
         """Whether it may listen on addresses that strangers reach."""
-        return self.is_insecure or (self.has_tls and self.has_login)
+        return self.is_insecure or (self.tls is not None and self.has_login)
 
-    # Who may do what; None: everybody everything.
-    access: Access | None = None
+    @property
+    def has_login(self) -> bool:
+        """Whether whoever comes must say who he is."""
+        return False
 
 
 def read_file(path: str) -> Options:
@@ -117,6 +124,27 @@ def ServerSection(section: Any) -> Any:
 def AccessSection(section: Any) -> Access:
     """Datatype of the <access> section."""
     return Access(anonymous=section.anonymous)
+
+
+def TlsSection(section: Any) -> TlsOptions:
+    """Datatype of the <tls> section."""
+    return TlsOptions(
+        certificate=section.certificate,
+        key=section.key,
+        key_password_file=section.key_password_file,
+        key_password_command=section.key_password_command,
+        client_ca=section.client_ca,
+        requires_client_certificate=section.require_client_certificate,
+        minimum_version=section.minimum_version,
+    )
+
+
+def tls_version(text: str) -> ssl.TLSVersion:
+    """Datatype: a version of TLS."""
+    try:
+        return VERSIONS[text]
+    except KeyError:
+        raise ValueError(f"{text!r} is none of {', '.join(VERSIONS)}") from None
 
 
 def seconds(text: str) -> float:
@@ -181,7 +209,15 @@ def _options(path: str, document: Any) -> Options:
         socket_mode=server.socket_mode,
         access=server.access,
         limits=server.limits or DEFAULT,
+        tls=None if server.tls is None else _certificate(path, server.tls),
     )
+
+
+def _certificate(path: str, options: TlsOptions) -> Certificate:
+    try:
+        return Certificate(options)
+    except TlsMistake as mistake:
+        raise ConfigError(f"{path}: <tls>: {mistake}") from mistake
 
 
 def _one_line(path: str, error: ZConfig.ConfigurationError) -> str:

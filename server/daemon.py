@@ -30,6 +30,7 @@ from zeolith.server.readiness import notify
 from zeolith.server.relay import Relay
 from zeolith.server.served import Served
 from zeolith.server.service import Service
+from zeolith.server.tls import Certificate
 from zeolith.server.workers import Workers
 from zeolith.storage.adapted import AdaptedStorage, forbid_unpickling
 from zeolith.storage.changes import Changes
@@ -113,17 +114,33 @@ async def _serve(
     index_saver = IndexSaver(served.values(), options.index_interval_s)
     _configure(service, index_saver, options)
 
-    def on_hangup() -> None:
-        renewed = reread()
+    tls = options.tls
+    if tls is not None:
+        tls.warn()
+    rereading = asyncio.Lock()
+
+    async def read_again() -> None:
+        # One after the other; a password may take its time.
+        async with rereading:
+            renewed = await loop.run_in_executor(None, reread)
         if renewed is not None:
             _configure(service, index_saver, renewed)
+            _renew(tls, renewed.tls)
             logger.info("the configuration was read again")
+
+    tasks = set[asyncio.Task[None]]()
+
+    def on_hangup() -> None:
+        task = loop.create_task(read_again())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     for number in _STOPPING:
         _heed(number, loop, stop.set)
     _heed(signal.SIGHUP, loop, on_hangup)
     listener = Listener(
         lambda: Peer(service, limits),
+        None if tls is None else lambda: tls.context,
         may_be_exposed=options.may_be_exposed,
         socket_mode=options.socket_mode,
     )
@@ -194,6 +211,15 @@ def _configure(service: Service, index_saver: IndexSaver, options: Options) -> N
     for served in service.databases.values():
         served.replays.bytes_max = options.replay_bytes
     logging.getLogger().setLevel(options.log_level)
+
+
+def _renew(tls: Certificate | None, renewed: Certificate | None) -> None:
+    if tls is None or renewed is None:
+        if tls is not renewed:
+            logger.warning("TLS is switched on or off by a restart only")
+        return
+    tls.replace_by(renewed)
+    tls.warn()
 
 
 async def _tick(service: Service, index_saver: IndexSaver) -> None:

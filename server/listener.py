@@ -9,12 +9,14 @@ socket is set: it is bound first, and listened to then.
 import asyncio
 import os
 import socket
+import ssl
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.server.exposure import exposed, refusal
+from zeolith.server.secured import Secured
 
 BACKLOG = 512
 # Only the server's own user may connect to a Unix socket.
@@ -30,12 +32,15 @@ class Listener:
 
     def __init__(
         self,
-        protocol: Callable[[], asyncio.BaseProtocol],
+        protocol: Callable[[], asyncio.Protocol],
+        tls_context: Callable[[], ssl.SSLContext] | None = None,
         *,
         may_be_exposed: bool = False,
         socket_mode: int = SOCKET_MODE,
     ):
+        """``tls_context`` is asked for each socket accepted by TCP; None: no TLS."""
         self._protocol = protocol
+        self._tls_context = tls_context
         self._may_be_exposed = may_be_exposed
         self._socket_mode = socket_mode
         self._servers: list[asyncio.Server] = []
@@ -68,7 +73,7 @@ class Listener:
     async def _listen_tcp(self, host: str, port: int) -> None:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            self._protocol, host or None, port, backlog=BACKLOG, start_serving=False
+            self._accepted, host or None, port, backlog=BACKLOG, start_serving=False
         )
         self._servers.append(server)
         bound = [sock.getsockname()[:2] for sock in server.sockets]
@@ -78,6 +83,11 @@ class Listener:
                 raise ListenError(refusal(reachable))
         await server.start_serving()
         self.addresses += bound
+
+    def _accepted(self) -> asyncio.Protocol:
+        if self._tls_context is None:
+            return self._protocol()
+        return Secured(self._protocol(), self._tls_context())
 
     async def _listen_unix(self, path: str) -> None:
         _remove_stale(path)

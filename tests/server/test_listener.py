@@ -9,6 +9,8 @@ import pytest
 
 from zeolith.server.listener import Listener, ListenError
 
+from ..support.certificates import HOST, Authority, context_of
+
 
 class Greeter(asyncio.Protocol):
     """Says that it is there, and hangs up."""
@@ -183,3 +185,36 @@ async def test_a_unix_socket_has_its_mode_whatever_the_umask(tmp_path, mode, uma
 async def test_a_folder_that_is_not_there_is_told(listener, tmp_path):
     with pytest.raises(ListenError, match="nowhere"):
         await listener.listen(str(tmp_path / "nowhere" / "socket"))
+
+
+async def test_tcp_is_encrypted_and_a_unix_socket_is_not(tmp_path):
+    authority = Authority(tmp_path)
+    context = context_of(authority.sign())
+    listener = Listener(Greeter, lambda: context)
+    path = str(tmp_path / "socket")
+    await listener.listen(("127.0.0.1", 0))
+    await listener.listen(path)
+    tcp, _unix = listener.addresses
+    assert await greeting(path) == b"here"
+    # Nothing is said before the handshake.
+    assert await greeting(tcp) == b""
+    await listener.close()
+
+
+async def test_whoever_comes_next_is_shown_the_certificate_of_now(tmp_path):
+    authority = Authority(tmp_path)
+    contexts = [context_of(authority.sign("first")), context_of(authority.sign())]
+    listener = Listener(asyncio.Protocol, lambda: contexts[0])
+    await listener.listen(("127.0.0.1", 0))
+    (address,) = listener.addresses
+    host, port = address[0], int(address[1])
+    first = await asyncio.open_connection(
+        host, port, ssl=authority.trusting().context, server_hostname="first"
+    )
+    del contexts[0]
+    second = await asyncio.open_connection(
+        host, port, ssl=authority.trusting().context, server_hostname=HOST
+    )
+    for _reader, writer in (first, second):
+        writer.close()
+    await listener.close()

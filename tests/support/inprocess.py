@@ -8,6 +8,7 @@ the loop's exception handler heard of.
 """
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,12 +51,15 @@ class InProcessServer:
         is_read_only: bool = False,
         transaction_timeout_s: float = 30,
         access: Access = OPEN,
+        tls: ssl.SSLContext | None = None,
     ):
         self._storages = storages
         self._limits = limits
         self._is_read_only = is_read_only
         self._transaction_timeout_s = transaction_timeout_s
         self._access = access
+        # What new clients are shown; a test may change it.
+        self.tls = tls
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
         self._failures: list[str] = []
@@ -160,6 +164,10 @@ class InProcessServer:
         peer: Peer = self.on_loop(lambda: self.service.sessions[token].stream)
         return peer
 
+    def _tls_context(self) -> ssl.SSLContext:
+        assert self.tls is not None
+        return self.tls
+
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve())
@@ -178,7 +186,10 @@ class InProcessServer:
         for each in served.values():
             Relay(self.service, each)
         self.service.transaction_timeout_s = self._transaction_timeout_s
-        listener = Listener(lambda: Peer(self.service, self._limits))
+        listener = Listener(
+            lambda: Peer(self.service, self._limits),
+            None if self.tls is None else self._tls_context,
+        )
         await listener.listen(self.address)
         (address,) = listener.addresses
         assert not isinstance(address, str)
