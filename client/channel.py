@@ -8,12 +8,13 @@ call may take.
 """
 
 import errno
+import os
 import socket
+import ssl
 import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -30,16 +31,35 @@ _monotonic = time.monotonic
 
 def limit_silence(sock: socket.socket, timeout_s: float) -> None:
     """Make ``sock`` block, but no receive or send longer than ``timeout_s``."""
-    sock.settimeout(None)
+    if isinstance(sock, ssl.SSLSocket):
+        # It tries again what the kernel has given up, unless its own limit has passed,
+        # which costs nothing as long as the descriptor blocks.
+        sock.settimeout(timeout_s * 0.9)
+        os.set_blocking(sock.fileno(), True)
+    else:
+        sock.settimeout(None)
     timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
+def is_silence(error: OSError) -> bool:
+    """Whether ``error`` is that of a receive or send that took too long."""
+    # The kernel's own TimeoutError has a number: the connection is gone.
+    return error.errno in _SILENT or (
+        isinstance(error, TimeoutError) and error.errno is None
+    )
+
+
 def shut_down(sock: socket.socket) -> None:
     """End both directions of ``sock``, so that whoever waits on it wakes."""
+    shutdown = sock.shutdown
+    if isinstance(sock, ssl.SSLSocket):
+        # Its own method would first forget that it is one: another thread that sends
+        # at this moment would send plain bytes.
+        shutdown = super(ssl.SSLSocket, sock).shutdown
     try:
-        sock.shutdown(socket.SHUT_RDWR)
+        shutdown(socket.SHUT_RDWR)
     except OSError as error:
         if error.errno not in (errno.ENOTCONN, errno.EBADF):
             raise
@@ -172,8 +192,11 @@ class Channel:
         rest = memoryview(data)
         try:
             while rest:
-                with suppress(BlockingIOError):
+                try:
                     rest = rest[self._socket.send(rest) :]
+                except OSError as error:
+                    if not is_silence(error):
+                        raise
         except OSError as error:
             raise self._lost(error) from error
         except BaseException:
@@ -207,7 +230,7 @@ class Channel:
             return errors.LocalProtocolError(goodbye.text)
         if goodbye is not None and goodbye.reason == "forbidden":
             return errors.Forbidden(goodbye.text)
-        if isinstance(error, OSError) and error.errno in _SILENT:
+        if isinstance(error, OSError) and is_silence(error):
             silence_s = self._connection.limits.heartbeat_timeout_s
             return ChannelLost(f"the server was silent for {silence_s:g} s")
         return ChannelLost(str(error or "the server closed the connection"))

@@ -20,7 +20,7 @@ from zeolith.client.storage import ClientStorage
 # Arguments of ClientStorage that no key sets, and why.
 NOT_IN_CONFIG = {
     "ssl": "an ssl.SSLContext is made by a program, not written in a file",
-    "ssl_server_hostname": "means nothing without ssl",
+    "ssl_server_hostname": "is called tls-server-name",
     "limits": "the bounds of the wire are the same for everybody",
 }
 _ARGUMENT_OF_KEY = {"server": "addr", "cache_path": "cache"}

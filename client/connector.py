@@ -33,6 +33,7 @@ from zeolith.client.verification import Verified, verify
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.errors import HelloRefused, ZeolithError
 from zeolith.protocol.limits import Limits
+from zeolith.protocol.tls import ClientTls
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Connector:
         is_read_only: bool,
         falls_back: bool,
         limits: Limits,
+        tls: ClientTls | None,
         on_session: Callable[[Session], None],
     ):
         self._addresses = addresses
@@ -103,6 +105,8 @@ class Connector:
         self._is_read_only = is_read_only
         self._falls_back = falls_back
         self._limits = limits
+        # None: plain.
+        self._tls = tls
         # Called with each session before it becomes the current one.
         self._on_session = on_session
         self._thread: threading.Thread | None = None
@@ -299,7 +303,7 @@ class Connector:
             self._position.tid,
         )
         began_at = time.monotonic()
-        reached = dial_any(list(self._addresses), wish, self._limits)
+        reached = dial_any(list(self._addresses), wish, self._limits, self._tls)
         return Session(reached, self._limits, began_at)
 
     def _adopt(self, session: Session) -> None:

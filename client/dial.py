@@ -6,13 +6,14 @@ one more channel of a session that is there already.
 
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from zeolith.client.channel import Channel, limit_silence
+from zeolith.client.channel import Channel, is_silence, limit_silence
 from zeolith.client.round_trip import RECEIVE_BYTES
 from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
@@ -20,6 +21,7 @@ from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Failure, Message, Welcome
 from zeolith.protocol.methods import hello_fields
+from zeolith.protocol.tls import ClientTls, HandshakeFailed, raise_explained
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_FIRST_S = 0.05
@@ -37,6 +39,13 @@ class Wish(NamedTuple):
     position: bytes | None
 
 
+class Resumption(NamedTuple):
+    """How the next sockets to a server are encrypted, cheaper than the first one."""
+
+    tls: ClientTls
+    session: ssl.SSLSession | None = None
+
+
 class Reached(NamedTuple):
     """A server that accepted the hello."""
 
@@ -46,6 +55,8 @@ class Reached(NamedTuple):
     welcome: dict[str, Any]
     # What came right behind the welcome, in the same piece: the first changes.
     early: list[Message]
+    # For its channels; None: they are plain.
+    resumption: Resumption | None = None
 
 
 def delays() -> Iterator[float]:
@@ -63,23 +74,25 @@ def is_refusal(error: BaseException | None) -> bool:
     """
     if isinstance(error, errors.HelloRefused):
         return error.reason != "stopping"
-    return isinstance(error, errors.RemoteProtocolError)
+    return isinstance(error, errors.RemoteProtocolError | HandshakeFailed)
 
 
-def dial_any(addresses: list[Address], wish: Wish, limits: Limits) -> Reached:
+def dial_any(
+    addresses: list[Address], wish: Wish, limits: Limits, tls: ClientTls | None = None
+) -> Reached:
     """The first of ``addresses`` that accepts ``wish``; all are tried at once.
 
     Who is slower is not waited for; its thread ends when its dial does. Raises the
     error of the last one tried, a refusal before a mere absence.
     """
     if len(addresses) == 1:
-        return dial(addresses[0], wish, limits)
+        return dial(addresses[0], wish, limits, tls)
     arrivals: SimpleQueue[Reached | BaseException] = SimpleQueue()
     is_won = threading.Lock()
 
     def run(address: Address) -> None:
         try:
-            reached = dial(address, wish, limits)
+            reached = dial(address, wish, limits, tls)
         except BaseException as error:  # noqa: BLE001 - raised by the other thread
             arrivals.put(error)
         else:
@@ -103,8 +116,13 @@ def dial_any(addresses: list[Address], wish: Wish, limits: Limits) -> Reached:
     raise last
 
 
-def dial(address: Address, wish: Wish, limits: Limits) -> Reached:
-    """Open a stream at ``address``; raises OSError or a ZeolithError."""
+def dial(
+    address: Address, wish: Wish, limits: Limits, tls: ClientTls | None = None
+) -> Reached:
+    """Open a stream at ``address``; raises OSError or a ZeolithError.
+
+    With ``tls`` it is encrypted, but for a Unix socket.
+    """
     hello = hello_fields(
         kind="stream",
         storage=wish.storage,
@@ -114,32 +132,51 @@ def dial(address: Address, wish: Wish, limits: Limits) -> Reached:
         epoch=wish.epoch,
         position=wish.position,
     )
-    return _greet(address, hello, limits)
+    return _greet(address, hello, limits, None if tls is None else Resumption(tls))
 
 
-def dial_channel(address: Address, token: bytes, limits: Limits) -> Channel:
+def dial_channel(
+    address: Address,
+    token: bytes,
+    limits: Limits,
+    resumption: Resumption | None = None,
+) -> Channel:
     """Open one more channel of the session ``token``; raises as ``dial``."""
-    reached = _greet(address, hello_fields(kind="channel", session=token), limits)
+    hello = hello_fields(kind="channel", session=token)
+    reached = _greet(address, hello, limits, resumption)
     limit_silence(reached.socket, limits.heartbeat_timeout_s)
     return Channel(reached.socket, reached.connection)
 
 
-def _greet(address: Address, hello: dict[str, Any], limits: Limits) -> Reached:
+def _greet(
+    address: Address,
+    hello: dict[str, Any],
+    limits: Limits,
+    resumption: Resumption | None,
+) -> Reached:
     sock = _connect(address)
     try:
         connection = Connection(Role.CLIENT, time.monotonic(), limits)
+        if resumption is not None and not isinstance(address, str):
+            sock = resumption.tls.wrap(sock, address[0], resumption.session)
         limit_silence(sock, limits.hello_timeout_s)
+        if isinstance(sock, ssl.SSLSocket):
+            sock.do_handshake()
         sock.sendall(connection.hello(hello, time.monotonic()))
         welcome, early = _await_welcome(sock, connection)
-        return Reached(address, sock, connection, welcome, early)
-    except BlockingIOError:
+        if resumption is not None and isinstance(sock, ssl.SSLSocket):
+            # Before a thread listens: the ticket came with the welcome at the latest.
+            resumption = resumption._replace(session=sock.session)
+        return Reached(address, sock, connection, welcome, early, resumption)
+    except BaseException as error:
         sock.close()
-        raise TimeoutError(
-            f"{format_address(address)} did not answer the hello within"
-            f" {limits.hello_timeout_s:g} s"
-        ) from None
-    except BaseException:
-        sock.close()
+        if isinstance(error, ssl.SSLError):
+            raise_explained(error)
+        if isinstance(error, OSError) and is_silence(error):
+            raise TimeoutError(
+                f"{format_address(address)} did not answer the hello within"
+                f" {limits.hello_timeout_s:g} s"
+            ) from None
         raise
 
 

@@ -6,7 +6,6 @@ any thread borrows a channel. ``close`` may be called by anybody, at any time, a
 wakes everybody who waits on one of the sockets.
 """
 
-import errno
 import logging
 import threading
 import time
@@ -14,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 from zeolith.client.changes import Change
-from zeolith.client.channel import Channel, limit_silence, shut_down
+from zeolith.client.channel import Channel, is_silence, limit_silence, shut_down
 from zeolith.client.dial import Reached, dial_channel
 from zeolith.client.errors import ChannelLost
 from zeolith.client.pool import Pool
@@ -52,6 +51,7 @@ class Session:
         # How many have come.
         self.replayed = len(changes or ())
         self._limits = limits
+        self._resumption = reached.resumption
         self._token: bytes = reached.welcome["session"]
         self._stream = reached.socket
         self._connection: Connection = reached.connection
@@ -135,7 +135,9 @@ class Session:
 
     def _dial_channel(self) -> Channel:
         try:
-            return dial_channel(self.address, self._token, self._limits)
+            return dial_channel(
+                self.address, self._token, self._limits, self._resumption
+            )
         except (OSError, ZeolithError) as error:
             self.close(str(error))
             raise ChannelLost(str(error)) from error
@@ -158,7 +160,7 @@ class Session:
             try:
                 data = self._stream.recv(RECEIVE_BYTES)
             except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
+                if not is_silence(error):
                     self.close(str(error))
                     break
             else:

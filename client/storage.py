@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from ssl import SSLContext
 from typing import Any
 
 from ZODB import interfaces
@@ -38,6 +39,7 @@ from zeolith.client.read_ahead import reading_ahead
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64, following
+from zeolith.client.tls import TlsFiles, client_tls
 from zeolith.client.warming import WarmUp
 from zeolith.client.wrapped import WrapperListener, is_wrapper
 from zeolith.protocol.addresses import format_address
@@ -65,6 +67,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
 
     # Whether a server serves us to others: see client.relaying.
     is_relayed = False
+    _is_closed = False
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         blob_cache_size: int | None = None,
         blob_cache_size_check: int = 10,
         client_label: str | None = None,
-        ssl: Any = None,
+        ssl: SSLContext | None = None,
         ssl_server_hostname: str | None = None,
         server_sync: bool = False,
         username: str | None = None,
@@ -93,14 +96,19 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         warm_up: bool = False,
         cache_trace: str | None = None,
         read_ahead: bool = True,
+        tls: bool | None = None,
+        tls_ca: str | None = None,
+        tls_certificate: str | None = None,
+        tls_key: str | None = None,
+        tls_key_password_file: str | None = None,
+        tls_server_name: str | None = None,
+        tls_verify: bool = True,
         limits: Limits = DEFAULT,
     ):
-        _refuse_arguments_to_come(
-            ssl=ssl,
-            ssl_server_hostname=ssl_server_hostname,
-            username=username,
-            password=password,
-        )
+        _refuse_arguments_to_come(username=username, password=password)
+        files = TlsFiles(tls_ca, tls_certificate, tls_key, tls_key_password_file)
+        server_name = tls_server_name or ssl_server_hostname
+        secured = client_tls(ssl, tls, files, server_name, verifies=tls_verify)
         addresses = addresses_of(addr)
         self.limits = limits
         self.__name__ = name or ", ".join(map(format_address, addresses))
@@ -108,7 +116,6 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self._wait_timeout_s = wait_timeout
         self._is_read_only = bool(read_only)
         self._server_sync = server_sync
-        self._is_closed = False
         # Where blobs are; None if there are to be none.
         self.blobs = uploads.open_blobs(
             blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
@@ -128,6 +135,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             is_read_only=self._is_read_only,
             falls_back=bool(read_only_fallback),
             limits=limits,
+            tls=secured,
             on_session=self._welcome,
         )
         self._start(wait)

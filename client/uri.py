@@ -32,7 +32,7 @@ NOT_IN_URI = {
     "addr": "is what stands before the question mark",
     "password": "would end up in logs and process lists",
     "ssl": "an ssl.SSLContext is made by a program, not written in a URI",
-    "ssl_server_hostname": "means nothing without ssl",
+    "ssl_server_hostname": "is called tls_server_name",
     "limits": "the bounds of the wire are the same for everybody",
 }
 
@@ -83,6 +83,13 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "server_sync": _flag,
     "read_ahead": _flag,
     "username": str,
+    "tls": _flag,
+    "tls_ca": str,
+    "tls_certificate": str,
+    "tls_key": str,
+    "tls_key_password_file": str,
+    "tls_server_name": str,
+    "tls_verify": _flag,
 }
 
 

@@ -174,6 +174,13 @@ def test_every_limit_that_can_be_configured_is_in_the_reference_with_its_default
         assert described[key][2] == default, key
 
 
+def test_every_key_of_tls_is_in_the_reference_with_its_default():
+    described = {row[0]: row for row in rows("## The server's configuration file")}
+    for key, default in keys(config.SCHEMA, "tls").items():
+        assert key in described
+        assert default in (None, described[key][2]), key
+
+
 def test_every_key_of_a_client_is_in_the_reference_with_its_default():
     described = {row[1].split(",")[0].split(";")[0]: row for row in rows("### Options")}
     for key, default in keys(KEYS, "zeolith.client.keys").items():

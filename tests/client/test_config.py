@@ -40,6 +40,13 @@ blob-cache-size 1GB
 blob-cache-size-check 20
 username ann
 password secret
+tls on
+tls-ca ca.pem
+tls-certificate web.crt
+tls-key web.key
+tls-key-password-file web.password
+tls-server-name db
+tls-verify off
 """
 EVERY_ARGUMENT = {
     "addr": [("127.0.0.1", 8100), ("::1", 8200), "/run/zeolith.sock"],
@@ -64,6 +71,13 @@ EVERY_ARGUMENT = {
     "blob_cache_size_check": 20,
     "username": "ann",
     "password": "secret",
+    "tls": True,
+    "tls_ca": "ca.pem",
+    "tls_certificate": "web.crt",
+    "tls_key": "web.key",
+    "tls_key_password_file": "web.password",
+    "tls_server_name": "db",
+    "tls_verify": False,
 }
 
 

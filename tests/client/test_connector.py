@@ -82,6 +82,7 @@ def connecting(
         is_read_only=is_read_only,
         falls_back=falls_back,
         limits=limits,
+        tls=None,
         on_session=on_session,
     )
     connector.start()
@@ -1071,6 +1072,7 @@ def test_a_forked_child_lets_go_of_the_parents_sessions(server):
         is_read_only=False,
         falls_back=False,
         limits=DEFAULT,
+        tls=None,
         on_session=lambda session: None,
     )
     sessions = [connector._dial(), connector._dial()]

@@ -72,8 +72,6 @@ def storage(server: ScriptedServer) -> Iterator[ClientStorage]:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("ssl", object()),
-        ("ssl_server_hostname", "db.example.org"),
         ("username", "ann"),
         ("password", "secret"),
     ],

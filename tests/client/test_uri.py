@@ -33,6 +33,13 @@ EVERY_PARAMETER = {
     "server_sync=on": True,
     "read_ahead=off": False,
     "username=ann": "ann",
+    "tls=on": True,
+    "tls_ca=%2Fetc%2Fca.pem": "/etc/ca.pem",
+    "tls_certificate=web.crt": "web.crt",
+    "tls_key=web.key": "web.key",
+    "tls_key_password_file=web.password": "web.password",
+    "tls_server_name=db": "db",
+    "tls_verify=off": False,
 }
 
 
