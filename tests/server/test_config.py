@@ -1,4 +1,6 @@
 import logging
+import re
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from zeolith.server.config import (
     read_file,
     refuse_exposed,
 )
+from zeolith.server.tls import TlsOptions
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.opening import OpeningError
+
+from ..support.certificates import Authority, encrypted
 
 FILESTORAGE = "<filestorage 1>\n  path {path}\n</filestorage>\n"
 
@@ -195,3 +200,69 @@ def test_the_quick_form_serves_one_file(tmp_path):
     assert isinstance(database, FileStore)
     database.close()
     assert quick_options(["/run/x"], "Data.fs", None).addresses == ["/run/x"]
+
+
+# TLS
+
+
+def test_without_a_certificate_tcp_is_plain(conf):
+    assert read_file(conf(f"<zeolith>\n</zeolith>\n{FILESTORAGE}")).tls is None
+
+
+def test_everything_may_be_said_of_a_certificate(conf, tmp_path):
+    authority = Authority(tmp_path)
+    signed = authority.sign()
+    tls = f"""\
+    certificate {signed.certificate}
+    key {signed.key}
+    key-password-command echo secret
+    client-ca {authority.ca}
+    require-client-certificate on
+    minimum-version 1.3
+    """
+    encrypted(signed.key, "secret")
+    options = read_file(conf(_with_tls(tls)))
+    assert options.tls is not None
+    assert options.tls.options == TlsOptions(
+        signed.certificate,
+        signed.key,
+        key_password_command="echo secret",
+        client_ca=authority.ca,
+        requires_client_certificate=True,
+        minimum_version=ssl.TLSVersion.TLSv1_3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tls", "words"),
+    [
+        ("certificate {server.crt}", "there is no private key in it"),
+        ("certificate {no.crt}", "No such file"),
+        ("certificate {}", "Is a directory"),
+        ("certificate {server.crt}\nkey {other.key}", "does not belong"),
+        ("certificate {server.crt}\nkey {locked.key}", "has a password; say where"),
+        ("certificate {server.pem}\nclient-ca {server.key}", "no certificate in it"),
+        ("certificate {server.pem}\nrequire-client-certificate on", "needs client-ca"),
+        ("certificate {server.pem}\nminimum-version 1.1", "'1.1' is none of 1.2, 1.3"),
+        ("certificate {server.pem}\npassword secret", "password"),
+        ("", "certificate"),
+    ],
+)
+def test_a_mistake_in_a_certificate_is_one_of_the_configuration(
+    conf, tmp_path, tls, words
+):
+    authority = Authority(tmp_path)
+    for name in ("server", "other", "locked"):
+        authority.sign(file=name)
+    encrypted(str(tmp_path / "locked.key"), "secret")
+    path = conf(_with_tls(re.sub(r"{(.*)}", rf"{tmp_path}/\1", tls)))
+    with pytest.raises(ConfigError) as caught:
+        read_file(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}:")
+    assert words in said
+    assert "\n" not in said
+
+
+def _with_tls(lines: str) -> str:
+    return f"<zeolith>\n<tls>\n{lines}\n</tls>\n</zeolith>\n{FILESTORAGE}"
