@@ -21,7 +21,7 @@ from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Failure, Message, Welcome
 from zeolith.protocol.methods import hello_fields
-from zeolith.protocol.tls import ClientTls, HandshakeFailed, raise_explained
+from zeolith.protocol.tls import ClientTls, HandshakeFailed, explained
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_FIRST_S = 0.05
@@ -171,7 +171,7 @@ def _greet(
     except BaseException as error:
         sock.close()
         if isinstance(error, ssl.SSLError):
-            raise_explained(error)
+            raise explained(error) from error
         if isinstance(error, OSError) and is_silence(error):
             raise TimeoutError(
                 f"{format_address(address)} did not answer the hello within"

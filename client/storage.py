@@ -39,11 +39,11 @@ from zeolith.client.read_ahead import reading_ahead
 from zeolith.client.relaying import Upstream
 from zeolith.client.session import Session
 from zeolith.client.tids import MAX_TID, Z64, following
-from zeolith.client.tls import TlsFiles, client_tls
 from zeolith.client.warming import WarmUp
 from zeolith.client.wrapped import WrapperListener, is_wrapper
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.tls import TlsFiles, client_tls
 
 logger = logging.getLogger(__name__)
 

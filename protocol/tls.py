@@ -2,14 +2,18 @@
 
 Pure but for the files that are read; nothing here waits for a socket. The server's own
 half is server/tls.py; clients of both packages (``ClientStorage``, ``zeolith status``)
-use ``ClientTls``. Every mistake of an operator's is a TlsMistake of one line.
+use ``client_tls``, whose arguments have the same names in Python, in a configuration
+file, in a URI and on a command line. A mistake of an operator's is a TlsMistake.
 """
 
+import logging
 import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
 
 # Verify codes of OpenSSL (X509_V_ERR_...) that have a remedy of their own.
 _EXPIRED, _NOT_YET_VALID = 10, 9
@@ -67,6 +71,55 @@ class ClientTls:
             server_hostname=self.server_name or host,
             session=session,
         )
+
+
+class TlsFiles(NamedTuple):
+    """The arguments that are paths; see protocol.tls.client_context."""
+
+    tls_ca: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_key_password_file: str | None = None
+
+
+NO_FILES = TlsFiles()
+
+
+def client_tls(
+    context: ssl.SSLContext | None = None,
+    wanted: bool | None = None,
+    files: TlsFiles = NO_FILES,
+    server_name: str | None = None,
+    *,
+    verifies: bool = True,
+) -> ClientTls | None:
+    """How to speak TLS; None: not at all.
+
+    It is spoken if it is ``wanted``, or if that is None and any argument is about it.
+    Raises ValueError for arguments that contradict each other, TlsMistake (a
+    ValueError) for files that cannot be used, TypeError for a ``context`` that is none.
+    """
+    given = [name for name, path in files._asdict().items() if path is not None]
+    given += [] if verifies else ["tls_verify"]
+    if context is not None:
+        if not isinstance(context, ssl.SSLContext):
+            raise TypeError(f"ssl is an ssl.SSLContext, and not {context!r}")
+        if given:
+            raise ValueError(f"with ssl, {given[0]} is a matter of that context")
+        given.append("ssl")
+    elif server_name is not None:
+        given.append("tls_server_name")
+    if wanted is False and given:
+        raise ValueError(f"tls is off, so {given[0]} means nothing")
+    if not (wanted or given):
+        return None
+    if not verifies:
+        logger.warning(
+            "tls_verify is off: whoever is between this client and its server can read"
+            " and change everything"
+        )
+    made = context or client_context(*files, verifies=verifies)
+    return ClientTls(made, server_name)
 
 
 def client_context(
@@ -156,16 +209,16 @@ def first_line(path: str) -> str:
     return lines[0]
 
 
-def raise_explained(error: ssl.SSLError) -> NoReturn:
-    """Raise what a client's user wants to know of an ``error`` of a handshake.
+def explained(error: ssl.SSLError) -> OSError:
+    """What a client's user wants to know of an ``error`` of a handshake, to be raised.
 
     A HandshakeFailed, or a ConnectionResetError for one that may pass.
     """
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        raise ConnectionResetError(
+        return ConnectionResetError(
             "the server closed the connection in the TLS handshake"
-        ) from error
-    raise HandshakeFailed(_explained(error)) from error
+        )
+    return HandshakeFailed(_explained(error))
 
 
 def _explained(error: ssl.SSLError) -> str:

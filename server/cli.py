@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 import click
 
 from zeolith.protocol.addresses import Address, format_address, parse_address
+from zeolith.protocol.tls import ClientTls
 from zeolith.server import config, daemon, probe
 from zeolith.server.access import NOBODY
 from zeolith.server.listener import ListenError
 from zeolith.server.pack_command import pack_storage
 from zeolith.server.tls import warning
+from zeolith.server.tls_options import tls_options
 from zeolith.storage.opening import OpeningError
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -145,9 +147,10 @@ def check_config(path: str) -> None:
 @click.option(
     "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
 )
-def ping(address: Address, timeout: float) -> None:
+@tls_options
+def ping(address: Address, timeout: float, tls: ClientTls | None) -> None:
     """Say whether a server answers at ADDRESS: exit code 0 if so, 1 if not."""
-    _ask(address, "ping", timeout)
+    _ask(address, "ping", timeout, tls)
     click.echo(f"{format_address(address)} answers")
 
 
@@ -157,9 +160,12 @@ def ping(address: Address, timeout: float) -> None:
 @click.option(
     "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
 )
-def status(address: Address, as_json: bool, timeout: float) -> None:
+@tls_options
+def status(
+    address: Address, as_json: bool, timeout: float, tls: ClientTls | None
+) -> None:
     """Show storages, clients and transactions of the server at ADDRESS."""
-    state = _ask(address, "status", timeout)
+    state = _ask(address, "status", timeout, tls)
     if as_json:
         click.echo(json.dumps(state, indent=2))
     else:
@@ -189,6 +195,7 @@ def status(address: Address, as_json: bool, timeout: float) -> None:
 @click.option(
     "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
 )
+@tls_options
 def pack(address: Address, **options: Any) -> None:
     """Pack a storage of the server at ADDRESS.
 
@@ -198,9 +205,9 @@ def pack(address: Address, **options: Any) -> None:
     sys.exit(pack_storage(address, **options))
 
 
-def _ask(address: Address, method: str, timeout_s: float) -> Any:
+def _ask(address: Address, method: str, timeout_s: float, tls: ClientTls | None) -> Any:
     try:
-        return probe.ask(address, method, timeout_s)
+        return probe.ask(address, method, timeout_s, tls)
     except probe.NoAnswer as error:
         _exit(1, error)
 

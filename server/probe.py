@@ -5,6 +5,7 @@ A plain blocking socket and a channel without a session: what ``zeolith ping`` a
 """
 
 import socket
+import ssl
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.messages import Failure, Message, Reply, Welcome
 from zeolith.protocol.methods import hello_fields
+from zeolith.protocol.tls import ClientTls, explained
 
 _RECEIVE_BYTES = 65536
 
@@ -21,32 +23,51 @@ class NoAnswer(Exception):
     """The server did not answer; the text is one line that says why."""
 
 
-def ask(address: Address, method: str, timeout_s: float) -> Any:
+def ask(
+    address: Address, method: str, timeout_s: float, tls: ClientTls | None = None
+) -> Any:
     """The value of ``method``, which needs no session; raises NoAnswer."""
     try:
-        with connected(address, timeout_s) as sock:
+        with connected(address, timeout_s, tls) as sock:
             return _Dialogue(sock, timeout_s).ask(method)
     except TimeoutError as error:
         raise NoAnswer(
             f"{format_address(address)} does not answer within {timeout_s:g} s"
         ) from error
     except (OSError, errors.ZeolithError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NoAnswer(f"{format_address(address)}: {reason}") from error
+        raise NoAnswer(f"{format_address(address)}: {reason_of(error)}") from error
 
 
-def connected(address: Address, timeout_s: float) -> socket.socket:
-    """A socket that is connected to ``address``; raises OSError."""
-    if not isinstance(address, str):
-        return socket.create_connection(address, timeout_s)
-    sock = socket.socket(socket.AF_UNIX)
+def connected(
+    address: Address, timeout_s: float, tls: ClientTls | None = None
+) -> socket.socket:
+    """A socket that is connected to ``address``; raises OSError.
+
+    With ``tls`` it is encrypted, but for a Unix socket.
+    """
+    if isinstance(address, str):
+        sock = socket.socket(socket.AF_UNIX)
+    else:
+        sock = socket.create_connection(address, timeout_s)
     try:
         sock.settimeout(timeout_s)
-        sock.connect(address)
+        if isinstance(address, str):
+            sock.connect(address)
+        elif tls is not None:
+            encrypted = tls.wrap(sock, address[0])
+            sock = encrypted
+            encrypted.do_handshake()
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def reason_of(error: Exception) -> object:
+    """Why there is no answer, for a person."""
+    if isinstance(error, ssl.SSLError):
+        return explained(error)
+    return getattr(error, "strerror", None) or error
 
 
 class _Dialogue:

@@ -18,7 +18,8 @@ from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Failure, Message, Reply, Welcome
 from zeolith.protocol.methods import hello_fields
-from zeolith.server.probe import NoAnswer, connected
+from zeolith.protocol.tls import ClientTls
+from zeolith.server.probe import NoAnswer, connected, reason_of
 
 _RECEIVE_BYTES = 65536
 
@@ -30,8 +31,8 @@ class Refused(Exception):
 class _Socket:
     """One of the two sockets."""
 
-    def __init__(self, address: Address, timeout_s: float, limits: Limits):
-        self.socket: socket.socket = connected(address, timeout_s)
+    def __init__(self, sock: socket.socket, limits: Limits):
+        self.socket = sock
         self.connection = Connection(Role.CLIENT, time.monotonic(), limits)
 
     def greet(self, **fields: Any) -> dict[str, Any]:
@@ -76,9 +77,11 @@ class Visit:
         label: str,
         timeout_s: float,
         limits: Limits = DEFAULT,
+        tls: ClientTls | None = None,
     ):
         """Connect, to write; also raises Refused."""
         self._address = address
+        self._tls = tls
         self._limits = limits
         self._selector = selectors.DefaultSelector()
         self._sockets: list[_Socket] = []
@@ -167,15 +170,15 @@ class Visit:
     def _join(
         self, address: Address, timeout_s: float, **fields: Any
     ) -> dict[str, Any]:
-        added = _Socket(address, timeout_s, self._limits)
+        sock = connected(address, timeout_s, self._tls)
+        added = _Socket(sock, self._limits)
         self._sockets.append(added)
         welcome = added.greet(**fields)
         self._selector.register(added.socket, selectors.EVENT_READ, added)
         return welcome
 
     def _no_answer(self, error: Exception) -> NoAnswer:
-        reason = getattr(error, "strerror", None) or error
-        return NoAnswer(f"{format_address(self._address)}: {reason}")
+        return NoAnswer(f"{format_address(self._address)}: {reason_of(error)}")
 
 
 def _answers_among(messages: list[Message]) -> dict[int, Any]:

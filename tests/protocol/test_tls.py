@@ -1,5 +1,6 @@
 """Files that become a context, and errors that say what to do."""
 
+import logging
 import ssl
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 
 from zeolith.protocol.tls import (
     HandshakeFailed,
+    TlsFiles,
     TlsMistake,
     client_context,
+    client_tls,
+    explained,
     first_line,
     load_chain,
-    raise_explained,
     trust,
 )
 
@@ -137,6 +140,56 @@ def test_the_password_of_a_clients_key_comes_from_a_file(authority, tmp_path):
     client_context(authority.ca, signed.certificate, signed.key, str(path))
 
 
+# What is about TLS
+
+
+def test_without_a_word_about_it_nothing_is_encrypted():
+    assert client_tls() is None
+    assert client_tls(wanted=False) is None
+
+
+def test_each_word_about_it_is_enough(authority):
+    context = ssl.create_default_context()
+    assert client_tls(wanted=True) is not None
+    assert client_tls(files=TlsFiles(authority.ca)) is not None
+    assert client_tls(server_name="db") is not None
+    assert client_tls(verifies=False) is not None
+    made = client_tls(context)
+    assert made is not None
+    assert made.context is context
+
+
+def test_the_name_of_the_server_goes_with_a_context_of_the_programs():
+    made = client_tls(ssl.create_default_context(), server_name="db")
+    assert made is not None
+    assert made.server_name == "db"
+
+
+def test_what_contradicts_itself_is_refused(authority):
+    context = ssl.create_default_context()
+    with pytest.raises(ValueError, match="tls is off, so tls_ca means nothing"):
+        client_tls(wanted=False, files=TlsFiles(authority.ca))
+    with pytest.raises(ValueError, match="tls is off, so ssl means nothing"):
+        client_tls(context, False)
+    with pytest.raises(ValueError, match="tls is off, so tls_server_name"):
+        client_tls(wanted=False, server_name="db")
+    with pytest.raises(ValueError, match="with ssl, tls_ca is a matter of that"):
+        client_tls(context, files=TlsFiles(authority.ca))
+    with pytest.raises(ValueError, match="with ssl, tls_verify"):
+        client_tls(context, verifies=False)
+
+
+def test_what_is_no_context_is_refused():
+    with pytest.raises(TypeError, match=r"ssl is an ssl\.SSLContext, and not True"):
+        client_tls(True)  # type: ignore[arg-type]
+
+
+def test_to_verify_nothing_is_said_loudly(caplog):
+    with caplog.at_level(logging.WARNING):
+        client_tls(verifies=False)
+    assert "can read and change everything" in caplog.text
+
+
 # What an error of a handshake means
 
 
@@ -179,7 +232,7 @@ def test_each_way_to_fail_says_what_to_do(authority, tmp_path):
     for text, case in cases.items():
         error = rejection(**{"server": server, **case})
         with pytest.raises(HandshakeFailed, match=text) as caught:
-            raise_explained(error)
+            raise explained(error) from error
         assert "\n" not in str(caught.value)
         assert caught.value.__cause__ is error
 
@@ -187,9 +240,9 @@ def test_each_way_to_fail_says_what_to_do(authority, tmp_path):
 def test_a_connection_that_ends_may_be_tried_again():
     for error in (ssl.SSLEOFError(8, "EOF"), ssl.SSLZeroReturnError(6, "closed")):
         with pytest.raises(ConnectionResetError, match="in the TLS handshake"):
-            raise_explained(error)
+            raise explained(error) from error
 
 
 def test_an_error_that_nobody_knows_keeps_its_name():
     with pytest.raises(HandshakeFailed, match=r"the TLS handshake failed: .*odd"):
-        raise_explained(ssl.SSLError(1, "odd"))
+        raise explained(ssl.SSLError(1, "odd"))

@@ -11,7 +11,7 @@ import pytest
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.errors import HelloRefused, error_of
 from zeolith.protocol.messages import Failure
-from zeolith.protocol.tls import HandshakeFailed, raise_explained
+from zeolith.protocol.tls import HandshakeFailed, explained
 from zeolith.server.secured import Secured
 
 from ..support.certificates import HOST, Authority, End, context_of
@@ -184,7 +184,7 @@ async def test_a_client_that_is_refused_gets_the_alert(authority, caplog):
     with pytest.raises(ssl.SSLError) as caught:
         talk.client.step(talk.transport.take())
     with pytest.raises(HandshakeFailed, match="wants a certificate of its clients"):
-        raise_explained(caught.value)
+        raise explained(caught.value)
     assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in caplog.text
 
 
