@@ -19,10 +19,10 @@ import ZConfig
 from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
 from zeolith.protocol.durations import parse_seconds
 from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.tls import TlsMistake
 from zeolith.server.access import Access
 from zeolith.server.exposure import exposed, refusal, resolved
 from zeolith.server.listener import SOCKET_MODE
-from zeolith.protocol.tls import TlsMistake
 from zeolith.server.replays import REPLAY_BYTES
 from zeolith.server.tls import VERSIONS, Certificate, TlsOptions
 from zeolith.storage.adapted import AdaptedStorage
@@ -66,7 +66,8 @@ class Options:
     @property
     def has_login(self) -> bool:
         """Whether whoever comes must say who he is."""
-        return False
+        tls = self.tls
+        return tls is not None and tls.options.requires_client_certificate
 
 
 def read_file(path: str) -> Options:
@@ -106,7 +107,7 @@ def refuse_exposed(options: Options) -> None:
     if options.is_insecure:
         return
     addresses = resolved(options.addresses)
-    found = exposed(addresses, options.has_tls, options.has_login)
+    found = exposed(addresses, options.tls is not None, options.has_login)
     if found:
         raise ConfigError(refusal(found))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT
+from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
 from zeolith.server.config import (
     ConfigError,
     Options,
@@ -14,7 +14,7 @@ from zeolith.server.config import (
     read_file,
     refuse_exposed,
 )
-from zeolith.server.tls import TlsOptions
+from zeolith.server.tls import Certificate, TlsOptions
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.filestore import FileStore
 from zeolith.storage.opening import OpeningError
@@ -161,17 +161,26 @@ def test_a_mistake_is_one_line_that_says_what_and_where(conf, text, complaint):
 
 
 @pytest.mark.parametrize(
-    ("protection", "is_refused"),
+    ("is_insecure", "has_tls", "has_login", "is_refused"),
     [
-        ({}, True),
-        ({"has_tls": True}, True),
-        ({"has_login": True}, True),
-        ({"has_tls": True, "has_login": True}, False),
-        ({"is_insecure": True}, False),
+        (False, False, False, True),
+        (False, True, False, True),
+        (False, True, True, False),
+        (True, False, False, False),
     ],
 )
-def test_strangers_are_kept_away_unless_something_protects(protection, is_refused):
-    options = Options([("127.0.0.1", 1), ("0.0.0.0", 2)], {}, **protection)
+def test_strangers_are_kept_away_unless_something_protects(
+    tmp_path, is_insecure, has_tls, has_login, is_refused
+):
+    authority = Authority(tmp_path)
+    files = TlsOptions(
+        authority.sign().both,
+        client_ca=authority.ca,
+        requires_client_certificate=has_login,
+    )
+    addresses: list[Address] = [("127.0.0.1", 1), ("0.0.0.0", 2)]
+    tls = Certificate(files) if has_tls else None
+    options = Options(addresses, {}, is_insecure=is_insecure, tls=tls)
     assert options.may_be_exposed is not is_refused
     if is_refused:
         with pytest.raises(ConfigError, match=r"^0\.0\.0\.0:2: "):
