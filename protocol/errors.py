@@ -95,6 +95,10 @@ class ShuttingDown(POSException.StorageError, TransientError):
     """The server is stopping and takes no new transaction; nothing was committed."""
 
 
+class Overloaded(POSException.StorageError, TransientError):
+    """The server has no room for this transaction now; nothing was committed."""
+
+
 class Unavailable(POSException.StorageError, TransientError):
     """What the server's storage stands on, another server, cannot be reached.
 
@@ -243,6 +247,7 @@ _BY_TEXT_ALONE: tuple[type[Exception], ...] = (
     WriteForbidden,
     TransactionTimeout,
     ShuttingDown,
+    Overloaded,
     Unavailable,
     LocalProtocolError,
     RemoteProtocolError,

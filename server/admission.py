@@ -83,8 +83,8 @@ class Admission:
         channels_max = self._limits.session_channels_max
         if len(session.channels) >= channels_max:
             text = f"more than {channels_max} channels (session_channels_max)"
-            self.complain(guest, text)
-            raise HelloRefused("limit", text)
+            self.complain(guest, f"is refused: {text}")
+            raise HelloRefused(REASON, text)
 
     def leave(self, guest: Guest) -> None:
         """It is gone."""
@@ -98,11 +98,11 @@ class Admission:
     def turn_away(self, guest: Guest, text: str) -> None:
         """Tell ``guest`` which limit it has reached, and hang up."""
         self._unwelcomed.pop(guest, None)
-        self.complain(guest, text)
+        self.complain(guest, f"is disconnected: {text}")
         guest.hang_up(REASON, text)
 
     def complain(self, guest: Guest, text: str) -> None:
-        """Log why ``guest`` is disconnected, if that was not said just now."""
+        """Log what is wrong with ``guest``, unless something was said just now."""
         now = asyncio.get_running_loop().time()
         address, source = guest.origin
-        self.complaints.say(source, now, f"{address} is disconnected: {text}")
+        self.complaints.say(source, now, f"{address} {text}")

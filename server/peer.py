@@ -172,10 +172,14 @@ class Peer(asyncio.Protocol):
         self.connection.sent_shared(self._now())
         self._write(data)
 
+    def complain(self, text: str) -> None:
+        """Log ``text`` behind its address, unless something was logged just now."""
+        self._service.admission.complain(self, text)
+
     def fall_behind(self) -> None:
         """A stream that cannot be told any more what it has missed: hang up."""
         reason = "it reads too slowly, and what it missed is too long ago"
-        self._complain(reason)
+        self.complain(f"is disconnected: {reason}")
         self.hang_up("behind", reason)
 
     def tick(self, now: float) -> None:
@@ -266,7 +270,7 @@ class Peer(asyncio.Protocol):
             return
         error = self.connection.error
         if error is not None and self.connection.goodbye_rcvd is None:
-            self._complain(str(error))
+            self.complain(f"is disconnected: {error}")
             self._write(self.connection.farewell())
         transport.close()
 
@@ -284,12 +288,10 @@ class Peer(asyncio.Protocol):
             and transport.get_write_buffer_size() > self._limits.output_bytes_max
         ):
             waiting = transport.get_write_buffer_size()
-            self._complain(
-                f"it does not read, {waiting} bytes wait for it (output_bytes_max)"
+            self.complain(
+                f"is disconnected: it does not read, {waiting} bytes wait for it"
+                " (output_bytes_max)"
             )
             transport.abort()
             return
         transport.write(data)
-
-    def _complain(self, text: str) -> None:
-        self._service.admission.complain(self, text)

@@ -119,7 +119,7 @@ class Service:
         except _EXPECTED as error:
             # As after an offence: it would be the same the next time.
             text = f"{notice.method}: {error}"
-            self.admission.complain(peer, text)
+            peer.complain(f"is disconnected: {text}")
             peer.hang_up("protocol", text)
 
     def lost(self, peer: Peer) -> None:

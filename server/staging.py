@@ -11,8 +11,8 @@ often as they like while its transaction lives. Invariants:
 
 1. Whatever ends a transaction (finish, abort, an error, the channel's end, another
    transaction, the clock), ``discard`` is called, and may be called again.
-2. After an error of the disk, or of the clock, the rest of the transaction is received
-   and dropped; the vote gets the error.
+2. After an error of the disk, of the clock, or when all of them together are too much,
+   the rest of the transaction is received and dropped; the vote gets the error.
 3. The socket is read again when the last write has ended, for whatever reason.
 """
 
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgpack
 from ZODB.POSException import StorageTransactionError
 
+from zeolith.protocol.errors import Overloaded
 from zeolith.protocol.limits import Limits
 from zeolith.server import blobs
 from zeolith.server.committer import Answer, Commit, Phase
@@ -128,11 +129,11 @@ class Stock:
         self.bytes = 0
 
     def add(self, size: int) -> None:
-        """Count ``size`` bytes more; raises StorageTransactionError: too many."""
+        """Count ``size`` bytes more; raises Overloaded if they are too many."""
         if self.bytes + size > self._bytes_max:
-            raise StorageTransactionError(
-                f"transactions have sent {self._bytes_max} bytes that are not voted on;"
-                " try again when others have ended (staged_bytes_max)"
+            raise Overloaded(
+                f"there is no room for what transactions send: {self._bytes_max} bytes"
+                " of others are there; try again later (staged_bytes_max)"
             )
         self.bytes += size
 
@@ -182,12 +183,18 @@ class Staged:
             )
         if not self.names_blobs:
             self.names_blobs = any(name_in(each) is not None for each in operations)
-        if self._error is None:
+        if self._error is not None:
+            return
+        try:
             self._stock.add(size)
-            self._stocked_bytes += size
-            self._gathered += operations
-            self._gathered_bytes += size
-            self._spill_gathered()
+        except Overloaded as error:
+            self._error = error
+            self._forget()
+            return
+        self._stocked_bytes += size
+        self._gathered += operations
+        self._gathered_bytes += size
+        self._spill_gathered()
 
     def seal(self, sealed: Callable[[Operations, Exception | None], None]) -> None:
         """Call ``sealed`` with all operations as soon as they are where they belong."""
@@ -298,6 +305,8 @@ def vote(
             # Its channel is gone.
             return
         if error is not None:
+            if isinstance(error, Overloaded):
+                peer.complain(f"cannot commit: {error}")
             served.committer.abandon(commit, error, None)
             return
         commit.transaction.operations = joined(operations, last)

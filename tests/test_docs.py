@@ -19,7 +19,7 @@ from zodburi import resolve_uri
 from zeolith.client import errors, uri
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.compiled import SWITCH
-from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
+from zeolith.protocol.errors import Overloaded, ShuttingDown, TransactionTimeout
 from zeolith.server import config
 from zeolith.server.cli import main
 from zeolith.server.served import Counters
@@ -35,7 +35,7 @@ PAGES = sorted(
         *(ROOT / "protocol" / "README.md", ROOT / "deploy" / "README.md"),
     ]
 )
-TRANSIENT = (TransactionTimeout, ShuttingDown)
+TRANSIENT = (TransactionTimeout, ShuttingDown, Overloaded)
 KEYS = ROOT / "client" / "keys.xml"
 REFERENCE = (DOCS / "reference.md").read_text()
 # Databases of ZODB, and what Zope's own schema says of <zodb_db>.

@@ -26,6 +26,7 @@ from zeolith.protocol.errors import (
     Forbidden,
     HelloRefused,
     LocalProtocolError,
+    Overloaded,
     RemoteFailure,
     RemoteProtocolError,
     ShuttingDown,
@@ -54,6 +55,7 @@ BY_TEXT_ALONE = [
     Forbidden,
     WriteForbidden,
     TransactionTimeout,
+    Overloaded,
     ShuttingDown,
     Unavailable,
     LocalProtocolError,
@@ -135,6 +137,7 @@ def test_a_conflict_may_be_tried_again():
     assert isinstance(crossed(ConflictError(oid=OID)), TransientError)
     assert isinstance(crossed(TransactionTimeout("30 s")), TransientError)
     assert isinstance(crossed(ShuttingDown("soon")), TransientError)
+    assert isinstance(crossed(Overloaded("later")), TransientError)
 
 
 class _Away(StorageError, TransientError):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ZODB.POSException import StorageTransactionError
 
+from zeolith.protocol.errors import Overloaded
 from zeolith.protocol.limits import Limits
 from zeolith.server import staging
 from zeolith.server.staging import (
@@ -192,17 +193,26 @@ async def test_all_transactions_together_are_bounded(workers, socket, size):
     )
     one.add([store(n, size) for n in range(6)])
     other.add([store(n, size) for n in range(4)])
-    with pytest.raises(StorageTransactionError, match="staged_bytes_max"):
-        other.add([["undo", number(1)]])
+    other.add([["undo", number(1)]])
+    other.add([store(5, size)])
+    operations, error = await sealed(other)
+    assert operations == []
+    assert isinstance(error, Overloaded)
+    assert "staged_bytes_max" in str(error)
+    assert stock.bytes == 6 * (size + OPERATION_BYTES)
+    other.discard()
     await sealed(one)
     one.discard()
-    other.add([store(n, size) for n in range(6)])
-    other.expire(30)
     assert stock.bytes == 0
-    other.add([store(1, size)])
-    assert stock.bytes == 0, "it is dropped"
-    await sealed(other)
-    other.discard()
+
+
+async def test_what_was_dropped_is_not_counted(staged, stock):
+    staged.add([store(1)])
+    assert stock.bytes == 5000 + OPERATION_BYTES
+    staged.expire(30)
+    assert stock.bytes == 0
+    staged.add([store(1)])
+    assert stock.bytes == 0
 
 
 async def test_the_names_of_files_are_counted(workers, socket):
