@@ -39,6 +39,10 @@ _parse_tid = Struct(">8s8s18x16s").unpack_from
 # A header, and the place of the data where they are in another record.
 _HEADER_AND_PLACE = HEADER_BYTES + 8
 _LENGTH_AT = HEADER_BYTES - 8
+# Of a longer one it is looked up whether there can be a record of that length.
+_DOUBTED_BYTES = 1024 * 1024
+# What a transaction begins with: its tid, and its length less 8.
+_TRANSACTION = Struct(">8sQ")
 # A length of zero, and no place either: undo took the object away.
 _REMOVED = bytes(16)
 # One read gets a header and, for most objects, all of the record.
@@ -108,7 +112,7 @@ class Generation:
                     raise POSKeyError(oid)
                 return Revision(data, header.tid, end)
             end = header.tid
-            position = header.previous
+            position = _previous(header, start, position)
         if end is None:
             raise POSKeyError(oid)
         return None
@@ -218,7 +222,7 @@ class Generation:
         while position:
             header, start = self._read(position, oid, flags)
             yield header, position, start
-            position = header.previous
+            position = _previous(header, start, position)
 
     def _data(
         self, header: Header, position: int, start: bytes, flags: int
@@ -236,11 +240,34 @@ class Generation:
         end = HEADER_BYTES + header.length
         if end <= len(start):
             return start[HEADER_BYTES:end]
+        if header.length > _DOUBTED_BYTES:
+            self._check_end(header, position, start, flags)
         have = start[HEADER_BYTES:]
         rest = self._read_bytes(position + len(start), end - len(start), flags)
         if len(have) + len(rest) != header.length:
             raise CorruptedDataError(header.oid, start[:HEADER_BYTES], position)
         return have + rest
+
+    def _check_end(
+        self, header: Header, position: int, start: bytes, flags: int
+    ) -> None:
+        """Refuse a record that is not inside its transaction, before memory is taken.
+
+        A single bit of a length that has changed makes gigabytes of it.
+        """
+        begin = header.transaction
+        is_inside = begin < position
+        if is_inside:
+            head = self._read_bytes(begin, _TRANSACTION.size, flags)
+            is_inside = len(head) == _TRANSACTION.size
+        if is_inside:
+            tid, length = _TRANSACTION.unpack(head)
+            end = position + HEADER_BYTES + header.length
+            is_inside = tid == header.tid and end <= begin + length
+            # Nor is a transaction longer than the file.
+            is_inside = is_inside and end <= os.fstat(self.fd).st_size
+        if not is_inside:
+            raise CorruptedDataError(header.oid, start[:HEADER_BYTES], position)
 
     def _read(self, position: int, oid: bytes, flags: int) -> tuple[Header, bytes]:
         start = self._read_bytes(position, _READ_BYTES, flags, _HEADER_AND_PLACE)
@@ -313,6 +340,14 @@ def _finder(index: Any) -> Callable[[bytes], int | None]:
         return None if position is None else int.from_bytes(position, "big")
 
     return position_of
+
+
+def _previous(header: Header, start: bytes, position: int) -> int:
+    """Where the revision before the one at ``position`` is: nearer the beginning."""
+    if header.previous >= position:
+        # It would be followed for ever.
+        raise CorruptedDataError(header.oid, start[:HEADER_BYTES], position)
+    return header.previous
 
 
 def _position_in(start: bytes) -> int:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -434,6 +436,58 @@ def test_a_large_record_that_is_cut_is_damage(make, tmp_path):
         with pytest.raises(CorruptedDataError):
             load(OID, MAX_TID)
     cut.close()
+
+
+def damaged(tmp_path: Path, generation: Generation, at: int, found: bytes) -> Any:
+    """A copy in which these bytes of the record of OID are others."""
+    path = tmp_path / "damaged.fs"
+    whole = bytearray(Path(tmp_path / "Data.fs").read_bytes())
+    place = generation.index[OID] + at
+    whole[place : place + len(found)] = found
+    path.write_bytes(whole)
+    return Generation(str(path), generation.index)
+
+
+@pytest.mark.parametrize("length", [2**21, 2**32, 2**40, 2**62, 2**64 - 1])
+def test_a_length_that_cannot_be_takes_no_memory(make, tmp_path, length):
+    """Of a record that a disk has damaged; to read it would take the whole server."""
+    generation, _tids = make(one_record(100))
+    wrong = damaged(tmp_path, generation, 34, struct.pack(">Q", length))
+    tracemalloc.start()
+    try:
+        for load in (wrong.load, wrong.load_nowait):
+            with pytest.raises(CorruptedDataError):
+                load(OID, MAX_TID)
+        _now, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1_000_000
+    wrong.close()
+
+
+@pytest.mark.parametrize("where", ["itself", "later", "beyond every file"])
+def test_a_record_that_leads_to_itself_is_damage(make, tmp_path, where):
+    """Older revisions would be looked for, for ever."""
+    generation, _tids = make(one_record(100))
+    at = generation.index[OID]
+    previous = {"itself": at, "later": at + 50, "beyond every file": 2**64 - 1}[where]
+    wrong = damaged(tmp_path, generation, 16, struct.pack(">Q", previous))
+    with pytest.raises(CorruptedDataError):
+        wrong.load(OID, bytes(7) + b"\x01")
+    with pytest.raises(CorruptedDataError):
+        list(wrong.revisions(OID))
+    wrong.close()
+
+
+def test_a_large_record_is_inside_its_transaction(make, tmp_path):
+    """A length that is wrong, but not beyond the end of the file."""
+    generation, _tids = make(one_record(2**21, 2**22))
+    assert len(generation.load(OID, MAX_TID).data) == 2**21
+    wrong = damaged(tmp_path, generation, 34, struct.pack(">Q", 2**22))
+    for load in (wrong.load, wrong.load_nowait):
+        with pytest.raises(CorruptedDataError):
+            load(OID, MAX_TID)
+    wrong.close()
 
 
 # Descriptors
