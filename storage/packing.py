@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ZODB.blob import remove_committed_dir
@@ -39,6 +40,7 @@ from ZODB.FileStorage.FileStorage import FileStorageError
 from ZODB.fsIndex import fsIndex
 
 from zeolith.storage.commit import FUTURE_MAX_S
+from zeolith.storage.index import load as load_index
 from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.records import Generation
 from zeolith.storage.superfluous import remove_blobs
@@ -236,7 +238,9 @@ class FilePack:
         self._packing.phase = "catching up"
         process.order(end=self._file.getSize(), save_index=True, urgent=False)
         report = process.report()
-        index = fsIndex.load(self._path + ".pack.index")["index"]
+        saved = load_index(Path(self._path + ".pack.index"))
+        assert saved is not None, "the packer has said that it is there"
+        index: fsIndex = saved.objects
         rounds = 0
         while self._left(report) and rounds < ROUNDS_MAX:
             report = self._round(process, index)

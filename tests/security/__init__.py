@@ -1,0 +1,1 @@
+"""That nobody gets what he should not have; see SECURITY.md."""
