@@ -24,7 +24,7 @@ serve: $(VENV)/installed  ## serve ./var/Data.fs on 127.0.0.1:8100, in the foreg
 test: $(VENV)/installed-dev  ## run the tests, without the slow ones
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(VENV)/installed-dev  ## run every test
+test-all: $(VENV)/installed-fuzz  ## run every test
 	$(BIN)/pytest
 
 lint: $(VENV)/installed-dev  ## check the format, the lint rules and the types
@@ -78,6 +78,11 @@ $(VENV)/installed: pyproject.toml $(COMPILED) | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml $(COMPILED) | $(BIN)/python
 	$(PIP) install --editable ".[dev]"
 	@touch $(VENV)/installed $@
+
+# Not for every system, nor every Python; without it, its tests are skipped.
+$(VENV)/installed-fuzz: $(VENV)/installed-dev
+	@$(PIP) install --editable ".[fuzz]" && touch $@ \
+		|| echo 'atheris cannot be installed; nothing is fuzzed with it' >&2
 
 # What only a comparison needs. Without it, there is one rival less.
 $(VENV)/installed-bench: $(VENV)/installed-dev

@@ -1,0 +1,1 @@
+"""What may be fed any bytes: targets, a corpus for each, and who runs them."""
