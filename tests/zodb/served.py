@@ -48,6 +48,9 @@ class ServedStorage(StorageTestBase):
     use_extension_bytes = True
     # A section of a configuration file, with {name} where the name belongs.
     storage: ClassVar[str]
+    # Lines of the server's section, and what its clients are given.
+    options: ClassVar[str] = ""
+    client_options: ClassVar[dict[str, Any]] = {}
     server: ClassVar[ServerProcess]
     unused: ClassVar[Iterator[str]]
 
@@ -60,7 +63,9 @@ class ServedStorage(StorageTestBase):
         sections = "".join(cls.storage.format(name=name) for name in names)
         directory = tempfile.TemporaryDirectory()
         cls.addClassCleanup(directory.cleanup)
-        cls.server = ServerProcess(Path(directory.name), storages=sections)
+        cls.server = ServerProcess(
+            Path(directory.name), storages=sections, options=cls.options
+        )
         cls.server.start()
         cls.addClassCleanup(stop_without_complaints, cls.server)
 
@@ -76,6 +81,7 @@ class ServedStorage(StorageTestBase):
         return self._client()
 
     def _client(self, **options: Any) -> ClientStorage:
+        options = {**self.client_options, **options}
         client = ClientStorage(self.server.address, storage=self.name, **options)
         client.registerDB(Database())
         return client
