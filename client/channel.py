@@ -233,4 +233,7 @@ class Channel:
         if isinstance(error, OSError) and is_silence(error):
             silence_s = self._connection.limits.heartbeat_timeout_s
             return ChannelLost(f"the server was silent for {silence_s:g} s")
+        if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            # It sounds like a riddle, and is the same.
+            error = None
         return ChannelLost(str(error or "the server closed the connection"))

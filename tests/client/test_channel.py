@@ -17,6 +17,7 @@ from zeolith.protocol.errors import LocalProtocolError
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Failure, Goodbye, Hello, Reply
 
+from ..support.certificates import Authority, encrypted_pair
 from ..support.gates import Background
 from ..support.script import IMPATIENT, welcome
 
@@ -56,8 +57,10 @@ class Ends:
     The numbers of requests are known, so the test sends the answer beforehand.
     """
 
-    def __init__(self, limits: Limits = DEFAULT):
+    def __init__(self, limits: Limits = DEFAULT, authority: Authority | None = None):
         near, self.far = socket.socketpair()
+        if authority is not None:
+            near, self.far = encrypted_pair(near, self.far, authority)
         self.far.settimeout(30)
         connection = Connection(Role.CLIENT, time.monotonic(), limits)
         self.server = Connection(Role.SERVER, time.monotonic(), limits)
@@ -93,17 +96,28 @@ class Ends:
         self.far.close()
 
 
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("certified"))
+
+
+@pytest.fixture(params=["plain", "tls"])
+def authority(request, certified) -> Authority | None:
+    """None: the sockets are plain."""
+    return certified if request.param == "tls" else None
+
+
 @pytest.fixture
-def ends() -> Iterator[Ends]:
-    ends = Ends()
+def ends(authority) -> Iterator[Ends]:
+    ends = Ends(authority=authority)
     yield ends
     ends.close()
 
 
 @pytest.fixture
-def impatient() -> Iterator[Ends]:
+def impatient(authority) -> Iterator[Ends]:
     """The ends of a channel that does not wait for long."""
-    ends = Ends(IMPATIENT)
+    ends = Ends(IMPATIENT, authority)
     yield ends
     ends.close()
 
@@ -233,7 +247,7 @@ def test_an_answer_that_is_cut_off_is_none(ends, size_bytes):
 
 def test_a_broken_connection_is_noticed(ends):
     ends.far.close()
-    lost(ends, "Broken pipe|reset")
+    lost(ends, "Broken pipe|reset|server closed the connection")
 
 
 def test_garbage_ends_the_channel(ends):
@@ -382,6 +396,8 @@ def test_answers_come_in_the_order_of_the_questions(ends):
         ends.answer(number, number)
     assert list(answers) == [4, 5]
     asked = ends.requests()
+    while len(asked) < 5:
+        asked += ends.requests()
     assert [request.args for request in asked] == [[p64(n), TID] for n in range(5)]
     assert not ends.channel.is_busy
 

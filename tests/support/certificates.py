@@ -1,6 +1,8 @@
 """Certificates for tests: an authority, what it has signed, and how it fails."""
 
+import socket
 import ssl
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -42,13 +44,16 @@ class Authority:
         issued = self._authority.issue_cert(
             *(names or NAMES), not_before=begin, not_after=end
         )
-        both, certificate, key = (
-            str(self._folder / f"{file}.{end}") for end in ("pem", "crt", "key")
-        )
-        issued.private_key_and_cert_chain_pem.write_to_path(both)
-        issued.cert_chain_pems[0].write_to_path(certificate)
-        issued.private_key_pem.write_to_path(key)
-        return Signed(both, certificate, key)
+        signed = self.signed_in(self._folder, file)
+        issued.private_key_and_cert_chain_pem.write_to_path(signed.both)
+        issued.cert_chain_pems[0].write_to_path(signed.certificate)
+        issued.private_key_pem.write_to_path(signed.key)
+        return signed
+
+    @staticmethod
+    def signed_in(folder: Path, file: str = "server") -> Signed:
+        """What ``sign`` has left in ``folder``."""
+        return Signed(*(str(folder / f"{file}.{end}") for end in ("pem", "crt", "key")))
 
     def expired(self) -> Signed:
         """One that was good once."""
@@ -96,6 +101,21 @@ def context_of(
         context.load_verify_locations(wants.ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def encrypted_pair(
+    near: socket.socket, far: socket.socket, authority: Authority
+) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
+    """The two ends of a connection, as a client and a server that speak TLS."""
+    client = authority.trusting().wrap(near, HOST)
+    server = context_of(authority.sign()).wrap_socket(
+        far, server_side=True, do_handshake_on_connect=False
+    )
+    shaking = threading.Thread(target=server.do_handshake)
+    shaking.start()
+    client.do_handshake()
+    shaking.join()
+    return client, server
 
 
 class End:
