@@ -19,12 +19,17 @@ installations without the compiled module. A ``RoundTrip`` belongs to a channel,
 to one thread at a time.
 """
 
+import errno
 import socket
+import ssl
 from collections.abc import Callable
+from typing import cast
 
 from zeolith.protocol.compiled import compiled_module
 
 RECEIVE_BYTES = 64 * 1024
+# More is not in a record of TLS (RFC 8446, section 5.1).
+RECORD_BYTES = 16 * 1024
 # How long an answer is looked for. More than a server nearby takes, and little against
 # what it costs to let go when this is done at all.
 LOOK_NS = 200_000
@@ -56,6 +61,22 @@ def exchange(
     return sock.recv(RECEIVE_BYTES), -1, False
 
 
+def exchange_encrypted(
+    sock: ssl.SSLSocket, data: bytes, _look_ns: int, _watch_ns: int
+) -> tuple[bytes, int, bool]:
+    """The same for a socket that speaks TLS, and no other any more.
+
+    Its ``sendall`` and ``recv`` go over to plain bytes when it has been closed.
+    """
+    try:
+        sent = sock.write(data)
+        while sent < len(data):
+            sent += sock.write(memoryview(data)[sent:])
+        return sock.read(RECORD_BYTES), -1, False
+    except ValueError as error:
+        raise OSError(errno.EBADF, str(error)) from error
+
+
 def compiled() -> Exchange | None:
     """The compiled function; None if it is switched off or was not built."""
     module = compiled_module("zeolith.client._round_trip")
@@ -69,6 +90,9 @@ def exchange_for(sock: socket.socket) -> Exchange:
     """The one for ``sock``: what is more than a plain socket has methods of its own."""
     if _compiled is not None and type(sock) is socket.socket:
         return _compiled
+    if isinstance(sock, ssl.SSLSocket):
+        # Its socket is one of its own kind.
+        return cast(Exchange, exchange_encrypted)
     return exchange
 
 

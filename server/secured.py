@@ -22,7 +22,7 @@ from zeolith.protocol.messages import Failure
 
 logger = logging.getLogger(__name__)
 
-# More than this is not in a record of TLS.
+# More than this is not in a record of TLS (RFC 8446, section 5.1).
 _READ_BYTES = 16 * 1024
 # What is encrypted in one go.
 _WRITE_BYTES = 1024 * 1024
@@ -94,10 +94,14 @@ class Secured(asyncio.Protocol, asyncio.Transport):
         """Send ``data``; nothing goes before the handshake, not even why it ends."""
         if not self._is_ready or self._transport.is_closing():
             return
+        if len(data) <= _WRITE_BYTES:
+            self._tls.write(data)
+            self._transport.write(self._outgoing.read())
+            return
         view = memoryview(data)
         for start in range(0, len(view), _WRITE_BYTES):
             self._tls.write(view[start : start + _WRITE_BYTES])
-            self._flush()
+            self._transport.write(self._outgoing.read())
 
     def close(self) -> None:
         """Close when all was sent, and say that it is the end."""
@@ -144,7 +148,8 @@ class Secured(asyncio.Protocol, asyncio.Transport):
     def _decrypted(self) -> tuple[bytes, bool]:
         """What has come, and whether the client has said that it was the last."""
         pieces: list[bytes] = []
-        while self._incoming.pending or self._tls.pending():
+        # What is read is a whole record, or it has not come yet.
+        while self._incoming.pending:
             try:
                 piece = self._tls.read(_READ_BYTES)
             except ssl.SSLWantReadError:

@@ -500,7 +500,23 @@ def test_only_plain_sockets_are_used_without_their_methods():
     ):
         assert round_trip.exchange_for(plain) is (COMPILED or round_trip.exchange)
         assert round_trip.exchange_for(counting) is round_trip.exchange
-        assert round_trip.exchange_for(encrypted) is round_trip.exchange
+        assert round_trip.exchange_for(encrypted) is round_trip.exchange_encrypted
+
+
+def test_an_encrypted_socket_that_is_none_any_more_sends_nothing_plain():
+    context = ssl.create_default_context()
+    near, far = socket.socketpair()
+    with far:
+        encrypted = context.wrap_socket(
+            near, server_hostname="x", do_handshake_on_connect=False
+        )
+        # As its close and its shutdown do, before the plain socket's.
+        encrypted._sslobj = None  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="closed or unwrapped") as caught:
+            round_trip.exchange_encrypted(encrypted, REQUEST, 0, 0)
+        assert caught.value.errno == errno.EBADF
+        encrypted.close()
+        assert far.recv(1) == b""
 
 
 def test_a_program_with_the_switch_uses_the_twin():
