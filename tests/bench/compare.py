@@ -118,12 +118,16 @@ class Stand:
     data: Path
 
     @contextmanager
-    def fresh(self, peer: str, profile: Path | None = None) -> Iterator[Running]:
+    def fresh(
+        self, peer: str, profile: Path | None = None, *, is_encrypted: bool = False
+    ) -> Iterator[Running]:
         """A server that has served nobody yet; ``profile`` as for servers.running."""
         with tempfile.TemporaryDirectory(dir=self.folder) as own:
             servers.let_pass(Path(own))
             folder = Path(own) / peer
-            with servers.running(peer, folder, self.data, profile) as running:
+            with servers.running(
+                peer, folder, self.data, profile, is_encrypted=is_encrypted
+            ) as running:
                 yield running
 
 
@@ -160,7 +164,9 @@ def _measure(
                 if peer not in trial.peers:
                     continue
                 fresh = (
-                    stand.fresh(peer) if trial.is_fresh else nullcontext(ready[peer])
+                    stand.fresh(peer, is_encrypted=trial.is_encrypted)
+                    if trial.is_fresh
+                    else nullcontext(ready[peer])
                 )
                 with fresh as running:
                     found = trial.run(running, scale)

@@ -18,6 +18,8 @@ from .workloads import Moment, Work
 PUSHING = ("zeo", "zeo-msgpack", "zeolith")
 SERVED = (*PUSHING, "relstorage")
 STORAGES = (*SERVED, "filestorage")
+# They speak TLS.
+ENCRYPTING = ("zeo", "zeolith")
 # They have a cache on disk.
 CACHING = ("zeo", "zeolith")
 ALL = (*STORAGES, "socket")
@@ -120,6 +122,8 @@ class Trial:
     peers: tuple[str, ...] = STORAGES
     # It needs a server that has served nobody yet.
     is_fresh: bool = False
+    # And that speaks TLS.
+    is_encrypted: bool = False
 
 
 def _load(placement: str, running: Running, scale: Scale) -> tuple[float, ...]:
@@ -379,6 +383,19 @@ def _loading() -> Iterator[Trial]:
             partial(_load, at),
             ALL,
         )
+    yield Trial(
+        (
+            Row(
+                "load-tls",
+                f"load latency over TLS, cold, storage level, p50, {SAME_CORE}",
+                "us",
+            ),
+        ),
+        partial(_load, SAME_CORE),
+        ENCRYPTING,
+        is_fresh=True,
+        is_encrypted=True,
+    )
     for at, suffix in ((SAME_CORE, ""), (OTHER_CORE, "-apart")):
         title = "load latency through Connection, p50"
         yield Trial(

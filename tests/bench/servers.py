@@ -19,8 +19,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from zeolith.protocol.tls import client_context
+
+from ..support.certificates import HOST, Authority
 from . import costs, postgres
 from .postgres import CannotRun as CannotRun
 
@@ -29,15 +32,27 @@ STOP_S = 60
 LOG_LINES_SHOWN = 20
 
 
+class Tls(NamedTuple):
+    """Files: an authority, and a certificate of it for server and clients."""
+
+    ca: str
+    certificate: str
+    key: str
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where the storage of a peer is; ``place`` is an address or a file."""
 
     peer: str
     place: Any
+    # What clients show and trust, if they speak TLS.
+    tls: Tls | None = None
 
     def open(self, **options: Any) -> Any:
         """A fresh storage with its peer's defaults, and so with an empty cache."""
+        if self.tls is not None:
+            options.update(ssl=client_context(*self.tls), ssl_server_hostname=HOST)
         return _client(self.peer)(self.place, **options)
 
 
@@ -99,10 +114,22 @@ def _python(module: str, profile: Path | None) -> list[str]:
 
 @contextmanager
 def _zeolith(
-    folder: Path, blob_dir: Path | None = None, profile: Path | None = None
+    folder: Path,
+    blob_dir: Path | None = None,
+    profile: Path | None = None,
+    tls: Tls | None = None,
 ) -> Iterator[Running]:
     command = [*_python("zeolith.server", profile), "serve"]
-    command += ["--address", "127.0.0.1:0", "--path", str(folder / "Data.fs")]
+    if tls is None:
+        command += ["--address", "127.0.0.1:0", "--path", str(folder / "Data.fs")]
+    else:
+        conf = folder / "server.conf"
+        conf.write_text(
+            "<zeolith>\n address 127.0.0.1:0\n"
+            f" <tls>\n  certificate {tls.certificate}\n  key {tls.key}\n </tls>\n"
+            f"</zeolith>\n<filestorage 1>\n path {folder / 'Data.fs'}\n</filestorage>\n"
+        )
+        command += ["-C", str(conf)]
     if blob_dir is not None:
         command += ["--blob-dir", str(blob_dir)]
     with _process(command, folder, stdout=subprocess.PIPE) as process:
@@ -116,7 +143,7 @@ def _zeolith(
                 break
         if address is None:
             raise RuntimeError("the server listens nowhere")
-        yield Running(Endpoint("zeolith", address), process)
+        yield Running(Endpoint("zeolith", address, tls), process)
 
 
 @contextmanager
@@ -125,20 +152,27 @@ def _zeo(
     msgpack: bool = False,
     blob_dir: Path | None = None,
     profile: Path | None = None,
+    tls: Tls | None = None,
 ) -> Iterator[Running]:
+    secured = (
+        ""
+        if tls is None
+        else f" <ssl>\n  certificate {tls.certificate}\n  key {tls.key}\n"
+        f"  authenticate {tls.ca}\n </ssl>\n"
+    )
     blobs = "" if blob_dir is None else f" blob-dir {blob_dir}\n"
     address = "127.0.0.1", _free_port()
     conf = folder / "zeo.conf"
     conf.write_text(
         f"<zeo>\n address {address[0]}:{address[1]}\n"
-        f" msgpack {'true' if msgpack else 'false'}\n</zeo>\n"
+        f" msgpack {'true' if msgpack else 'false'}\n{secured}</zeo>\n"
         f"<filestorage 1>\n path {folder / 'Data.fs'}\n{blobs}</filestorage>\n"
     )
     command = [*_python("ZEO.runzeo", profile), "-C", str(conf)]
     with _process(command, folder, stdout=subprocess.DEVNULL) as process:
         _wait_until(lambda: _is_accepting(address), process)
         peer = "zeo-msgpack" if msgpack else "zeo"
-        yield Running(Endpoint(peer, address), process)
+        yield Running(Endpoint(peer, address, tls), process)
 
 
 @contextmanager
@@ -189,7 +223,7 @@ _STARTERS: dict[str, Callable[[Path], Any]] = {
 PEERS = tuple(_STARTERS)
 # Those whose server is a Python program.
 PROFILED: dict[str, Callable[..., Any]] = {"zeolith": _zeolith, "zeo": _zeo}
-_WITH_BLOBS = PROFILED
+_WITH_BLOBS = _ENCRYPTED = PROFILED
 
 
 def title(peer: str) -> str:
@@ -238,7 +272,12 @@ def let_pass(folder: Path) -> None:
 
 @contextmanager
 def running(
-    peer: str, folder: Path, data: Path, profile: Path | None = None
+    peer: str,
+    folder: Path,
+    data: Path,
+    profile: Path | None = None,
+    *,
+    is_encrypted: bool = False,
 ) -> Iterator[Running]:
     """``peer`` with a copy of ``data`` in ``folder`` of its own.
 
@@ -248,11 +287,15 @@ def running(
     for each in data.parent.iterdir():
         if each.name.startswith(data.name) and not each.name.endswith(".lock"):
             shutil.copy(each, folder / each.name.replace(data.name, "Data.fs"))
-    starting = (
-        _STARTERS[peer](folder)
-        if profile is None
-        else PROFILED[peer](folder, profile=profile)
-    )
+    if is_encrypted:
+        authority = Authority(folder)
+        signed = authority.sign()
+        tls = Tls(authority.ca, signed.certificate, signed.key)
+        starting = _ENCRYPTED[peer](folder, tls=tls)
+    elif profile is not None:
+        starting = PROFILED[peer](folder, profile=profile)
+    else:
+        starting = _STARTERS[peer](folder)
     with starting as found:
         yield found
 

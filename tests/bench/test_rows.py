@@ -86,7 +86,9 @@ def test_every_row_measures_zeolith(tmp_path, data, trial: Trial):
     """Each with a server of its own: what one leaves behind helps no other."""
     assert "zeolith" in trial.peers
 
-    with servers.running("zeolith", tmp_path / "zeolith", data) as running:
+    with servers.running(
+        "zeolith", tmp_path / "zeolith", data, is_encrypted=trial.is_encrypted
+    ) as running:
         figures = trial.run(running, SMALLEST)
 
     assert len(figures) == len(trial.rows)
