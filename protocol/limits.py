@@ -29,7 +29,7 @@ class Limits:
     hello_bytes_max: int = 64 * 1024
     # A record may be as large as a frame less ENVELOPE_BYTES; ZODB warns at 16 MB.
     frame_bytes_max: int = 256 * 1024 * 1024
-    # From accepting a socket to its hello.
+    # From accepting a socket to its hello, the handshake of TLS included.
     hello_timeout_s: float = 10.0
     # The elements of an array that a client sends. Those of a batch take 64 bytes each.
     array_items_max: int = 100_000

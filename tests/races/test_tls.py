@@ -5,6 +5,7 @@ own buffers, its own time-outs, sockets that one thread shuts while another one 
 """
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +16,10 @@ from ZODB.POSException import POSKeyError
 from zeolith.client.errors import ChannelLost
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.limits import Limits
+from zeolith.protocol.tls import client_context
 from zeolith.storage.filestore import FileStore
 
-from ..support.certificates import Authority, context_of
+from ..support.certificates import HOST, Authority, End, context_of
 from ..support.gates import Background
 from ..support.inprocess import InProcessServer, client_of, serving
 from ..support.proxy import Direction, Proxy, proxied
@@ -184,6 +186,21 @@ def test_a_client_that_does_not_read_is_given_up_and_nobody_else_waits(
         assert len(writer.load(X)[0]) == 4 * MEBIBYTE
         proxy.restore()
         session.give_back(channel)
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 100])
+def test_a_handshake_that_does_not_end_is_given_up(tmp_path, tls, size_bytes):
+    """It counts as a client from the first moment on; nothing is said to it."""
+    context = context_of(Authority.signed_in(tmp_path))
+    limits = Limits(hello_timeout_s=0.1)
+    client = End(client_context(tls["tls_ca"]), HOST)
+    with (
+        serving(tmp_path / "Data.fs", tls=context, limits=limits) as server,
+        socket.create_connection(server.address) as sock,
+    ):
+        sock.sendall(client.step(b"")[:size_bytes])
+        assert sock.recv(1) == b""
+        wait_until(lambda: server.status()["peers"] == 0, "its end")
 
 
 def test_an_error_is_an_error_and_not_the_end(writer):

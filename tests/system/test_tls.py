@@ -19,6 +19,7 @@ from zeolith.protocol.limits import Limits
 from ..support.certificates import Authority, Signed
 from ..support.commanding import complaint, written, zeolith
 from ..support.proxy import Proxy
+from ..support.records import commit, seen, wait_for_position
 from ..support.serving import FILESTORAGE, ServerProcess
 from ..support.waiting import wait_until
 
@@ -193,6 +194,28 @@ def test_who_does_not_shake_hands_is_given_up(authority):
         ClientStorage(
             silent.getsockname(), tls_ca=authority.ca, wait_timeout=1, limits=limits
         )
+
+
+def test_a_relay_is_a_client_with_the_same_options(server, authority, tmp_path):
+    host, port = server.address
+    upstream = (
+        "%import zeolith.client.upstream\n"
+        f"<upstream 1>\nserver {host}:{port}\ntls-ca {authority.ca}\n</upstream>"
+    )
+    folder = tmp_path / "relay"
+    folder.mkdir()
+    with ServerProcess(folder, storages=upstream) as relay:
+        here, there = (
+            ClientStorage(relay.address),
+            ClientStorage(server.address, tls_ca=authority.ca),
+        )
+        assert here.identity()[0] == there.identity()[0]
+        wait_for_position(here, commit(there, x=b"there"))
+        assert seen(here, "x") == b"there"
+        wait_for_position(there, commit(here, x=b"here"))
+        assert seen(there, "x") == b"here"
+        here.close()
+        there.close()
 
 
 # Another certificate
