@@ -119,6 +119,11 @@ def client_tls(
             " and change everything"
         )
     made = context or client_context(*files, verifies=verifies)
+    if server_name is not None:
+        try:
+            made.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), False, server_name)
+        except ValueError as error:
+            raise TlsMistake(f"{server_name!r} is no name of a server") from error
     return ClientTls(made, server_name)
 
 

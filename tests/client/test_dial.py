@@ -3,6 +3,7 @@
 import itertools
 import os
 import socket
+import ssl
 import threading
 from contextlib import closing
 from typing import Any
@@ -28,6 +29,7 @@ from zeolith.protocol.errors import HelloRefused, RemoteProtocolError, ZeolithEr
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Goodbye, Heartbeat, Notice, Reply, Welcome
 from zeolith.protocol.methods import HELLO, VERSION, check_fields
+from zeolith.protocol.tls import ClientTls, HandshakeFailed
 
 from ..support.gates import Background
 from ..support.script import (
@@ -126,6 +128,14 @@ def test_a_unix_socket_is_an_address(tmp_path):
             assert reached.socket.family == socket.AF_UNIX
 
 
+def test_a_unix_socket_stays_plain(tmp_path):
+    tls = ClientTls(ssl.create_default_context())
+    with scripted(tmp_path / "socket") as server:
+        reached = dial(server.address, WISH, DEFAULT, tls)
+        assert type(reached.socket) is socket.socket
+        reached.socket.close()
+
+
 def test_small_messages_are_not_held_back(server):
     reached = dial(server.address, WISH, DEFAULT)
     with reached.socket as sock:
@@ -195,6 +205,7 @@ def test_a_server_of_another_version_is_refused_by_us_too(server):
         (ConnectionRefusedError(), False),
         (TimeoutError(), False),
         (RemoteProtocolError("garbage"), True),
+        (HandshakeFailed("not trusted"), True),
         (None, False),
     ],
 )

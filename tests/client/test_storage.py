@@ -81,6 +81,20 @@ def test_what_comes_with_a_later_release_is_refused_and_not_ignored(name, value)
         ClientStorage(8100, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"tls": False, "tls_ca": "ca.pem"}, "tls is off, so tls_ca means nothing"),
+        ({"tls_ca": "/nowhere"}, "/nowhere: No such file"),
+        ({"ssl_server_hostname": "."}, "no name of a server"),
+        ({"ssl": object()}, "ssl is an ssl.SSLContext"),
+    ],
+)
+def test_wrong_arguments_of_tls_are_told_before_anything_begins(options, complaint):
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        ClientStorage(8100, **options)
+
+
 def test_the_defaults_of_what_comes_later_are_accepted(server):
     defaults = {
         name: parameter.default

@@ -179,6 +179,12 @@ def test_what_contradicts_itself_is_refused(authority):
         client_tls(context, verifies=False)
 
 
+@pytest.mark.parametrize("name", ["", ".example.org", "x" * 64])
+def test_what_is_no_name_of_a_server_is_refused(name):
+    with pytest.raises(TlsMistake, match="is no name of a server"):
+        client_tls(wanted=True, server_name=name)
+
+
 def test_what_is_no_context_is_refused():
     with pytest.raises(TypeError, match=r"ssl is an ssl\.SSLContext, and not True"):
         client_tls(True)  # type: ignore[arg-type]

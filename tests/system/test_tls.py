@@ -173,12 +173,15 @@ def test_a_client_without_the_certificate_that_is_wanted_is_refused(
         assert "wants a certificate of its clients" in said
         said = refusal(server.address, tls_ca=authority.ca, tls_certificate=other.both)
         assert "does not accept this client's certificate" in said
-        ClientStorage(
+        storage = ClientStorage(
             server.address,
             tls_ca=authority.ca,
             tls_certificate=mine.certificate,
             tls_key=mine.key,
-        ).close()
+        )
+        # On a channel, which resumes.
+        storage.ping()
+        storage.close()
     text = server.stderr_text()
     assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in text
     assert "Traceback" not in text
