@@ -21,6 +21,7 @@ from zeolith.client.storage import ClientStorage
 NOT_IN_CONFIG = {
     "ssl": "an ssl.SSLContext is made by a program, not written in a file",
     "ssl_server_hostname": "is called tls-server-name",
+    "credentials": "made by a program; username and the files are for this one",
     "limits": "the bounds of the wire are the same for everybody",
 }
 _ARGUMENT_OF_KEY = {"server": "addr", "cache_path": "cache"}

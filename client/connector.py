@@ -25,7 +25,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from zeolith.client.cache import Cache
-from zeolith.client.dial import RETRY_MAX_S, Wish, delays, dial_any, is_refusal
+from zeolith.client.dial import (
+    LOCKED_OUT_S,
+    RETRY_MAX_S,
+    Wish,
+    delays,
+    dial_any,
+    is_locked_out,
+    is_refusal,
+)
 from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.client.position import Position
 from zeolith.client.session import Session
@@ -33,6 +41,7 @@ from zeolith.client.verification import Verified, verify
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.errors import HelloRefused, ZeolithError
 from zeolith.protocol.limits import Limits
+from zeolith.protocol.login import NO_CREDENTIALS, Credentials
 from zeolith.protocol.tls import ClientTls
 
 logger = logging.getLogger(__name__)
@@ -95,6 +104,7 @@ class Connector:
         falls_back: bool,
         limits: Limits,
         tls: ClientTls | None,
+        credentials: Credentials = NO_CREDENTIALS,
         on_session: Callable[[Session], None],
     ):
         self._addresses = addresses
@@ -107,6 +117,7 @@ class Connector:
         self._limits = limits
         # None: plain.
         self._tls = tls
+        self._credentials = credentials
         # Called with each session before it becomes the current one.
         self._on_session = on_session
         self._thread: threading.Thread | None = None
@@ -233,7 +244,7 @@ class Connector:
                 session = self._take_better() or self._dial()
             except (OSError, ZeolithError) as error:
                 self._note(error)
-                self._pause(next(waits))
+                self._pause(LOCKED_OUT_S if is_locked_out(error) else next(waits))
             except Exception as error:
                 # A mistake of ours, or of a name's; the storage must not be left alone.
                 logger.exception("storage %s: connecting failed", self._storage)
@@ -301,6 +312,7 @@ class Connector:
             self._database_id,
             self._epoch,
             self._position.tid,
+            self._credentials,
         )
         began_at = time.monotonic()
         reached = dial_any(list(self._addresses), wish, self._limits, self._tls)

@@ -19,13 +19,16 @@ from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import Limits
-from zeolith.protocol.messages import Failure, Message, Welcome
+from zeolith.protocol.login import NO_CREDENTIALS, Credentials, Login
+from zeolith.protocol.messages import Challenge, Failure, Message, Welcome
 from zeolith.protocol.methods import hello_fields
 from zeolith.protocol.tls import ClientTls, HandshakeFailed, explained
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
+# After a login that failed.
+LOCKED_OUT_S = 15.0
 
 
 class Wish(NamedTuple):
@@ -37,6 +40,7 @@ class Wish(NamedTuple):
     database_id: bytes | None
     epoch: int | None
     position: bytes | None
+    credentials: Credentials = NO_CREDENTIALS
 
 
 class Resumption(NamedTuple):
@@ -75,6 +79,14 @@ def is_refusal(error: BaseException | None) -> bool:
     if isinstance(error, errors.HelloRefused):
         return error.reason != "stopping"
     return isinstance(error, errors.RemoteProtocolError | HandshakeFailed)
+
+
+def is_locked_out(error: BaseException) -> bool:
+    """Whether the server knows us too well, or not at all: it must not be hurried."""
+    return isinstance(error, errors.HelloRefused) and error.reason in (
+        "access",
+        "login",
+    )
 
 
 def dial_any(
@@ -132,7 +144,8 @@ def dial(
         epoch=wish.epoch,
         position=wish.position,
     )
-    return _greet(address, hello, limits, None if tls is None else Resumption(tls))
+    resumption = None if tls is None else Resumption(tls)
+    return _greet(address, hello, limits, resumption, wish.credentials)
 
 
 def dial_channel(
@@ -143,7 +156,7 @@ def dial_channel(
 ) -> Channel:
     """Open one more channel of the session ``token``; raises as ``dial``."""
     hello = hello_fields(kind="channel", session=token)
-    reached = _greet(address, hello, limits, resumption)
+    reached = _greet(address, hello, limits, resumption, NO_CREDENTIALS)
     limit_silence(reached.socket, limits.heartbeat_timeout_s)
     return Channel(reached.socket, reached.connection)
 
@@ -153,6 +166,7 @@ def _greet(
     hello: dict[str, Any],
     limits: Limits,
     resumption: Resumption | None,
+    credentials: Credentials,
 ) -> Reached:
     sock = _connect(address)
     try:
@@ -162,8 +176,10 @@ def _greet(
         limit_silence(sock, limits.hello_timeout_s)
         if isinstance(sock, ssl.SSLSocket):
             sock.do_handshake()
+        login = credentials.login(sock)
+        hello["login"] = login.hello_login()
         sock.sendall(connection.hello(hello, time.monotonic()))
-        welcome, early = _await_welcome(sock, connection)
+        welcome, early = _await_welcome(sock, connection, login)
         if resumption is not None and isinstance(sock, ssl.SSLSocket):
             # Before a thread listens: the ticket came with the welcome at the latest.
             resumption = resumption._replace(session=sock.session)
@@ -181,13 +197,17 @@ def _greet(
 
 
 def _await_welcome(
-    sock: socket.socket, connection: Connection
+    sock: socket.socket, connection: Connection, login: Login
 ) -> tuple[dict[str, Any], list[Message]]:
     while data := sock.recv(RECEIVE_BYTES):
         received = connection.receive_data(data, time.monotonic())
         if received:
             first = received[0]
+            if isinstance(first, Challenge):
+                response = login.respond(first.text)
+                sock.sendall(connection.respond(response, time.monotonic()))
             if isinstance(first, Welcome):
+                login.check_welcome(first.fields)
                 return first.fields, received[1:]
             if isinstance(first, Failure):
                 raise errors.error_of(first.name, first.attributes, first.text)

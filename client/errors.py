@@ -5,8 +5,6 @@
     ZODB.POSException.StorageError
       ClientDisconnected     no server; also a TransientError, so it may be tried again
       CommitOutcomeUnknown   nobody can say whether the transaction was committed
-    NotImplementedError
-      NotSupportedYet        an argument of a release to come
 
 Everything else is ZODB's own: POSKeyError, ConflictError, ReadOnlyError and so on.
 """
@@ -28,10 +26,6 @@ class CommitOutcomeUnknown(StorageError):
     It is not transient: trying again might commit the same thing twice. The text says
     under which transaction id to look for it.
     """
-
-
-class NotSupportedYet(NotImplementedError):
-    """The argument is known, and does nothing in this release."""
 
 
 class ChannelLost(Exception):

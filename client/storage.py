@@ -31,7 +31,7 @@ from zeolith.client.changes import Change
 from zeolith.client.commit import Commit, Phase
 from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
-from zeolith.client.errors import ChannelLost, ClientDisconnected, NotSupportedYet
+from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.client.log_methods import LogMethods
 from zeolith.client.position import Position
 from zeolith.client.provided import provide
@@ -42,7 +42,9 @@ from zeolith.client.tids import MAX_TID, Z64, following
 from zeolith.client.warming import WarmUp
 from zeolith.client.wrapped import WrapperListener, is_wrapper
 from zeolith.protocol.addresses import format_address
+from zeolith.protocol.credentials import credentials_of
 from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.login import Credentials
 from zeolith.protocol.tls import TlsFiles, client_tls
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
     list of these, all of the same database. ``wait_timeout`` (seconds) bounds every
     wait for a connection, at the start (with ``wait``) and later; other arguments are
     described in docs/reference.md. Raises ClientDisconnected with the cause if there
-    is no connection in time, at once if the server refuses, NotSupportedYet for an
-    argument of a release to come, ValueError for a wrong one.
+    is no connection in time, at once if the server refuses, ValueError for a wrong
+    argument.
     """
 
     # Whether a server serves us to others: see client.relaying.
@@ -103,29 +105,27 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         tls_key_password_file: str | None = None,
         tls_server_name: str | None = None,
         tls_verify: bool = True,
+        password_file: str | None = None,
+        token_file: str | None = None,
+        credentials: Credentials | None = None,
         limits: Limits = DEFAULT,
     ):
-        _refuse_arguments_to_come(username=username, password=password)
+        who = username, password, password_file, token_file
         files = TlsFiles(tls_ca, tls_certificate, tls_key, tls_key_password_file)
-        server_name = tls_server_name or ssl_server_hostname
-        secured = client_tls(ssl, tls, files, server_name, verifies=tls_verify)
+        named = tls_server_name or ssl_server_hostname
+        secured = client_tls(ssl, tls, files, named, verifies=tls_verify)
+        credentials = credentials or credentials_of(*who)
         addresses = addresses_of(addr)
-        self.limits = limits
+        self.limits, self._storage = limits, storage
         self.__name__ = name or ", ".join(map(format_address, addresses))
-        self._storage = storage
-        self._wait_timeout_s = wait_timeout
+        self._wait_timeout_s, self._server_sync = wait_timeout, server_sync
         self._is_read_only = bool(read_only)
-        self._server_sync = server_sync
-        # Where blobs are; None if there are to be none.
         self.blobs = uploads.open_blobs(
             blob_dir, shared_blob_dir, blob_cache_size, blob_cache_size_check
         )
         directory = directory_of(cache, client, var, storage)
         self._open_cache(directory, cache_size, warm_up, cache_trace)
         self.read_ahead = reading_ahead(self) if read_ahead else None
-        self.position = Position(self.cache)
-        self._commits: dict[Any, Commit] = {}
-        self._take_nothing_ahead()
         self._connector = Connector(
             addresses,
             self.position,
@@ -136,11 +136,14 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             falls_back=bool(read_only_fallback),
             limits=limits,
             tls=secured,
+            credentials=credentials,
             on_session=self._welcome,
         )
         self._start(wait)
 
     def _start(self, waits: bool) -> None:
+        self._commits: dict[Any, Commit] = {}
+        self._take_nothing_ahead()
         forks.watch(self)
         self._connector.start()
         if waits:
@@ -161,6 +164,7 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             raise ValueError("warm_up needs a cache that lasts: give cache, too")
         cache = open_cache(directory, self._storage, cache_bytes, self._changes_after)
         self.cache = traced(cache, trace)
+        self.position = Position(self.cache)
         self._warm_up: WarmUp | None = None
         if warms_up:
             self._warm_up = WarmUp(self._prefetch_current, self.cache.__len__)
@@ -581,11 +585,3 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
     def pack_cancel(self) -> bool:
         """Give up the pack that is under way; whether there was one to give up."""
         return bool(self.call("pack_cancel"))
-
-
-def _refuse_arguments_to_come(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotSupportedYet(
-                f"ClientStorage: {name} is not supported yet by this release of zeolith"
-            )

@@ -33,6 +33,7 @@ NOT_IN_URI = {
     "password": "would end up in logs and process lists",
     "ssl": "an ssl.SSLContext is made by a program, not written in a URI",
     "ssl_server_hostname": "is called tls_server_name",
+    "credentials": "made by a program; username and the files are for a URI",
     "limits": "the bounds of the wire are the same for everybody",
 }
 
@@ -90,6 +91,8 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "tls_key_password_file": str,
     "tls_server_name": str,
     "tls_verify": _flag,
+    "password_file": str,
+    "token_file": str,
 }
 
 
@@ -121,7 +124,7 @@ def _addr(place: str) -> Address | list[Address]:
     if "@" in servers:
         raise ValueError(
             "a zeolith URI has no user before the host: write the parameter username;"
-            " a password goes to ClientStorage or into a configuration file"
+            " a password goes into a file, and that is the parameter password_file"
         )
     if servers:
         if path:
@@ -143,10 +146,10 @@ def _addr(place: str) -> Address | list[Address]:
 def _parameters(query: str) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
-        if name == "password":
+        if name in ("password", "token"):
             raise ValueError(
-                "a zeolith URI takes no password, which would end up in logs;"
-                " give it to ClientStorage or put it into a configuration file"
+                f"a zeolith URI takes no {name}, which would end up in logs;"
+                f" write {name}_file and put it there, or into ZEOLITH_{name.upper()}"
             )
         if name in parameters:
             raise ValueError(f"a zeolith URI with two values for {name}")

@@ -26,6 +26,8 @@ _FIELDS: dict[type[Message], tuple[type, ...]] = {
     messages.Notice: (str, list),
     messages.Heartbeat: (),
     messages.Goodbye: (str, str),
+    messages.Challenge: (str,),
+    messages.Response: (str,),
 }
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _DECODING = tuple((kind, _FIELDS[kind]) for kind in KINDS)

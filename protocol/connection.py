@@ -13,10 +13,11 @@ and what is not in the tables is a protocol error, the peer's or ours.
 
               Hello              Welcome
     OPENING ---------> GREETED ------------> STREAM   changes and heartbeats
-                          |        `-------> CHANNEL  requests and replies
-                          | Failure
-                          v                     | Goodbye, or an error
-                        CLOSED <----------------'
+                       |  ^ |      `-------> CHANNEL  requests and replies
+             Challenge |  | | Failure
+                       v  | `-> CLOSED <------- Goodbye, or an error
+                 CHALLENGED
+                    Response
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from zeolith.protocol.loads import (
     encode_loaded,
 )
 from zeolith.protocol.messages import (
+    Challenge,
     Failure,
     Goodbye,
     Heartbeat,
@@ -43,6 +45,7 @@ from zeolith.protocol.messages import (
     Notice,
     Reply,
     Request,
+    Response,
     Welcome,
 )
 from zeolith.protocol.methods import HELLO, METHODS, VERSION, WELCOME, check_fields
@@ -70,6 +73,7 @@ class State(Enum):
 
     OPENING = "opening"
     GREETED = "greeted"
+    CHALLENGED = "challenged"
     STREAM = "stream"
     CHANNEL = "channel"
     CLOSED = "closed"
@@ -83,6 +87,7 @@ _Table = dict[State, dict[type[Message], State]]
 _FROM_CLIENT: _Table = {
     State.OPENING: {Hello: State.GREETED},
     State.GREETED: {Goodbye: State.CLOSED},
+    State.CHALLENGED: {Response: State.GREETED, Goodbye: State.CLOSED},
     State.STREAM: {Heartbeat: State.STREAM, Goodbye: State.CLOSED},
     State.CHANNEL: {
         Request: State.CHANNEL,
@@ -96,9 +101,11 @@ _FROM_SERVER: _Table = {
     State.OPENING: {Goodbye: State.CLOSED},
     State.GREETED: {
         Welcome: _AS_ASKED,
+        Challenge: State.CHALLENGED,
         Failure: State.CLOSED,
         Goodbye: State.CLOSED,
     },
+    State.CHALLENGED: {Goodbye: State.CLOSED},
     State.STREAM: {
         Notice: State.STREAM,
         Heartbeat: State.STREAM,
@@ -112,6 +119,8 @@ _FROM_SERVER: _Table = {
     },
     State.CLOSED: {},
 }
+# For all of them together there is one time-out.
+_BEFORE_WELCOME = (State.OPENING, State.GREETED, State.CHALLENGED)
 RECEIVING = {Role.CLIENT: _FROM_SERVER, Role.SERVER: _FROM_CLIENT}
 SENDING = {Role.CLIENT: _FROM_CLIENT, Role.SERVER: _FROM_SERVER}
 
@@ -263,6 +272,8 @@ class Connection:
             self._accept_heartbeat()
         elif kind is Welcome:
             check_fields("Welcome", message.fields, WELCOME)  # type: ignore[union-attr]
+        elif kind is Challenge or kind is Response:
+            self._check_login(message.text)  # type: ignore[union-attr]
         elif kind is Goodbye:
             self.goodbye_rcvd = message  # type: ignore[assignment]
             self.error = RemoteProtocolError(f"{message.reason}: {message.text}")  # type: ignore[union-attr]
@@ -336,12 +347,21 @@ class Connection:
             self.kind = SocketKind.STREAM
             return
         check_fields("Hello", fields, HELLO)
+        if fields["login"] is not None:
+            self._check_login(fields["login"][1])
         try:
             self.kind = SocketKind(fields["kind"])
         except ValueError:
             raise RemoteProtocolError(
                 f"a Hello for a {fields['kind'][:20]!r}"
             ) from None
+
+    def _check_login(self, text: str) -> None:
+        if len(text) > self.limits.login_chars_max:
+            raise RemoteProtocolError(
+                f"{len(text)} characters of a login, which are more than"
+                f" {self.limits.login_chars_max}"
+            )
 
     def _enter(self, state: State) -> None:
         if state is _AS_ASKED:
@@ -380,6 +400,14 @@ class Connection:
     def refuse(self, error: Exception, now: float) -> bytes:
         """Server: answer the Hello with ``error``; the conversation is over."""
         return self._send(Failure(0, *errors.failure_of(error)), now)
+
+    def challenge(self, text: str, now: float) -> bytes:
+        """Server: have the peer prove who it is, before it is welcome."""
+        return self._send(Challenge(text), now)
+
+    def respond(self, text: str, now: float) -> bytes:
+        """Client: the answer to a challenge."""
+        return self._send(Response(text), now)
 
     def request(self, method: str, args: list[Any], now: float) -> bytes:
         """Client: ask; the answer carries the id in ``last_request``."""
@@ -501,7 +529,7 @@ class Connection:
         """
         limits = self.limits
         self._heartbeats_left = limits.heartbeats_max
-        if self.state in (State.OPENING, State.GREETED):
+        if self.state in _BEFORE_WELCOME:
             if now - self._began_at > limits.hello_timeout_s:
                 self._fail(
                     RemoteProtocolError(

@@ -66,6 +66,7 @@ class HelloRefused(ZeolithError):
         "access",
         "limit",
         "tls",
+        "login",
     )
 
     def __init__(self, reason: str, text: str):

@@ -31,6 +31,8 @@ class Limits:
     frame_bytes_max: int = 256 * 1024 * 1024
     # From accepting a socket to its hello, the handshake of TLS included.
     hello_timeout_s: float = 10.0
+    # Each message of a login, which is looked at one character after the other.
+    login_chars_max: int = 1024
     # The elements of an array that a client sends. Those of a batch take 64 bytes each.
     array_items_max: int = 100_000
     # What is looked at of a client's bytes before it is the others' turn, unless it

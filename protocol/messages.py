@@ -1,20 +1,22 @@
-"""The eight kinds of message, as they look between codec and connection.
+"""The ten kinds of message, as they look between codec and connection.
 
 Plain named tuples: no behaviour, and no trust either, for what came from a peer is of
 the right shape only after ``codec.decode`` (fields) and ``methods`` (arguments).
 
-======== ========= ============================================================
-kind     from      meaning
-======== ========= ============================================================
-Hello    client    first message of a socket: who I am and what I want
-Welcome  server    accepted; everything a client must know, in one answer
-Request  client    a method to call; ``id`` names the answer
-Reply    server    what request ``id`` returned
-Failure  server    what request ``id`` raised; id 0 answers the Hello
-Notice   both      a method that is not answered
-Heartbeat both     nothing but a sign of life
-Goodbye  both      last message of a socket: why it ends
-======== ========= ============================================================
+========= ========= ============================================================
+kind      from      meaning
+========= ========= ============================================================
+Hello     client    first message of a socket: who I am and what I want
+Welcome   server    accepted; everything a client must know, in one answer
+Request   client    a method to call; ``id`` names the answer
+Reply     server    what request ``id`` returned
+Failure   server    what request ``id`` raised; id 0 answers the Hello
+Notice    both      a method that is not answered
+Heartbeat both      nothing but a sign of life
+Goodbye   both      last message of a socket: why it ends
+Challenge server    what a client must answer to prove who it is
+Response  client    the answer
+========= ========= ============================================================
 """
 
 from typing import Any, NamedTuple
@@ -74,7 +76,30 @@ class Goodbye(NamedTuple):
     text: str
 
 
-Message = Hello | Welcome | Request | Reply | Failure | Notice | Heartbeat | Goodbye
+class Challenge(NamedTuple):
+    """What the server wants answered before it welcomes; see ``login``."""
+
+    text: str
+
+
+class Response(NamedTuple):
+    """The client's answer to a challenge."""
+
+    text: str
+
+
+Message = (
+    Hello
+    | Welcome
+    | Request
+    | Reply
+    | Failure
+    | Notice
+    | Heartbeat
+    | Goodbye
+    | Challenge
+    | Response
+)
 
 # The position of a class is its code on the wire: only ever append.
 KINDS: tuple[type[Message], ...] = (
@@ -86,4 +111,6 @@ KINDS: tuple[type[Message], ...] = (
     Notice,
     Heartbeat,
     Goodbye,
+    Challenge,
+    Response,
 )

@@ -179,6 +179,18 @@ def _is_change(value: Any) -> bool:
 # since, tid, oids, the id that its client chose
 CHANGE = Kind("change", _is_change)
 
+
+def _is_login(value: Any) -> bool:
+    return (
+        type(value) is list
+        and len(value) == 2
+        and type(value[0]) is type(value[1]) is str
+    )
+
+
+# A way to log in, and what it begins with.
+LOGIN = Kind("[text, text]", _is_login)
+
 # The fields of a Hello; those of a channel are the last.
 HELLO: dict[str, Kind] = {
     "version": COUNT,
@@ -191,6 +203,7 @@ HELLO: dict[str, Kind] = {
     "read_only": BOOL,
     "label": optional(TEXT),
     "session": optional(TOKEN),
+    "login": optional(LOGIN),
 }
 
 
@@ -206,6 +219,7 @@ def hello_fields(**fields: Any) -> dict[str, Any]:
         "read_only": False,
         "label": None,
         "session": None,
+        "login": None,
         **fields,
     }
 
@@ -225,6 +239,7 @@ WELCOME: dict[str, Kind] = {
     "supports_undo": BOOL,
     "read_only": BOOL,
     "roles": list_of(TEXT),
+    "proof": optional(TEXT),
 }
 
 _R, _W, _P = AccessRole.READ, AccessRole.WRITE, AccessRole.PACK

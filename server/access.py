@@ -7,8 +7,8 @@ protocol say of a call, before any code of a method runs. Pure; the loop's.
 A *grant* is a role on one storage or on all, written ``ROLE`` or ``ROLE@STORAGE``.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ZODB.POSException import ReadOnlyError
@@ -24,6 +24,8 @@ from zeolith.protocol.roles import (
 )
 
 NOTHING = "none"
+# Of the derivation of what is kept of a password: some 50 ms of whoever logs in.
+ITERATIONS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,14 @@ class Identity:
     kind: str
     name: str
     grants: Grants
+    # What was proved: when it is another, the proof is worth nothing any more.
+    key: bytes = field(default=b"", repr=False)
+    # Seconds since 1970, if it ends some day.
+    expires_s: float | None = None
+
+    def is_over(self, now_s: float) -> bool:
+        """Whether it has ended."""
+        return self.expires_s is not None and self.expires_s <= now_s
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}" if self.name else self.kind
@@ -123,16 +133,51 @@ def _forbidden(name: str, role: AccessRole, roles: Roles) -> Forbidden:
     return Forbidden(text)
 
 
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who a user is, and what is kept of his password: see RFC 5802."""
+
+    identity: Identity
+    salt: bytes = field(repr=False)
+    stored_key: bytes = field(repr=False)
+    server_key: bytes = field(repr=False)
+    iterations: int
+
+
 @dataclass(frozen=True)
 class Access:
-    """What the configuration says of those who come."""
+    """All that is known of those who may come; never changed, only replaced."""
 
     # Whoever says nothing of himself.
     anonymous: Grants = ()
+    # By the subject of their certificate.
+    certificates: Mapping[str, Identity] = field(default_factory=dict)
+    users: Mapping[str, User] = field(default_factory=dict)
+    # By their public part.
+    tokens: Mapping[str, Identity] = field(default_factory=dict)
+    # Of it is made what an unknown user is asked; the same after a restart.
+    secret: bytes = field(default=b"", repr=False)
+    # Of an unknown user's password.
+    iterations: int = ITERATIONS
 
-    def renewed(self, identity: Identity) -> Identity:
-        """What somebody who came as ``identity`` would be now."""
-        return anonymous(self.anonymous)
+    def by_subject(self, subject: str | None) -> Identity:
+        """Who has shown a certificate of that subject, or None, and says no more."""
+        known = None if subject is None else self.certificates.get(subject)
+        return anonymous(self.anonymous) if known is None else known
+
+    def renewed(self, identity: Identity) -> Identity | None:
+        """What somebody who came as ``identity`` is now; None: nobody any more."""
+        known: Identity | None
+        if identity.kind == "user":
+            user = self.users.get(identity.name)
+            known = None if user is None else user.identity
+        elif identity.kind == "token":
+            known = self.tokens.get(identity.name)
+        elif identity.kind == "certificate":
+            known = self.certificates.get(identity.name)
+        else:
+            known = anonymous(self.anonymous)
+        return known if known is not None and known.key == identity.key else None
 
 
 # Everybody may do everything, as long as nothing else was said.

@@ -16,10 +16,14 @@ from typing import Any, NoReturn
 import click
 
 from zeolith.protocol.addresses import Address, format_address, parse_address
+from zeolith.protocol.login import NO_CREDENTIALS, Credentials
 from zeolith.protocol.tls import ClientTls
-from zeolith.server import config, daemon, probe
+from zeolith.server import config, daemon, keyring, probe
 from zeolith.server.access import NOBODY
+from zeolith.server.access_cli import token, user
+from zeolith.server.key_files import KeyFileError
 from zeolith.server.listener import ListenError
+from zeolith.server.login_options import login_options, taken_credentials
 from zeolith.server.pack_command import pack_storage
 from zeolith.server.tls import warning
 from zeolith.server.tls_options import tls_options
@@ -119,7 +123,7 @@ def serve(
         daemon.run(options, click.echo, lambda: _reread(path))
     except config.ConfigError as error:
         _exit(2, error)
-    except (OpeningError, ListenError) as error:
+    except (OpeningError, ListenError, KeyFileError) as error:
         _exit(1, error)
 
 
@@ -130,7 +134,8 @@ def check_config(path: str) -> None:
     try:
         options = config.read_file(path)
         config.refuse_exposed(options)
-    except config.ConfigError as error:
+        keyring.load(options.access)
+    except (config.ConfigError, KeyFileError) as error:
         _exit(2, error)
     if options.tls is not None:
         text = warning(options.tls.options, time.time())
@@ -160,12 +165,17 @@ def ping(address: Address, timeout: float, tls: ClientTls | None) -> None:
 @click.option(
     "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
 )
+@login_options
 @tls_options
 def status(
-    address: Address, as_json: bool, timeout: float, tls: ClientTls | None
+    address: Address,
+    as_json: bool,
+    timeout: float,
+    tls: ClientTls | None,
+    **options: Any,
 ) -> None:
     """Show storages, clients and transactions of the server at ADDRESS."""
-    state = _ask(address, "status", timeout, tls)
+    state = _ask(address, "status", timeout, tls, taken_credentials(options))
     if as_json:
         click.echo(json.dumps(state, indent=2))
     else:
@@ -195,6 +205,7 @@ def status(
 @click.option(
     "--timeout", default=_ANSWER_TIMEOUT_S, show_default=True, help="Seconds."
 )
+@login_options
 @tls_options
 def pack(address: Address, **options: Any) -> None:
     """Pack a storage of the server at ADDRESS.
@@ -202,12 +213,23 @@ def pack(address: Address, **options: Any) -> None:
     Exit code 0 if it is packed or there is nothing to pack, 1 if it could not be done,
     2 for a wrong command line, 3 if Ctrl-C has given it up.
     """
-    sys.exit(pack_storage(address, **options))
+    credentials = taken_credentials(options)
+    sys.exit(pack_storage(address, credentials=credentials, **options))
 
 
-def _ask(address: Address, method: str, timeout_s: float, tls: ClientTls | None) -> Any:
+main.add_command(user)
+main.add_command(token)
+
+
+def _ask(
+    address: Address,
+    method: str,
+    timeout_s: float,
+    tls: ClientTls | None,
+    credentials: Credentials = NO_CREDENTIALS,
+) -> Any:
     try:
-        return probe.ask(address, method, timeout_s, tls)
+        return probe.ask(address, method, timeout_s, tls, credentials)
     except probe.NoAnswer as error:
         _exit(1, error)
 

@@ -20,8 +20,9 @@ from zeolith.protocol.addresses import DEFAULT_HOST, DEFAULT_PORT, Address
 from zeolith.protocol.durations import parse_seconds
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.tls import TlsMistake
-from zeolith.server.access import Access
+from zeolith.server.access import Identity
 from zeolith.server.exposure import exposed, refusal, resolved
+from zeolith.server.keyring import AccessOptions
 from zeolith.server.listener import SOCKET_MODE
 from zeolith.server.replays import REPLAY_BYTES
 from zeolith.server.tls import VERSIONS, Certificate, TlsOptions
@@ -54,7 +55,7 @@ class Options:
     socket_mode: int = SOCKET_MODE
     limits: Limits = DEFAULT
     # Who may do what; None: everybody everything.
-    access: Access | None = None
+    access: AccessOptions | None = None
     # None: TCP is plain.
     tls: Certificate | None = None
 
@@ -65,9 +66,11 @@ class Options:
 
     @property
     def has_login(self) -> bool:
-        """Whether whoever comes must say who he is."""
+        """Whether whoever comes must say who he is, or was given what he may do."""
         tls = self.tls
-        return tls is not None and tls.options.requires_client_certificate
+        return self.access is not None or (
+            tls is not None and tls.options.requires_client_certificate
+        )
 
 
 def read_file(path: str) -> Options:
@@ -122,9 +125,23 @@ def ServerSection(section: Any) -> Any:
     return section
 
 
-def AccessSection(section: Any) -> Access:
+def AccessSection(section: Any) -> AccessOptions:
     """Datatype of the <access> section."""
-    return Access(anonymous=section.anonymous)
+    certificates = tuple(section.certificates)
+    subjects = {each.name for each in certificates}
+    if len(subjects) < len(certificates):
+        raise ValueError("<access> has two sections for the same certificate")
+    return AccessOptions(
+        anonymous=section.anonymous,
+        users=Path(section.users) if section.users else None,
+        tokens=Path(section.tokens) if section.tokens else None,
+        certificates=certificates,
+    )
+
+
+def CertificateSection(section: Any) -> Identity:
+    """Datatype of a <certificate> section."""
+    return Identity("certificate", section.subject, section.roles)
 
 
 def TlsSection(section: Any) -> TlsOptions:

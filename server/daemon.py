@@ -18,11 +18,11 @@ import uvloop
 
 from zeolith.protocol.addresses import format_address
 from zeolith.protocol.limits import DEFAULT, Limits
-from zeolith.server.access import OPEN
 from zeolith.server.config import Options
 from zeolith.server.descriptors import Watch, connections_possible
 from zeolith.server.indexing import IndexSaver
 from zeolith.server.interpreter import share_interpreter
+from zeolith.server.keyring import Keyring, KeyWatch
 from zeolith.server.listener import Listener, ListenError
 from zeolith.server.memory import keep_freed_memory
 from zeolith.server.peer import Peer
@@ -61,9 +61,11 @@ def run(
     """Serve until told to stop.
 
     ``announce`` gets a line for each address and for readiness; ``reread`` gives the
-    options anew, or None (and has said why). Raises ListenError and OpeningError.
+    options anew, or None (and has said why). Raises KeyFileError, ListenError and
+    OpeningError.
     """
     databases = {}
+    keyring = Keyring(options.access)
     forbid_unpickling()
     keep_freed_memory()
     # Opening may take long; the loop has handlers of its own later.
@@ -75,7 +77,9 @@ def run(
             databases[name] = open_storage()
         share_interpreter()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            all_ended = runner.run(_serve(options, databases, announce, reread))
+            all_ended = runner.run(
+                _serve(options, databases, keyring, announce, reread)
+            )
     except _Stopped:
         logger.info("stopped while opening")
         all_ended = True
@@ -96,6 +100,7 @@ def run(
 async def _serve(
     options: Options,
     databases: dict[str, AdaptedStorage],
+    keyring: Keyring,
     announce: Callable[[str], None],
     reread: Callable[[], Options | None],
 ) -> bool:
@@ -107,8 +112,9 @@ async def _serve(
         name: await _prepare(name, database, options.is_read_only, limits)
         for name, database in databases.items()
     }
-    service = Service(served, limits, options.access or OPEN)
+    service = Service(served, limits, keyring.access)
     service.admission.connections_max = connections_possible(limits.connections_max)
+    key_watch = KeyWatch(keyring, service.greeting.renew)
     for each in served.values():
         Relay(service, each)
     index_saver = IndexSaver(served.values(), options.index_interval_s)
@@ -116,6 +122,7 @@ async def _serve(
 
     tls = options.tls
     if tls is not None:
+        service.greeting.certificate = tls.pem
         tls.warn()
     rereading = asyncio.Lock()
 
@@ -125,7 +132,8 @@ async def _serve(
             renewed = await loop.run_in_executor(None, reread)
         if renewed is not None:
             _configure(service, index_saver, renewed)
-            _renew(tls, renewed.tls)
+            _renew(service, tls, renewed.tls)
+            key_watch.configure(renewed.access)
             logger.info("the configuration was read again")
 
     tasks = set[asyncio.Task[None]]()
@@ -144,7 +152,7 @@ async def _serve(
         may_be_exposed=options.may_be_exposed,
         socket_mode=options.socket_mode,
     )
-    ticking = loop.create_task(_tick(service, index_saver))
+    ticking = loop.create_task(_tick(service, index_saver, key_watch))
     try:
         for address in options.addresses:
             await listener.listen(address)
@@ -207,22 +215,24 @@ def _configure(service: Service, index_saver: IndexSaver, options: Options) -> N
     """Put into force what may change while the server runs."""
     index_saver.interval_s = options.index_interval_s
     service.transaction_timeout_s = options.transaction_timeout_s
-    service.greeting.renew(options.access or OPEN)
     for served in service.databases.values():
         served.replays.bytes_max = options.replay_bytes
     logging.getLogger().setLevel(options.log_level)
 
 
-def _renew(tls: Certificate | None, renewed: Certificate | None) -> None:
+def _renew(
+    service: Service, tls: Certificate | None, renewed: Certificate | None
+) -> None:
     if tls is None or renewed is None:
         if tls is not renewed:
             logger.warning("TLS is switched on or off by a restart only")
         return
     tls.replace_by(renewed)
+    service.greeting.certificate = tls.pem
     tls.warn()
 
 
-async def _tick(service: Service, index_saver: IndexSaver) -> None:
+async def _tick(service: Service, index_saver: IndexSaver, key_watch: KeyWatch) -> None:
     loop = asyncio.get_running_loop()
     descriptors = Watch()
     while True:
@@ -231,6 +241,7 @@ async def _tick(service: Service, index_saver: IndexSaver) -> None:
             descriptors.tick()
             service.tick(loop.time())
             index_saver.tick(loop.time())
+            key_watch.tick()
         except Exception:
             # Without the clock a client that hangs would hang everybody.
             logger.exception("a tick of the clock failed")

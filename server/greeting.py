@@ -7,13 +7,17 @@ was found before and stays until it ends.
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zeolith.protocol.errors import HelloRefused
+from zeolith.protocol.login import SCRAM, TOKEN
 from zeolith.protocol.methods import VERSION
 from zeolith.protocol.roles import AccessRole
-from zeolith.server.access import Access, anonymous
+from zeolith.server.access import Access, Identity
+from zeolith.server.login import Exchange, LoginFailed, by_token, subject_of
 from zeolith.server.returning import is_of_history, missed_since
 from zeolith.server.sessions import Session
 from zeolith.storage.changes import Change
@@ -25,51 +29,85 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# A login that failed is answered after so long: long for who guesses, short for who
+# has mistyped. Less than hello_timeout_s.
+FAILED_LOGIN_DELAY_S = 1.0
+
+
 class Greeting:
     """Answers the hellos of one server."""
 
     def __init__(self, service: "Service", access: Access):
         self._service = service
         self._access = access
+        # Our own, as PEM, where peers come by TLS.
+        self.certificate: str | None = None
+        self.failed_login_delay_s = FAILED_LOGIN_DELAY_S
+        # Logins under way: the peer's hello, and what it was asked.
+        self._challenged: dict[Peer, tuple[dict[str, Any], Exchange]] = {}
 
     def hello(self, peer: "Peer", fields: dict[str, Any]) -> None:
-        """Accept or refuse a peer, now or when it is known what it has missed.
+        """Accept, challenge or refuse a peer, now or when enough is known.
 
         Its fields are checked if it speaks our version.
         """
-        self._greet(peer, fields, may_wait=True)
+        try:
+            self._check_version(fields)
+            if fields["kind"] == "channel" and fields["session"] is not None:
+                # It is who its stream is.
+                joined = self._welcome_channel(peer, fields["session"])
+                peer.welcome(joined)
+                return
+            identity = self._identify(peer, fields)
+        except HelloRefused as refusal:
+            self._refuse(peer, refusal)
+        except LoginFailed as error:
+            self._fail_login(peer, error)
+        else:
+            if identity is not None:
+                peer.identity = identity
+                self._greet(peer, fields)
+
+    def response(self, peer: "Peer", text: str) -> None:
+        """Welcome a peer whose response is right; refuse any other."""
+        fields, exchange = self._challenged.pop(peer)
+        try:
+            peer.identity, proof = exchange.finish(text)
+        except LoginFailed as error:
+            self._fail_login(peer, error)
+        else:
+            self._greet(peer, fields, proof)
+
+    def forget(self, peer: "Peer") -> None:
+        """The peer is gone."""
+        self._challenged.pop(peer, None)
+
+    def tick(self) -> None:
+        """End the sessions of those whose time is over."""
+        now_s = time.time()
+        for session in tuple(self._service.sessions.values()):
+            if session.identity.is_over(now_s):
+                self._end(session, f"{session.identity} has expired")
 
     def renew(self, access: Access) -> None:
-        """Go by ``access`` from now on; sessions that it gives other roles end."""
+        """Go by ``access`` from now on; sessions to which it gives other roles end."""
         self._access = access
-        for token, session in tuple(self._service.sessions.items()):
+        for session in tuple(self._service.sessions.values()):
             identity = access.renewed(session.identity)
-            if identity.roles_on(session.served.name) != session.roles:
-                del self._service.sessions[token]
-                logger.warning("%s: its roles have changed", session.name)
-                session.end("access", "what this client may do has changed")
+            if identity is None:
+                self._end(session, f"{session.identity} may not come in any more")
+            elif identity.roles_on(session.served.name) != session.roles:
+                self._end(session, f"the roles of {identity} have changed")
+            else:
+                # It may end at another time.
+                session.identity = identity
 
-    def _greet(self, peer: "Peer", fields: dict[str, Any], *, may_wait: bool) -> None:
-        if not peer.is_there:
-            return
-        try:
-            welcome = self._welcome(peer, fields, may_wait)
-        except HelloRefused as refusal:
-            logger.info("%s is refused: %s", peer.address, refusal)
-            now = asyncio.get_running_loop().time()
-            peer.send(peer.connection.refuse(refusal, now))
-            return
-        if welcome is None:
-            return
-        peer.welcome(welcome)
-        if peer.session is not None and peer is peer.session.stream:
-            # What was too much for the welcome.
-            peer.session.served.catch_up(peer)
+    def _end(self, session: Session, why: str) -> None:
+        logger.warning("%s: %s", session.name, why)
+        del self._service.sessions[session.token]
+        session.end("access", why)
 
-    def _welcome(
-        self, peer: "Peer", fields: dict[str, Any], may_wait: bool
-    ) -> dict[str, Any] | None:
-        """What to answer to a hello; None: it will be asked again."""
+    def _check_version(self, fields: dict[str, Any]) -> None:
         if fields.get("version") != VERSION:
             raise HelloRefused(
                 "version",
@@ -78,12 +116,76 @@ class Greeting:
             )
         if self._service.is_stopping:
             raise HelloRefused("stopping", "the server is stopping")
-        if fields["kind"] == "channel" and fields["session"] is not None:
-            return self._welcome_channel(peer, fields["session"])
-        peer.identity = anonymous(self._access.anonymous)
-        if fields["kind"] == "channel":
-            return _welcome(None)
-        return self._welcome_stream(peer, fields, may_wait)
+
+    def _check_identity(self, peer: "Peer") -> None:
+        """It may have been taken away while the peer waited."""
+        identity = self._access.renewed(peer.identity)
+        if identity is None or identity.is_over(time.time()):
+            raise HelloRefused("login", "the login failed")
+        peer.identity = identity
+
+    def _identify(self, peer: "Peer", fields: dict[str, Any]) -> Identity | None:
+        """Who the peer is; None: it has been challenged."""
+        access, login = self._access, fields["login"]
+        if login is None:
+            return access.by_subject(subject_of(peer.tls))
+        way, text = login
+        if way == TOKEN and access.tokens:
+            return by_token(access, text, time.time())
+        if way == SCRAM and access.users:
+            exchange = Exchange(access, text, self._binding(peer))
+            self._challenged[peer] = fields, exchange
+            now = asyncio.get_running_loop().time()
+            peer.send(peer.connection.challenge(exchange.challenge, now))
+            return None
+        raise LoginFailed(f"{way!r:.20}: nobody can log in that way")
+
+    def _binding(self, peer: "Peer") -> str | None:
+        return None if peer.tls is None else self.certificate
+
+    def _fail_login(self, peer: "Peer", error: LoginFailed) -> None:
+        """What it hears, and when, does not depend on what was wrong."""
+        logger.warning("%s is not let in: %s", peer.address, error)
+        refusal = HelloRefused("login", "the login failed")
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.failed_login_delay_s, self._refuse, peer, refusal)
+
+    def _refuse(self, peer: "Peer", refusal: HelloRefused) -> None:
+        # Its time may be over, or the server's.
+        if peer.is_there and not peer.connection.is_closed:
+            logger.info("%s is refused: %s", peer.address, refusal)
+            now = asyncio.get_running_loop().time()
+            peer.send(peer.connection.refuse(refusal, now))
+
+    def _greet(
+        self,
+        peer: "Peer",
+        fields: dict[str, Any],
+        proof: str | None = None,
+        *,
+        may_wait: bool = True,
+    ) -> None:
+        if not peer.is_there or peer.connection.is_closed:
+            return
+        try:
+            self._check_version(fields)
+            self._check_identity(peer)
+            if fields["kind"] == "channel":
+                welcome: dict[str, Any] | None = _welcome(None)
+            else:
+                again = partial(self._greet, peer, fields, proof, may_wait=False)
+                welcome = self._welcome_stream(
+                    peer, fields, again if may_wait else None
+                )
+        except HelloRefused as refusal:
+            self._refuse(peer, refusal)
+            return
+        if welcome is None:
+            return
+        peer.welcome({**welcome, "proof": proof})
+        if peer.session is not None and peer is peer.session.stream:
+            # What was too much for the welcome.
+            peer.session.served.catch_up(peer)
 
     def _welcome_channel(self, peer: "Peer", token: bytes) -> dict[str, Any]:
         session = self._service.sessions.get(token)
@@ -97,8 +199,12 @@ class Greeting:
         return _welcome(None)
 
     def _welcome_stream(
-        self, peer: "Peer", fields: dict[str, Any], may_wait: bool
+        self,
+        peer: "Peer",
+        fields: dict[str, Any],
+        again: Callable[[], None] | None,
     ) -> dict[str, Any] | None:
+        """What to answer; None: ``again`` will be called when it is known."""
         served = self._service.databases.get(fields["storage"])
         roles = peer.identity.roles_on(fields["storage"] or "")
         if AccessRole.READ not in roles:
@@ -123,8 +229,7 @@ class Greeting:
             )
         position = fields["position"]
         is_ours = is_of_history(served, fields)
-        if may_wait and is_ours and position and served.replays.may_be_told(position):
-            again = partial(self._greet, peer, fields, may_wait=False)
+        if again and is_ours and position and served.replays.may_be_told(position):
             served.replays.ask(position, again)
             return None
         session = Session(
@@ -141,7 +246,8 @@ class Greeting:
         # One step of the loop, from the last change that was missed to following:
         # whoever follows from here misses nothing.
         last_tid, changes = served.follow_after(peer, missed or ())
-        logger.info("%s has come to storage %s", session.name, served.name)
+        who, name = session.identity, served.name
+        logger.info("%s has come to storage %s as %s", session.name, name, who)
         return _welcome(session, last_tid, None if missed is None else changes)
 
 
@@ -168,4 +274,5 @@ def _welcome(
         "supports_undo": database.supports_undo if database else False,
         "read_only": session.is_read_only if session else True,
         "roles": sorted(session.roles) if session else [],
+        "proof": None,
     }

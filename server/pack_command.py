@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from zeolith.protocol.addresses import Address
+from zeolith.protocol.login import NO_CREDENTIALS, Credentials
 from zeolith.protocol.tls import ClientTls
 from zeolith.server.probe import NoAnswer
 from zeolith.server.visit import Refused, Visit
@@ -40,6 +41,7 @@ def pack_storage(
     quiet: bool,
     timeout: float,
     tls: ClientTls | None = None,
+    credentials: Credentials = NO_CREDENTIALS,
 ) -> int:
     """Do what the command's options say; returns the exit code.
 
@@ -49,7 +51,14 @@ def pack_storage(
         raise click.UsageError("--cancel goes with no other option of a pack")
     moment_s = _moment_s(days, at)
     try:
-        with Visit(address, storage, "zeolith pack", timeout, tls=tls) as visit:
+        with Visit(
+            address,
+            storage,
+            "zeolith pack",
+            timeout,
+            tls=tls,
+            credentials=credentials,
+        ) as visit:
             if cancel:
                 return _cancel(visit, timeout, quiet)
             return _pack(visit, moment_s, gc, quiet)

@@ -6,11 +6,12 @@ one place where everything that hung on the socket is let go.
 """
 
 import asyncio
+import ssl
 from typing import TYPE_CHECKING, Any, cast
 
 from zeolith.protocol.connection import Answer, Connection, Role, State
 from zeolith.protocol.limits import Limits
-from zeolith.protocol.messages import Hello, Message, Notice, Request
+from zeolith.protocol.messages import Hello, Message, Notice, Request, Response
 from zeolith.server.access import NOBODY, Identity
 from zeolith.server.origins import Origin, origin_of
 from zeolith.server.sessions import ChannelTransactions, Session
@@ -133,6 +134,12 @@ class Peer(asyncio.Protocol):
         """The socket is gone, for whatever reason."""
         self._transport = None
         self._service.lost(self)
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        """The encryption of the socket, if there is any."""
+        transport = self._transport
+        return None if transport is None else transport.get_extra_info("ssl_object")
 
     @property
     def is_there(self) -> bool:
@@ -259,6 +266,8 @@ class Peer(asyncio.Protocol):
             self._service.request(self, message)
         elif type(message) is Notice:
             self._service.notice(self, message)
+        elif type(message) is Response and not self.connection.is_closed:
+            self._service.response(self, message.text)
         elif type(message) is Hello and not self.connection.is_closed:
             # Closed: something came behind it that did not wait for the welcome.
             self._service.hello(self, message.fields)

@@ -12,7 +12,8 @@ from typing import Any
 from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
-from zeolith.protocol.messages import Failure, Message, Reply, Welcome
+from zeolith.protocol.login import NO_CREDENTIALS, Credentials, Login
+from zeolith.protocol.messages import Challenge, Failure, Message, Reply, Welcome
 from zeolith.protocol.methods import hello_fields
 from zeolith.protocol.tls import ClientTls, explained
 
@@ -24,12 +25,16 @@ class NoAnswer(Exception):
 
 
 def ask(
-    address: Address, method: str, timeout_s: float, tls: ClientTls | None = None
+    address: Address,
+    method: str,
+    timeout_s: float,
+    tls: ClientTls | None = None,
+    credentials: Credentials = NO_CREDENTIALS,
 ) -> Any:
     """The value of ``method``, which needs no session; raises NoAnswer."""
     try:
         with connected(address, timeout_s, tls) as sock:
-            return _Dialogue(sock, timeout_s).ask(method)
+            return _Dialogue(sock, timeout_s).ask(method, credentials.login(sock))
     except TimeoutError as error:
         raise NoAnswer(
             f"{format_address(address)} does not answer within {timeout_s:g} s"
@@ -78,23 +83,29 @@ class _Dialogue:
         self._deadline = time.monotonic() + timeout_s
         self._connection = Connection(Role.CLIENT, time.monotonic())
 
-    def ask(self, method: str) -> Any:
-        hello = hello_fields(kind="channel", read_only=True)
+    def ask(self, method: str, login: Login) -> Any:
+        hello = hello_fields(kind="channel", read_only=True, login=login.hello_login())
         self._socket.sendall(self._connection.hello(hello, time.monotonic()))
-        self._receive(Welcome)
+        answer = self._receive(Welcome, Challenge)
+        if isinstance(answer, Challenge):
+            response = login.respond(answer.text)
+            self._socket.sendall(self._connection.respond(response, time.monotonic()))
+            answer = self._receive(Welcome)
+        assert isinstance(answer, Welcome)
+        login.check_welcome(answer.fields)
         self._socket.sendall(self._connection.request(method, [], time.monotonic()))
         answer = self._receive(Reply)
         assert isinstance(answer, Reply)
         return answer.value
 
-    def _receive(self, wanted: type[Message]) -> Message:
+    def _receive(self, *wanted: type[Message]) -> Message:
         while True:
             self._socket.settimeout(max(0.001, self._deadline - time.monotonic()))
             data = self._socket.recv(_RECEIVE_BYTES)
             if not data:
                 raise errors.RemoteProtocolError("the connection was closed")
             for message in self._connection.receive_data(data, time.monotonic()):
-                if type(message) is wanted:
+                if type(message) in wanted:
                     return message
                 if isinstance(message, Failure):
                     raise errors.error_of(

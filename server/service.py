@@ -79,6 +79,7 @@ class Service:
         # What peers report first.
         self.greeting = Greeting(self, access)
         self.hello = self.greeting.hello
+        self.response = self.greeting.response
         self.packs = Packs(self, later=LATER, fail=self._fail)
         elsewhere = {
             **blobs.Blobs(self._read, limits).handlers,
@@ -126,6 +127,7 @@ class Service:
         """A socket is gone: let go of everything that hung on it."""
         self.peers.discard(peer)
         self.admission.leave(peer)
+        self.greeting.forget(peer)
         self._someone_left.set()
         session = peer.session
         commit = peer.transactions.commit
@@ -161,7 +163,8 @@ class Service:
                 peer.cut_off()
 
     def tick(self, now: float) -> None:
-        """What is due: heartbeats, and transactions that take too long."""
+        """What is due: heartbeats, and the end of what takes or lasts too long."""
+        self.greeting.tick()
         for peer in tuple(self.peers):
             peer.tick(now)
             timeout_s = self.transaction_timeout_s

@@ -82,10 +82,14 @@ class Certificate:
         """Read the files; raises TlsMistake."""
         self.options = options
         self.context = server_context(options)
+        # What clients see of it, to which they bind their logins.
+        with open(options.certificate) as file:
+            self.pem = _first_certificate(file.read())
 
     def replace_by(self, renewed: "Certificate") -> None:
         """Show new clients another one from now on."""
         self.options, self.context = renewed.options, renewed.context
+        self.pem = renewed.pem
 
     def warn(self) -> None:
         """Log what an operator should know of it."""

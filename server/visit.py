@@ -16,7 +16,8 @@ from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import DEFAULT, Limits
-from zeolith.protocol.messages import Failure, Message, Reply, Welcome
+from zeolith.protocol.login import NO_CREDENTIALS, Credentials
+from zeolith.protocol.messages import Challenge, Failure, Message, Reply, Welcome
 from zeolith.protocol.methods import hello_fields
 from zeolith.protocol.tls import ClientTls
 from zeolith.server.probe import NoAnswer, connected, reason_of
@@ -35,13 +36,20 @@ class _Socket:
         self.socket = sock
         self.connection = Connection(Role.CLIENT, time.monotonic(), limits)
 
-    def greet(self, **fields: Any) -> dict[str, Any]:
+    def greet(self, credentials: Credentials, **fields: Any) -> dict[str, Any]:
         """Say hello; returns the welcome."""
-        hello = hello_fields(**fields)
+        login = credentials.login(self.socket)
+        hello = hello_fields(login=login.hello_login(), **fields)
         self.socket.sendall(self.connection.hello(hello, time.monotonic()))
         while True:
             for message in self.receive():
+                if isinstance(message, Challenge):
+                    response = self.connection.respond(
+                        login.respond(message.text), time.monotonic()
+                    )
+                    self.socket.sendall(response)
                 if isinstance(message, Welcome):
+                    login.check_welcome(message.fields)
                     return message.fields
                 if isinstance(message, Failure):
                     raise errors.error_of(
@@ -78,6 +86,7 @@ class Visit:
         timeout_s: float,
         limits: Limits = DEFAULT,
         tls: ClientTls | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
     ):
         """Connect, to write; also raises Refused."""
         self._address = address
@@ -86,10 +95,10 @@ class Visit:
         self._selector = selectors.DefaultSelector()
         self._sockets: list[_Socket] = []
         try:
-            welcome = self._join(
-                address, timeout_s, kind="stream", storage=storage, label=label
-            )
-            self._join(address, timeout_s, kind="channel", session=welcome["session"])
+            hello = {"kind": "stream", "storage": storage, "label": label}
+            welcome = self._join(address, timeout_s, credentials, **hello)
+            hello = {"kind": "channel", "session": welcome["session"]}
+            self._join(address, timeout_s, NO_CREDENTIALS, **hello)
         except TimeoutError as error:
             self.close()
             raise NoAnswer(
@@ -168,12 +177,16 @@ class Visit:
         )
 
     def _join(
-        self, address: Address, timeout_s: float, **fields: Any
+        self,
+        address: Address,
+        timeout_s: float,
+        credentials: Credentials,
+        **fields: Any,
     ) -> dict[str, Any]:
         sock = connected(address, timeout_s, self._tls)
         added = _Socket(sock, self._limits)
         self._sockets.append(added)
-        welcome = added.greet(**fields)
+        welcome = added.greet(credentials, **fields)
         self._selector.register(added.socket, selectors.EVENT_READ, added)
         return welcome
 

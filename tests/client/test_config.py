@@ -47,6 +47,8 @@ tls-key web.key
 tls-key-password-file web.password
 tls-server-name db
 tls-verify off
+password-file /run/secrets/password
+token-file /run/secrets/token
 """
 EVERY_ARGUMENT = {
     "addr": [("127.0.0.1", 8100), ("::1", 8200), "/run/zeolith.sock"],
@@ -78,6 +80,8 @@ EVERY_ARGUMENT = {
     "tls_key_password_file": "web.password",
     "tls_server_name": "db",
     "tls_verify": False,
+    "password_file": "/run/secrets/password",
+    "token_file": "/run/secrets/token",
 }
 
 
@@ -223,6 +227,7 @@ def test_a_database_from_a_file_is_the_servers(tmp_path):
             storage.close()
 
 
-def test_what_is_not_supported_is_said_when_it_is_asked_for(tmp_path):
-    with pytest.raises(NotImplementedError, match="not supported yet"):
+def test_a_user_without_a_password_is_said_when_it_is_asked_for(monkeypatch):
+    monkeypatch.delenv("ZEOLITH_PASSWORD", raising=False)
+    with pytest.raises(ValueError, match="there is no password for ann"):
         storageFromString(section("server 8100\nusername ann"))

@@ -21,17 +21,22 @@ from zeolith.client.dial import (
     dial,
     dial_any,
     dial_channel,
+    is_locked_out,
     is_refusal,
 )
 from zeolith.protocol.codec import encode
 from zeolith.protocol.connection import SocketKind, State
+from zeolith.protocol.credentials import Given
 from zeolith.protocol.errors import HelloRefused, RemoteProtocolError, ZeolithError
 from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.login import LoginError, Password
 from zeolith.protocol.messages import Goodbye, Heartbeat, Notice, Reply, Welcome
 from zeolith.protocol.methods import HELLO, VERSION, check_fields
 from zeolith.protocol.tls import ClientTls, HandshakeFailed
 
 from ..support.gates import Background
+from ..support.identities import PASSWORD, access
+from ..support.inprocess import serving
 from ..support.script import (
     IMPATIENT,
     Act,
@@ -76,6 +81,7 @@ def test_the_hello_says_what_the_client_wishes(server):
         "read_only": True,
         "label": "web-1",
         "session": None,
+        "login": None,
     }
 
 
@@ -409,3 +415,42 @@ def test_the_scripted_server_says_what_a_server_says(server):
     """Or these tests would test nothing."""
     reach(server.address)
     assert SocketKind(server.hellos[0]["kind"]) is SocketKind.STREAM
+
+
+# Login
+
+
+def test_a_password_is_proved_on_the_way_to_the_welcome(tmp_path):
+    with serving(tmp_path / "Data.fs", access=access(ann="write")) as server:
+        secret = Password("ann", Given(PASSWORD))
+        welcome = reach(
+            server.address, wish=Wish("1", False, None, None, None, None, secret)
+        )
+        assert welcome["roles"] == ["read", "write"]
+        assert welcome["proof"].startswith("v=")
+        wrong = Password("ann", Given("guessed"))
+        with pytest.raises(HelloRefused, match="the login failed") as raised:
+            reach(server.address, wish=Wish("1", False, None, None, None, None, wrong))
+        assert is_refusal(raised.value)
+        assert is_locked_out(raised.value)
+
+
+def test_a_server_that_welcomes_without_asking_is_not_believed(server):
+    """It may be somebody in between, who wants to be given data."""
+    wish = WISH._replace(credentials=Password("ann", Given(PASSWORD)))
+    with pytest.raises(LoginError, match="it is not the server"):
+        reach(server.address, wish=wish)
+
+
+@pytest.mark.parametrize(
+    ("error", "locked_out"),
+    [
+        (HelloRefused("login", "no"), True),
+        (HelloRefused("access", "no"), True),
+        (HelloRefused("stopping", "later"), False),
+        (LoginError("no file"), True),
+        (ConnectionRefusedError(), False),
+    ],
+)
+def test_who_is_not_known_does_not_hurry(error, locked_out):
+    assert is_locked_out(error) is locked_out

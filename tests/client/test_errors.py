@@ -8,7 +8,6 @@ from zeolith.client.errors import (
     ChannelLost,
     ClientDisconnected,
     CommitOutcomeUnknown,
-    NotSupportedYet,
 )
 
 
@@ -21,10 +20,6 @@ def test_an_unknown_outcome_is_not_tried_again():
     """Trying again might commit the same thing twice."""
     assert issubclass(CommitOutcomeUnknown, StorageError)
     assert not issubclass(CommitOutcomeUnknown, TransientError)
-
-
-def test_what_comes_with_a_later_release_is_not_implemented():
-    assert issubclass(NotSupportedYet, NotImplementedError)
 
 
 def test_a_lost_channel_is_no_error_of_a_storage():

@@ -27,7 +27,7 @@ from ZODB.utils import p64, u64
 from zope.interface.verify import verifyObject
 
 from zeolith.client import connector as connector_module
-from zeolith.client.errors import ClientDisconnected, NotSupportedYet
+from zeolith.client.errors import ClientDisconnected
 from zeolith.client.loading import REQUEST_OIDS, REQUESTS_AHEAD
 from zeolith.client.storage import NEW_OIDS, NEW_OIDS_MAX, ClientStorage
 from zeolith.client.tids import MAX_TID, Z64
@@ -70,18 +70,6 @@ def storage(server: ScriptedServer) -> Iterator[ClientStorage]:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("username", "ann"),
-        ("password", "secret"),
-    ],
-)
-def test_what_comes_with_a_later_release_is_refused_and_not_ignored(name, value):
-    with pytest.raises(NotSupportedYet, match=rf"\b{name} is not supported yet"):
-        ClientStorage(8100, **{name: value})
-
-
-@pytest.mark.parametrize(
     ("options", "complaint"),
     [
         ({"tls": False, "tls_ca": "ca.pem"}, "tls is off, so tls_ca means nothing"),
@@ -95,7 +83,7 @@ def test_wrong_arguments_of_tls_are_told_before_anything_begins(options, complai
         ClientStorage(8100, **options)
 
 
-def test_the_defaults_of_what_comes_later_are_accepted(server):
+def test_the_defaults_may_be_said(server):
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(ClientStorage).parameters.items()

@@ -40,6 +40,8 @@ EVERY_PARAMETER = {
     "tls_key_password_file=web.password": "web.password",
     "tls_server_name=db": "db",
     "tls_verify=off": False,
+    "password_file=/run/secrets/password": "/run/secrets/password",
+    "token_file=/run/secrets/token": "/run/secrets/token",
 }
 
 
@@ -128,10 +130,11 @@ def test_what_cannot_be_meant_is_refused_with_a_sentence(text, complaint):
         "zeolith://db?username=ann&password=swordfish",
         "zeolith://ann:swordfish@db",
         "zeolith://db?wait=perhaps&password=swordfish",
+        "zeolith://db?token=swordfish",
     ],
 )
 def test_a_password_is_refused_and_not_repeated(text):
-    with pytest.raises(ValueError, match="password") as caught:
+    with pytest.raises(ValueError, match=r"password|token") as caught:
         resolver(text)
     assert "swordfish" not in str(caught.value)
 

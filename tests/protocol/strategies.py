@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from zeolith.protocol.messages import (
+    Challenge,
     Failure,
     Goodbye,
     Heartbeat,
@@ -14,6 +15,7 @@ from zeolith.protocol.messages import (
     Notice,
     Reply,
     Request,
+    Response,
     Welcome,
 )
 from zeolith.protocol.methods import HELLO, METHODS, WELCOME, Kind, Method
@@ -59,6 +61,7 @@ _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "operation": _operations,
     "metadata": _metadata,
     "[oid, tid]": st.tuples(_ids, _ids).map(list),
+    "[text, text]": st.tuples(texts, texts).map(list),
     "[oid, bytes]": st.tuples(_ids, _data).map(list),
     "change": st.tuples(
         _ids, _ids, st.lists(_ids, max_size=3), st.none() | _sixteen
@@ -125,6 +128,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
     ),
     st.just(Heartbeat()),
     st.builds(Goodbye, texts, texts),
+    st.builds(Challenge, texts),
+    st.builds(Response, texts),
 )
 # Of requests, around those where msgpack takes another size.
 EDGES = [1, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**64 - 1]

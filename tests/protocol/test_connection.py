@@ -35,6 +35,7 @@ from zeolith.protocol.frames import frame
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import (
     KINDS,
+    Challenge,
     Failure,
     Goodbye,
     Heartbeat,
@@ -43,6 +44,7 @@ from zeolith.protocol.messages import (
     Notice,
     Reply,
     Request,
+    Response,
     Welcome,
 )
 
@@ -68,6 +70,9 @@ def in_state(role: Role, state: State, limits: Limits = DEFAULT) -> Connection:
     end = pair.client if role is Role.CLIENT else pair.server
     if state is State.GREETED:
         pair.deliver(pair.client, pair.client.hello(hello_fields(), 0.0))
+    elif state is State.CHALLENGED:
+        pair.deliver(pair.client, pair.client.hello(hello_fields(), 0.0))
+        pair.deliver(pair.server, pair.server.challenge("who?", 0.0))
     elif state in (State.STREAM, State.CHANNEL):
         pair.greet(state.value)
     elif state is State.CLOSED:
@@ -94,8 +99,71 @@ def valid(kind: type[Message], role: Role, end: Connection) -> Message:
         else Notice("changes", [[]]),
         Heartbeat: Heartbeat(),
         Goodbye: Goodbye("closing", "done"),
+        Challenge: Challenge("who?"),
+        Response: Response("me"),
     }
     return one_of_each[kind]
+
+
+# Login
+
+
+def test_a_login_is_a_challenge_and_a_response_before_the_welcome():
+    pair = Pair()
+    hello = pair.client.hello(hello_fields(login=["scram", "first"]), 0.0)
+    (received,) = pair.deliver(pair.client, hello)
+    assert received == Hello(hello_fields(login=["scram", "first"]))
+    challenge = pair.server.challenge("who?", 0.0)
+    assert pair.deliver(pair.server, challenge) == [Challenge("who?")]
+    response = pair.client.respond("me", 0.0)
+    assert pair.deliver(pair.client, response) == [Response("me")]
+    welcome = pair.server.welcome(welcome_fields(proof="and I"), 0.0)
+    pair.deliver(pair.server, welcome)
+    assert pair.client.state is pair.server.state is State.CHANNEL
+
+
+def test_who_is_challenged_may_not_do_anything_else():
+    for forbidden in (
+        Hello(hello_fields()),
+        Request(1, "ping", []),
+        Notice("stage", [b"t" * 16, []]),
+        Heartbeat(),
+    ):
+        server = in_state(Role.SERVER, State.CHALLENGED)
+        assert server.receive_data(encode(forbidden), LATER) == []
+        assert server.is_closed
+
+
+def test_nobody_logs_in_twice():
+    server = in_state(Role.SERVER, State.CHALLENGED)
+    twice = encode(Response("me")) * 2
+    assert server.receive_data(twice, LATER) == [Response("me")]
+    assert server.is_closed
+    server = in_state(Role.SERVER, State.STREAM)
+    assert server.receive_data(encode(Response("me")), LATER) == []
+    assert server.is_closed
+
+
+def test_a_challenge_is_not_waited_for_longer_than_a_hello():
+    server = in_state(Role.SERVER, State.CHALLENGED, SMALL)
+    assert server.tick(10.0) == b""
+    assert not server.is_closed
+    server.tick(10.1)
+    assert server.is_closed
+    assert "no hello in time" in str(server.error)
+
+
+@pytest.mark.parametrize("size", [DEFAULT.login_chars_max, DEFAULT.login_chars_max + 1])
+def test_the_messages_of_a_login_are_bounded(size):
+    is_allowed = size == DEFAULT.login_chars_max
+    text = "x" * size
+    for end, message in (
+        (in_state(Role.SERVER, State.OPENING), Hello(hello_fields(login=["a", text]))),
+        (in_state(Role.SERVER, State.CHALLENGED), Response(text)),
+        (in_state(Role.CLIENT, State.GREETED), Challenge(text)),
+    ):
+        assert end.receive_data(encode(message), LATER) == [message] * is_allowed
+        assert end.is_closed is not is_allowed
 
 
 # The table of states

@@ -15,6 +15,8 @@ WIRE = [
     ("Notice", ("method", "args")),
     ("Heartbeat", ()),
     ("Goodbye", ("reason", "text")),
+    ("Challenge", ("text",)),
+    ("Response", ("text",)),
 ]
 
 

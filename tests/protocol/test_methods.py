@@ -116,6 +116,8 @@ ACCEPTED = {
     "token or nil": {"16 bytes", "nil"},
     "operation": {"store", "check", "undo"},
     "metadata": {"metadata", "metadata with tid"},
+    "[text, text]": {"list of texts"},
+    "[text, text] or nil": {"list of texts", "nil"},
     "[oid, bytes]": {"resolution", "list of ids"},
     "change": {"change", "change of unknown origin"},
     "list of oid": {"empty list", "list of ids"},

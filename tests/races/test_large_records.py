@@ -89,6 +89,7 @@ def welcome() -> Welcome:
             "supports_undo": False,
             "read_only": True,
             "roles": [],
+            "proof": None,
         }
     )
 

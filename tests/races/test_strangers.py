@@ -112,7 +112,7 @@ def test_a_client_that_loses_its_role_to_write_goes_on_reading(path, caplog):
         with caplog.at_level(logging.WARNING, logger="zeolith.client"):
             renew(server, "read")
             wait_until(storage.isReadOnly, "a session that reads")
-        assert "what this client may do has changed" in caplog.text
+        assert "the roles of anonymous have changed" in caplog.text
         assert storage.load(p64(0))
         renew(server, "write")
         wait_until(

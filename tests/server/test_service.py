@@ -158,6 +158,7 @@ async def test_one_welcome_tells_everything_a_client_must_know(server):
         "supports_undo": False,
         "read_only": False,
         "roles": ["admin", "pack", "read", "undo", "write"],
+        "proof": None,
     }
 
 

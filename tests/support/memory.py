@@ -12,7 +12,16 @@ from typing import Any
 
 from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.limits import DEFAULT, Limits
-from zeolith.protocol.messages import Failure, Goodbye, Message, Notice, Reply, Welcome
+from zeolith.protocol.login import Login
+from zeolith.protocol.messages import (
+    Challenge,
+    Failure,
+    Goodbye,
+    Message,
+    Notice,
+    Reply,
+    Welcome,
+)
 from zeolith.protocol.methods import VERSION
 from zeolith.server.peer import Peer
 from zeolith.server.service import Service
@@ -151,6 +160,20 @@ class MemoryClient:
         assert isinstance(answer, Welcome | Failure)
         return answer
 
+    def log_in(self, login: Login, **fields: Any) -> Message | None:
+        """Introduce a stream with a login; the answer, or None if it is to come."""
+        said = login.hello_login()
+        hello = hello_fields(login=said, **fields)
+        self.send(self.connection.hello(hello, self._loop.time()))
+        received = self.received()
+        if received and isinstance(received[0], Challenge):
+            response = login.respond(received[0].text)
+            self.send(self.connection.respond(response, self._loop.time()))
+            received = self.received()
+        if received and isinstance(received[0], Welcome):
+            login.check_welcome(received[0].fields)
+        return received[0] if received else None
+
     def ask(self, method: str, *args: Any) -> int:
         """Send a request; returns its number."""
         self.send(self.connection.request(method, list(args), self._loop.time()))
@@ -221,6 +244,7 @@ def hello_fields(**fields: Any) -> dict[str, Any]:
         "read_only": False,
         "label": None,
         "session": None,
+        "login": None,
         **fields,
     }
 

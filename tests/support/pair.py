@@ -40,6 +40,7 @@ def hello_fields(kind: str = "channel", **others: Any) -> dict[str, Any]:
         "read_only": False,
         "label": None,
         "session": None,
+        "login": None,
         **others,
     }
 
@@ -61,6 +62,7 @@ def welcome_fields(**others: Any) -> dict[str, Any]:
         "supports_undo": False,
         "read_only": False,
         "roles": ["admin"],
+        "proof": None,
         **others,
     }
 

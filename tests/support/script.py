@@ -87,6 +87,7 @@ def welcome(**fields: Any) -> dict[str, Any]:
         "supports_undo": True,
         "read_only": False,
         "roles": ["admin", "pack", "read", "undo", "write"],
+        "proof": None,
         **fields,
     }
 
