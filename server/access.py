@@ -123,7 +123,7 @@ def permit(
     if role is AccessRole.WRITE and roles != EVERY_ROLE:
         missing = roles_of_call(name, args) - roles
         if missing:
-            raise _forbidden(name, min(missing), roles)
+            raise _forbidden(f"what is in this {name}", min(missing), roles)
 
 
 def _forbidden(name: str, role: AccessRole, roles: Roles) -> Forbidden:

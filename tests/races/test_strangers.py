@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from contextlib import closing
 
 import pytest
 import transaction
@@ -10,10 +11,16 @@ from persistent.mapping import PersistentMapping
 from ZODB.POSException import ReadOnlyError, Unsupported
 from ZODB.utils import p64
 
+from zeolith.client import connector
+from zeolith.client.connector import Connector
+from zeolith.client.dial import LOCKED_OUT_S
 from zeolith.client.errors import ClientDisconnected
+from zeolith.client.storage import ClientStorage
 from zeolith.protocol.errors import Forbidden, WriteForbidden
 from zeolith.server.access import Access, parse_grants
 
+from ..support.identities import PASSWORD, TOKEN
+from ..support.identities import access as access_of
 from ..support.inprocess import client_of, serving
 from ..support.waiting import wait_until
 
@@ -119,3 +126,67 @@ def test_a_client_that_loses_its_role_to_write_goes_on_reading(path, caplog):
             lambda: storage.is_connected() and not storage.isReadOnly(),
             "a session that writes",
         )
+
+
+def test_who_is_not_let_in_does_not_knock_all_the_time(path, monkeypatch):
+    pauses = []
+    pause = Connector._pause
+
+    def note(self, delay_s):
+        pauses.append(delay_s)
+        pause(self, delay_s)
+
+    monkeypatch.setattr(Connector, "_pause", note)
+    with serving(path, access=access_of(ann="write")) as server:
+        server.service.greeting.failed_login_delay_s = 0.0
+        storage = ClientStorage(
+            server.address, username="ann", password="guessed", wait=False
+        )
+        with closing(storage), pytest.raises(ClientDisconnected, match="login failed"):
+            storage.ping()
+        assert pauses == [LOCKED_OUT_S]
+
+
+def test_a_client_whose_password_was_put_right_comes_in(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(connector, "LOCKED_OUT_S", 0.01)
+    secret = tmp_path / "password"
+    secret.write_text("mistyped")
+    with serving(path, access=access_of(ann="write")) as server:
+        server.service.greeting.failed_login_delay_s = 0.0
+        storage = ClientStorage(
+            server.address, username="ann", password_file=str(secret), wait=False
+        )
+        with closing(storage):
+            with pytest.raises(ClientDisconnected, match="login failed"):
+                storage.ping()
+            secret.write_text(PASSWORD)
+            wait_until(storage.is_connected, "the login")
+            # And again, by itself, after a lost connection.
+            session = storage.current_session
+            server.cut_off()
+            wait_until(
+                lambda: storage.current_session not in (None, session), "the next one"
+            )
+            storage.ping()
+
+
+def test_no_secret_is_in_a_log_a_repr_or_an_error(path, tmp_path, caplog):
+    (tmp_path / "token").write_text(TOKEN)
+    known = access_of(ann="write")
+    with caplog.at_level(logging.DEBUG), serving(path, access=known) as server:
+        server.service.greeting.failed_login_delay_s = 0.0
+        for options in (
+            {"username": "ann", "password": PASSWORD},
+            {"token_file": str(tmp_path / "token")},
+        ):
+            with client_of(server, **options) as storage:
+                storage.ping()
+                shown = f"{storage!r} {storage.connection_info()}"
+                shown += repr(vars(storage)) + repr(vars(storage._connector))
+                assert PASSWORD not in shown
+                assert TOKEN not in shown
+        with pytest.raises(ClientDisconnected) as raised:
+            client_of(server, username="bob", password=PASSWORD).__enter__()
+    assert PASSWORD not in str(raised.value)
+    assert PASSWORD not in caplog.text
+    assert TOKEN not in caplog.text

@@ -48,7 +48,7 @@ class ServedStorage(StorageTestBase):
     use_extension_bytes = True
     # A section of a configuration file, with {name} where the name belongs.
     storage: ClassVar[str]
-    # Lines of the server's section, and what its clients are given.
+    # Lines of the section <zeolith>, and what a client needs then.
     options: ClassVar[str] = ""
     client_options: ClassVar[dict[str, Any]] = {}
     server: ClassVar[ServerProcess]
@@ -63,11 +63,15 @@ class ServedStorage(StorageTestBase):
         sections = "".join(cls.storage.format(name=name) for name in names)
         directory = tempfile.TemporaryDirectory()
         cls.addClassCleanup(directory.cleanup)
-        cls.server = ServerProcess(
-            Path(directory.name), storages=sections, options=cls.options
-        )
+        folder = Path(directory.name)
+        cls.prepare(folder)
+        cls.server = ServerProcess(folder, storages=sections, options=cls.options)
         cls.server.start()
         cls.addClassCleanup(stop_without_complaints, cls.server)
+
+    @classmethod
+    def prepare(cls, folder: Path) -> None:
+        """Put into the server's folder what its options name."""
 
     def setUp(self) -> None:
         super().setUp()
