@@ -22,6 +22,7 @@ from zeolith.protocol.errors import HelloRefused, Overloaded
 from zeolith.protocol.frames import frame
 from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Goodbye, Hello, Notice, Request
+from zeolith.server.peer import Peer
 
 from ..support.inprocess import InProcessServer, client_of, serving
 from ..support.memory import hello_fields
@@ -41,8 +42,6 @@ LIMITS = replace(
     session_channels_max=8,
     transaction_bytes_max=3 * 1024**2,
     staged_bytes_max=4 * 1024**2,
-    heartbeat_interval_s=0.5,
-    heartbeat_timeout_s=2.0,
 )
 X = oid_of("x")
 NEVER = b"\x7f" + b"\xff" * 7
@@ -219,7 +218,7 @@ def test_thousands_that_say_a_byte_now_and_then(server, neighbour, caplog):
     for n in range(300):
         silent.append(Offender(server, f"127.0.0.{n % 100 + 2}"))
         silent[-1].send(b"\0")
-        if n % 60 == 0:
+        if n % 60 == 59:
             neighbour.works()
     wait_until(
         lambda: server.on_loop(lambda: server.service.admission.unwelcomed) <= 10,
@@ -304,9 +303,21 @@ def test_after_the_welcome(server, neighbour, offender, caplog, offence):
 def test_a_frame_that_never_ends(server, neighbour, offender, caplog):
     offender.hello()
     offender.send((1000).to_bytes(4, "big") + b"begun")
+
+    def waiting() -> list[Peer]:
+        return [
+            peer
+            for peer in server.service.peers
+            if peer.address.startswith("127.0.0.2:") and peer.connection.is_inside_frame
+        ]
+
+    wait_until(lambda: server.on_loop(waiting), "half of the frame is there")
+    (peer,) = server.on_loop(waiting)
     neighbour.works()
-    assert "silent for 2 s" in offender.last_words().text
-    assert "silent for 2 s" in caplog.text
+    # As if the clock had gone on.
+    peer.connection.rcvd_at -= LIMITS.heartbeat_timeout_s
+    assert "silent for 20 s" in offender.last_words().text
+    assert "silent for 20 s" in caplog.text
 
 
 def test_small_messages_without_end(server, neighbour, offender):
