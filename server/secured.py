@@ -164,7 +164,7 @@ class Secured(asyncio.Protocol, asyncio.Transport):
             self._transport.write(self._outgoing.read())
 
     def _fail(self, error: ssl.SSLError) -> None:
-        logger.warning("%s is disconnected: %s", self._name(), error.reason or error)
+        self._complain(f"is disconnected: {error.reason or error}")
         # The alert, which tells the client why.
         self._flush()
         self._is_ready = False
@@ -172,11 +172,16 @@ class Secured(asyncio.Protocol, asyncio.Transport):
 
     def _refuse_plain(self) -> None:
         text = "this server speaks TLS: connect with it (tls, or tls_ca)"
-        logger.warning("%s is disconnected: it speaks no TLS", self._name())
+        self._complain("is disconnected: it speaks no TLS")
         refusal = HelloRefused("tls", text)
         name, attributes, text = failure_of(refusal)
         self._transport.write(encode(Failure(0, name, attributes, text)))
         self._transport.close()
 
-    def _name(self) -> str:
-        return str(getattr(self._peer, "address", "?"))
+    def _complain(self, text: str) -> None:
+        # A peer says it once a second, however often somebody tries.
+        complain = getattr(self._peer, "complain", None)
+        if complain is None:
+            logger.warning("%s %s", getattr(self._peer, "address", "?"), text)
+        else:
+            complain(text)

@@ -24,6 +24,7 @@ from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Goodbye, Hello, Notice, Request
 from zeolith.server.peer import Peer
 
+from ..support.certificates import Authority, context_of
 from ..support.inprocess import InProcessServer, client_of, serving
 from ..support.memory import hello_fields
 from ..support.records import commit, oid_of, seen
@@ -415,3 +416,48 @@ def test_transactions_that_are_too_large_together(server, neighbour, offender, c
         wait_until(lambda: stocked() == 0, "what was staged is let go of")
         commit(storage, y=bytes(1024**2), z=bytes(1024**2), w=bytes(10))
     stream.close()
+
+
+# With TLS
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[InProcessServer]:
+    context = context_of(Authority(tmp_path).sign())
+    path = tmp_path / "Data.fs"
+    with serving(path, limits=LIMITS, tls=context) as server:
+        yield server
+
+
+HANDSHAKE = b"\x16\x03\x01"
+
+
+def test_handshakes_that_never_end_keep_out_nobody(tls_server, tmp_path, caplog):
+    options = {"tls_ca": str(tmp_path / "ca.pem")}
+    with client_of(tls_server, limits=LIMITS, **options) as storage:
+        commit(storage, x=b"before")
+        silent: list[Offender] = []
+        for n in range(100):
+            silent.append(Offender(tls_server, f"127.0.0.{n + 2}"))
+            silent[-1].send(HANDSHAKE)
+        with client_of(tls_server, limits=LIMITS, **options) as other:
+            assert seen(other, "x") == b"before"
+        wait_until(lambda: not silent[0].is_there, "the oldest to be let go")
+        assert "unwelcomed_connections_max" in caplog.text
+        wait_until(lambda: not silent[-1].is_there, "the others, in time")
+        assert "hello_timeout_s" in caplog.text
+        commit(storage, x=b"after")
+        for each in silent:
+            each.close()
+
+
+def test_handshakes_that_fail_do_not_fill_the_log(tls_server, caplog):
+    for n in range(50):
+        offender = Offender(tls_server)
+        offender.send(HANDSHAKE + bytes(100) if n % 2 else b"GET / HTTP/1.1\r\n\r\n")
+        with suppress(ConnectionError):
+            while offender.socket.recv(1000):
+                pass
+        offender.close()
+    complaints = [each for each in caplog.messages if "is disconnected" in each]
+    assert 1 <= len(complaints) < 10
