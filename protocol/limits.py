@@ -53,6 +53,8 @@ class Limits:
     staged_bytes_max: int = 16 * 1024 * 1024 * 1024
     transaction_bytes_max: int = 2 * 1024 * 1024 * 1024
     staged_memory_bytes_max: int = 4 * 1024 * 1024
+    # When all transactions together have so much in memory, each keeps only a little.
+    all_staged_memory_bytes_max: int = 256 * 1024 * 1024
     # Blobs of one transaction.
     transaction_blobs_max: int = 100_000
     # Of a peer's blobs, what may wait for the disk before its socket is not read.

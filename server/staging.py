@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # What an operation takes beside its data, about.
 OPERATION_BYTES = 200
+# What a transaction keeps in memory when all of them keep much.
+SPARING_BYTES = 64 * 1024
 _LENGTH = Struct(">Q")
 
 Operations = Collection[list[Any]]
@@ -127,6 +129,8 @@ class Stock:
     def __init__(self, bytes_max: int):
         self._bytes_max = bytes_max
         self.bytes = 0
+        # How much of it is in memory.
+        self.memory_bytes = 0
 
     def add(self, size: int) -> None:
         """Count ``size`` bytes more; raises Overloaded if they are too many."""
@@ -193,7 +197,7 @@ class Staged:
             return
         self._stocked_bytes += size
         self._gathered += operations
-        self._gathered_bytes += size
+        self._keep_in_memory(self._gathered_bytes + size)
         self._spill_gathered()
 
     def seal(self, sealed: Callable[[Operations, Exception | None], None]) -> None:
@@ -224,15 +228,24 @@ class Staged:
         self._sealed = None
         self._forget()
 
+    def _keep_in_memory(self, size: int) -> None:
+        self._stock.memory_bytes += size - self._gathered_bytes
+        self._gathered_bytes = size
+
     def _spill_gathered(self) -> None:
-        if self._gathered_bytes <= self._limits.staged_memory_bytes_max:
+        limits = self._limits
+        bytes_max = limits.staged_memory_bytes_max
+        if self._stock.memory_bytes > limits.all_staged_memory_bytes_max:
+            bytes_max = min(bytes_max, SPARING_BYTES)
+        if self._gathered_bytes <= bytes_max:
             return
         if self._is_writing:
             if not self._is_holding:
                 self._is_holding = True
                 self._reading.hold_reading()
             return
-        batch, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        batch, self._gathered = self._gathered, []
+        self._keep_in_memory(0)
         self._is_writing = True
         self._spilled_count += len(batch)
         writing = self._workers.stage(_append, self._spill, batch)
@@ -265,7 +278,8 @@ class Staged:
             sealed(Spilled(self._spill, self._spilled_count, rest), self._error)
 
     def _forget(self) -> None:
-        self._gathered, self._gathered_bytes = [], 0
+        self._gathered = []
+        self._keep_in_memory(0)
         self._stock.bytes -= self._stocked_bytes
         self._stocked_bytes = 0
         spill = self._spill

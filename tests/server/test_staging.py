@@ -75,6 +75,7 @@ def stock() -> Iterator[Stock]:
     stock = Stock(LIMITS.staged_bytes_max)
     yield stock
     assert stock.bytes == 0, "some of what was staged is counted for ever"
+    assert stock.memory_bytes == 0
 
 
 @pytest.fixture
@@ -204,6 +205,30 @@ async def test_all_transactions_together_are_bounded(workers, socket, size):
     await sealed(one)
     one.discard()
     assert stock.bytes == 0
+
+
+async def test_when_all_have_much_in_memory_each_keeps_little(workers, socket, stock):
+    kept = 20 * (5000 + OPERATION_BYTES)
+    limits = Limits(all_staged_memory_bytes_max=kept)
+    one, other = (
+        Staged(transaction_id(n), socket, workers, limits, stock) for n in (1, 2)
+    )
+    one.add([store(n) for n in range(20)])
+    assert stock.memory_bytes == kept
+    assert not one.is_writing
+    other.add([store(n) for n in range(5)])
+    assert not other.is_writing, "it has only a little"
+    other.add([store(n) for n in range(10)])
+    assert other.is_writing
+    assert stock.memory_bytes == kept
+    operations, error = await sealed(other)
+    assert len(operations) == 15
+    assert error is None
+    assert len((await sealed(one))[0]) == 20
+    assert stock.memory_bytes == kept, "until the transaction ends"
+    for each in (one, other):
+        each.discard()
+    assert stock.memory_bytes == 0
 
 
 async def test_what_was_dropped_is_not_counted(staged, stock):
