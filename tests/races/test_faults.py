@@ -236,13 +236,7 @@ def test_200_clients_that_come_back_at_once_are_all_served(tmp_path):
         server.start()
         tid = commit_when_it_is_there(clients[0], b"after")
         for client in clients:
-            wait_until(
-                lambda client=client: (
-                    client.is_connected() and client.lastTransaction() >= tid
-                ),
-                "all come back",
-                timeout_s=60,
-            )
+            wait_for_position(client, tid)
             assert seen(client, "x") == b"after"
     assert in_file(server.data_path)[oid_of("x")] == b"after"
 
