@@ -31,7 +31,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [
         *DOCS.glob("*.md"),
-        *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
+        *(ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"),
         *(ROOT / "protocol" / "README.md", ROOT / "deploy" / "README.md"),
     ]
 )
