@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zeolith.protocol.addresses import Address, format_address
 from zeolith.server.exposure import exposed, refusal
-from zeolith.server.secured import Secured
+from zeolith.server.secured import Protected, Secured
 
 BACKLOG = 512
 # Only the server's own user may connect to a Unix socket.
@@ -32,7 +32,7 @@ class Listener:
 
     def __init__(
         self,
-        protocol: Callable[[], asyncio.Protocol],
+        protocol: Callable[[], Protected],
         tls_context: Callable[[], ssl.SSLContext] | None = None,
         *,
         may_be_exposed: bool = False,

@@ -14,6 +14,7 @@ from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request, Response
 from zeolith.server.access import NOBODY, Identity
 from zeolith.server.origins import Origin, origin_of
+from zeolith.server.secured import Protected
 from zeolith.server.sessions import ChannelTransactions, Session
 from zeolith.storage.tids import Z64
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from zeolith.server.service import Service
 
 
-class Peer(asyncio.Protocol):
+class Peer(Protected):
     """The server's end of one socket."""
 
     def __init__(self, service: "Service", limits: Limits):

@@ -31,10 +31,18 @@ _WRITE_BYTES = 1024 * 1024
 _HANDSHAKE = 0x16
 
 
+class Protected(asyncio.Protocol):
+    """What a socket's bytes are for: a peer."""
+
+    def complain(self, text: str) -> None:
+        """Log what is wrong with whoever is at the other end."""
+        logger.warning("a client %s", text)
+
+
 class Secured(asyncio.Protocol, asyncio.Transport):
     """One accepted socket on which TLS is spoken."""
 
-    def __init__(self, peer: asyncio.Protocol, context: ssl.SSLContext):
+    def __init__(self, peer: Protected, context: ssl.SSLContext):
         super().__init__()
         self._peer = peer
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -164,7 +172,7 @@ class Secured(asyncio.Protocol, asyncio.Transport):
             self._transport.write(self._outgoing.read())
 
     def _fail(self, error: ssl.SSLError) -> None:
-        self._complain(f"is disconnected: {error.reason or error}")
+        self._peer.complain(f"is disconnected: {error.reason or error}")
         # The alert, which tells the client why.
         self._flush()
         self._is_ready = False
@@ -172,16 +180,8 @@ class Secured(asyncio.Protocol, asyncio.Transport):
 
     def _refuse_plain(self) -> None:
         text = "this server speaks TLS: connect with it (tls, or tls_ca)"
-        self._complain("is disconnected: it speaks no TLS")
+        self._peer.complain("is disconnected: it speaks no TLS")
         refusal = HelloRefused("tls", text)
         name, attributes, text = failure_of(refusal)
         self._transport.write(encode(Failure(0, name, attributes, text)))
         self._transport.close()
-
-    def _complain(self, text: str) -> None:
-        # A peer says it once a second, however often somebody tries.
-        complain = getattr(self._peer, "complain", None)
-        if complain is None:
-            logger.warning("%s %s", getattr(self._peer, "address", "?"), text)
-        else:
-            complain(text)

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 import pytest
 
 from zeolith.server.listener import Listener, ListenError
+from zeolith.server.secured import Protected
 
 from ..support.certificates import HOST, Authority, context_of
 
 
-class Greeter(asyncio.Protocol):
+class Greeter(Protected):
     """Says that it is there, and hangs up."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -70,7 +71,7 @@ async def test_nobody_is_accepted_after_the_end(listener, tmp_path):
 
 
 async def test_who_was_accepted_before_the_end_goes_on(tmp_path):
-    class Echo(asyncio.Protocol):
+    class Echo(Protected):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             self.transport = transport
 
@@ -204,7 +205,7 @@ async def test_tcp_is_encrypted_and_a_unix_socket_is_not(tmp_path):
 async def test_whoever_comes_next_is_shown_the_certificate_of_now(tmp_path):
     authority = Authority(tmp_path)
     contexts = [context_of(authority.sign("first")), context_of(authority.sign())]
-    listener = Listener(asyncio.Protocol, lambda: contexts[0])
+    listener = Listener(Protected, lambda: contexts[0])
     await listener.listen(("127.0.0.1", 0))
     (address,) = listener.addresses
     host, port = address[0], int(address[1])

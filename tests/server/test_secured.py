@@ -1,7 +1,6 @@
 """TLS between a transport and a protocol, in memory."""
 
 import asyncio
-import logging
 import ssl
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from zeolith.protocol.connection import Connection, Role
 from zeolith.protocol.errors import HelloRefused, error_of
 from zeolith.protocol.messages import Failure
 from zeolith.protocol.tls import HandshakeFailed, explained
-from zeolith.server.secured import Secured
+from zeolith.server.secured import Protected, Secured
 
 from ..support.certificates import HOST, Authority, End, context_of
 from ..support.memory import MemoryTransport, hello_fields
@@ -20,16 +19,18 @@ from ..support.memory import MemoryTransport, hello_fields
 ADDRESS = ("192.0.2.7", 4567)
 
 
-class Inside(asyncio.Protocol):
+class Inside(Protected):
     """What is protected: takes what comes, and answers when the test says so."""
-
-    address = "192.0.2.7:4567"
 
     def __init__(self) -> None:
         self.transport: Any = None
         self.came: list[bytes] = []
         self.paused = 0
         self.is_lost = False
+        self.complaints: list[str] = []
+
+    def complain(self, text: str) -> None:
+        self.complaints.append(text)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -159,11 +160,10 @@ async def test_the_ends_of_tls_can_be_asked_for(talk):
     assert ours.getpeercert() is None
 
 
-async def test_a_client_that_speaks_no_tls_is_told_so(authority, caplog):
+async def test_a_client_that_speaks_no_tls_is_told_so(authority):
     talk = Conversation(authority)
     plain = Connection(Role.CLIENT, 0)
-    with caplog.at_level(logging.WARNING):
-        talk.secured.data_received(plain.hello(hello_fields(), 0))
+    talk.secured.data_received(plain.hello(hello_fields(), 0))
     (answer,) = plain.receive_data(talk.transport.take(), 0)
     assert isinstance(answer, Failure)
     refusal = error_of(answer.name, answer.attributes, answer.text)
@@ -172,20 +172,20 @@ async def test_a_client_that_speaks_no_tls_is_told_so(authority, caplog):
     assert "speaks TLS" in str(refusal)
     assert talk.transport.is_closing()
     assert talk.inside.came == []
-    assert "192.0.2.7:4567 is disconnected: it speaks no TLS" in caplog.text
+    assert talk.inside.complaints == ["is disconnected: it speaks no TLS"]
 
 
-async def test_a_client_that_is_refused_gets_the_alert(authority, caplog):
+async def test_a_client_that_is_refused_gets_the_alert(authority):
     talk = Conversation(authority, wants=authority)
     talk.secured.data_received(talk.client.step(b""))
-    with caplog.at_level(logging.WARNING):
-        talk.secured.data_received(talk.client.step(talk.transport.take()))
+    talk.secured.data_received(talk.client.step(talk.transport.take()))
     assert talk.transport.is_closing()
     with pytest.raises(ssl.SSLError) as caught:
         talk.client.step(talk.transport.take())
     with pytest.raises(HandshakeFailed, match="wants a certificate of its clients"):
         raise explained(caught.value)
-    assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in caplog.text
+    (complaint,) = talk.inside.complaints
+    assert complaint == "is disconnected: PEER_DID_NOT_RETURN_A_CERTIFICATE"
 
 
 async def test_an_old_version_is_refused(authority):
