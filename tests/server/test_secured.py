@@ -217,6 +217,24 @@ async def test_garbage_in_a_handshake_ends_it(authority):
     assert talk.transport.is_closing()
 
 
+@pytest.mark.parametrize(
+    ("record", "bytes_max"),
+    [
+        # A message of 16 MiB, and nothing at all, again and again.
+        (b"\x16\x03\x01\x40\x00" + b"\x01\xff\xff\xff" + bytes(16380), 20_000),
+        (b"\x16\x03\x01\x00\x00", 1000),
+    ],
+)
+async def test_a_handshake_without_end_is_cut_off(authority, record, bytes_max):
+    """OpenSSL counts."""
+    talk = Conversation(authority)
+    sent = 0
+    while not talk.transport.is_closing():
+        talk.secured.data_received(record)
+        sent += len(record)
+        assert sent < bytes_max
+
+
 async def test_the_end_is_said(talk):
     talk.inside.transport.write(b"last words")
     talk.inside.transport.close()
