@@ -12,7 +12,8 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import uvloop
 
@@ -124,28 +125,19 @@ async def _serve(
     if tls is not None:
         service.greeting.certificate = tls.pem
         tls.warn()
-    rereading = asyncio.Lock()
 
     async def read_again() -> None:
-        # One after the other; a password may take its time.
-        async with rereading:
-            renewed = await loop.run_in_executor(None, reread)
+        # A password may take its time.
+        renewed = await loop.run_in_executor(None, reread)
         if renewed is not None:
             _configure(service, index_saver, renewed)
             _renew(service, tls, renewed.tls)
             key_watch.configure(renewed.access)
             logger.info("the configuration was read again")
 
-    tasks = set[asyncio.Task[None]]()
-
-    def on_hangup() -> None:
-        task = loop.create_task(read_again())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
     for number in _STOPPING:
         _heed(number, loop, stop.set)
-    _heed(signal.SIGHUP, loop, on_hangup)
+    _heed(signal.SIGHUP, loop, _one_by_one(read_again))
     listener = Listener(
         lambda: Peer(service, limits),
         None if tls is None else lambda: tls.context,
@@ -182,6 +174,25 @@ def _heed(
     way of the default, which is to die, and the loop removes it when it is closed.
     """
     signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
+
+
+def _one_by_one(
+    work: Callable[[], Coroutine[Any, Any, None]],
+) -> Callable[[], None]:
+    """What has the loop do ``work`` each time that it is called, never two at once."""
+    under_way = asyncio.Lock()
+    tasks = set[asyncio.Task[None]]()
+
+    async def work_alone() -> None:
+        async with under_way:
+            await work()
+
+    def begin() -> None:
+        task = asyncio.get_running_loop().create_task(work_alone())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    return begin
 
 
 def _heed_no_more_signals() -> None:
