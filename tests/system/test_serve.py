@@ -130,8 +130,8 @@ def test_a_unix_socket_goes_with_the_server_and_is_replaced_after_a_kill(
 # What cannot be started: one line, exit status 1
 
 
-def served_in_vain(path: str, address: str = "127.0.0.1:0") -> str:
-    done = zeolith("serve", "--address", address, "--path", path)
+def served_in_vain(path: str, address: str = "127.0.0.1:0", *options: str) -> str:
+    done = zeolith("serve", "--address", address, "--path", path, *options)
     assert done.returncode == 1, done
     return complaint(done)
 
@@ -161,7 +161,8 @@ def test_a_file_in_the_place_of_a_unix_socket_is_one_line_and_stays(tmp_path: Pa
 def test_an_address_that_is_not_ours_is_one_line(tmp_path: Path):
     # Of the block that is for documentation only.
     address = "192.0.2.1:8100"
-    assert address in served_in_vain(str(tmp_path / "Data.fs"), address)
+    path = str(tmp_path / "Data.fs")
+    assert address in served_in_vain(path, address, "--insecure")
 
 
 def test_a_missing_directory_is_one_line(tmp_path: Path):
