@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from ZODB.POSException import ReadOnlyError
 
 from zeolith.client.errors import ClientDisconnected
@@ -14,6 +15,7 @@ from zeolith.client.storage import ClientStorage
 from zeolith.server.access import parse_grants
 from zeolith.server.key_files import add_user, create_token
 
+from ..support.certificates import Authority, Signed
 from ..support.commanding import complaint, zeolith
 from ..support.records import commit
 from ..support.serving import ServerProcess
@@ -162,3 +164,62 @@ def test_a_relay_says_who_it_is(server: ServerProcess, folder: Path):
         closing(ClientStorage(relay.address)) as client,
     ):
         commit(client, x=b"1")
+
+
+def test_a_login_goes_through_tls_and_holds_for_it_alone(folder: Path):
+    authority = Authority(folder)
+    signed = authority.sign()
+    tls = f"<tls>\ncertificate {signed.certificate}\nkey {signed.key}\n</tls>\n"
+    with ServerProcess(folder, options=tls + ACCESS) as server:
+        with ann_at(server, folder, tls_ca=authority.ca) as ann:
+            commit(ann, x=b"1")
+        # From now on clients see another certificate.
+        authority.sign()
+        server.send(signal.SIGHUP)
+        wait_until(
+            lambda: "the configuration was read again" in server.stderr_text(),
+            "the new certificate",
+        )
+        with ann_at(server, folder, tls_ca=authority.ca) as ann:
+            commit(ann, x=b"2")
+        who = ("--username", "root", "--password-file", folder / "password")
+        options = (*who, "--tls-ca", authority.ca, address_of(server))
+        assert "storage 1:" in run("status", *options)
+        run("pack", "--quiet", *options)
+        token = str(folder / "token")
+        with closing(
+            ClientStorage(server.address, token_file=token, tls_ca=authority.ca)
+        ) as reader:
+            assert reader.isReadOnly()
+
+
+def test_a_certificate_says_who_one_is(folder: Path):
+    authority = Authority(folder)
+    signed, web = authority.sign(), authority.sign("web.example.org", file="web")
+    subject = subject_in(web)
+    tls = (
+        f"<tls>\ncertificate {signed.certificate}\nkey {signed.key}\n"
+        f"client-ca {authority.ca}\n</tls>\n"
+    )
+    access = (
+        f"<access>\n<certificate>\nsubject {subject}\nroles write\n</certificate>\n"
+        "anonymous read\n</access>"
+    )
+    with ServerProcess(folder, options=tls + access) as server:
+        options: dict[str, Any] = {
+            "tls_certificate": web.certificate,
+            "tls_key": web.key,
+        }
+        with closing(
+            ClientStorage(server.address, tls_ca=authority.ca, **options)
+        ) as known:
+            commit(known, x=b"1")
+        with closing(ClientStorage(server.address, tls_ca=authority.ca)) as stranger:
+            assert stranger.isReadOnly()
+
+
+def subject_in(signed: Signed) -> str:
+    """As the configuration has it; what is signed for tests has an O and an OU."""
+    name = x509.load_pem_x509_certificate(Path(signed.certificate).read_bytes()).subject
+    short = {"organizationName": "O", "organizationalUnitName": "OU"}
+    return ",".join(f"{short[each.oid._name]}={each.value!s}" for each in name)
