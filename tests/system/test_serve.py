@@ -161,8 +161,24 @@ def test_a_file_in_the_place_of_a_unix_socket_is_one_line_and_stays(tmp_path: Pa
 def test_an_address_that_is_not_ours_is_one_line(tmp_path: Path):
     # Of the block that is for documentation only.
     address = "192.0.2.1:8100"
-    path = str(tmp_path / "Data.fs")
-    assert address in served_in_vain(path, address, "--insecure")
+    assert address in served_in_vain(str(tmp_path / "Data.fs"), address, "--insecure")
+
+
+def test_an_address_for_strangers_is_refused_before_anything_is_opened(tmp_path: Path):
+    done = zeolith(
+        "serve", "--address", "0.0.0.0:0", "--path", str(tmp_path / "Data.fs")
+    )
+    assert done.returncode == 2
+    assert "insecure true" in complaint(done)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_for_strangers_is_served_if_that_is_written_down(tmp_path: Path):
+    options = "insecure true\naddress 0.0.0.0:0"
+    with ServerProcess(tmp_path, options=options) as server:
+        _local, everywhere = server.listening
+        assert everywhere.startswith("0.0.0.0:")
+        assert count_up(f"127.0.0.1:{everywhere.rpartition(':')[2]}") == 1
 
 
 def test_a_missing_directory_is_one_line(tmp_path: Path):
