@@ -27,10 +27,12 @@ urgent ones itself, for then commits wait.
 
 import json
 import os
+import resource
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -48,6 +50,9 @@ PROGRESS_INTERVAL_S = 0.25
 SYNC_BYTES = 32 * 1024 * 1024
 _COPY_BUFFER_BYTES = 256 * 1024
 NICE = 19
+# To look for the references of some records may take so much: the largest have 256 MB.
+REFERENCES_BYTES_MAX = 1024**3
+_MEMORY = Path("/proc/self/statm")
 # Where each phase begins, of the whole. A guess: it is for a progress bar.
 _BEGINS = {"reading": 0.0, "collecting": 0.3, "copying": 0.5, "catching up": 0.95}
 _ENDS = {"reading": 0.3, "collecting": 0.5, "copying": 0.95, "catching up": 1.0}
@@ -76,6 +81,25 @@ class _NotAPickle(Exception):
     """A record in which references cannot be looked for."""
 
 
+def _bound_memory(more: int | None) -> None:
+    """Let the process take so many bytes more than it has; None: any number.
+
+    Five bytes of a record are enough to have the unpickler take all memory there is.
+    """
+    _soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = hard
+    if more is not None:
+        try:
+            pages = int(_MEMORY.read_bytes().split()[0])
+        except OSError:
+            # Only Linux tells.
+            return
+        limit = pages * resource.getpagesize() + more
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
 def _references(record: bytes) -> Any:
     try:
         return referencesf(record)
@@ -97,6 +121,8 @@ class _Collection(GC):
 
     def findrefs(self, pos: int) -> Any:
         """Called for each object that is reachable."""
+        if self._followed % 1024 == 0:
+            _bound_memory(REFERENCES_BYTES_MAX)
         self._followed += 1
         objects = len(self.oid2curpos) if self._followed % 1024 == 0 else 0
         if objects:
@@ -190,7 +216,10 @@ class Packer(FileStoragePacker):
 
         False if nothing would be gained; then nothing was written.
         """
-        self.gc.findReachable()
+        try:
+            self.gc.findReachable()
+        finally:
+            _bound_memory(None)
         self._reopen()
         self._tfile = open(self._path + ".pack", "w+b")  # noqa: SIM115
         # Whoever may not read the old file may not read the new one.
