@@ -15,6 +15,8 @@ _DEFLATED = b".z"
 # What ZODB writes of a blob, whatever its protocol, and what is of no account in it.
 _BLOB = [("GLOBAL", "ZODB.blob Blob"), ("STOP", None)]
 _REMEMBERING = ("PROTO", "PUT", "BINPUT", "LONG_BINPUT")
+# What pickletools raises; a warning of an unknown escape, where warnings are errors.
+_NO_PICKLE = (ValueError, DeprecationWarning, SyntaxWarning)
 # As far as is looked for a name.
 _HEAD_BYTES = 4096
 # A protocol, a tuple's beginning, and the name; nearly always.
@@ -47,7 +49,7 @@ def is_blob_record(record: bytes | None) -> bool:
                 seen.append((opcode.name, argument))
             if opcode.name == "STOP":
                 break
-    except ValueError:
+    except _NO_PICKLE:
         return False
     return seen == _BLOB
 
@@ -64,7 +66,7 @@ def _slowly(head: bytes) -> str:
                 return ".".join(strings)
             if isinstance(argument, str):
                 strings.append(argument)
-    except ValueError:
+    except _NO_PICKLE:
         # No pickle, or the end of what was looked at.
         pass
     return UNKNOWN

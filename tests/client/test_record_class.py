@@ -92,6 +92,13 @@ def test_a_name_does_nothing_to_a_terminal():
     assert name == "module.?[2JName\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize("record", [b"c\\\x00\n", b"S'\\ '\n."])
+def test_an_escape_that_python_does_not_know_is_no_error(record):
+    """Where warnings are errors, reading one would be."""
+    assert class_of(record) == UNKNOWN
+    assert not is_blob_record(b"ZODB.blob" + record)
+
+
 # Whether it is a blob
 
 BLOB = b"cZODB.blob\nBlob\n"
