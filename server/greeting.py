@@ -145,7 +145,8 @@ class Greeting:
 
     def _fail_login(self, peer: "Peer", error: LoginFailed) -> None:
         """What it hears, and when, does not depend on what was wrong."""
-        logger.warning("%s is not let in: %s", peer.address, error)
+        # Once a second: whoever guesses must not fill the log.
+        self._service.admission.complain(peer, f"is not let in: {error}")
         refusal = HelloRefused("login", "the login failed")
         loop = asyncio.get_running_loop()
         loop.call_later(self.failed_login_delay_s, self._refuse, peer, refusal)

@@ -28,7 +28,7 @@ def test_a_folder_too_deep_for_a_socket_is_refused_before_anything_is_made(tmp_p
 
 
 def test_a_peer_that_cannot_run_is_named_and_left_out(monkeypatch, capsys):
-    def refuse(*_arguments):
+    def refuse(*_arguments, **_options):
         raise postgres.CannotRun("no place")
 
     monkeypatch.setattr(servers, "running", refuse)

@@ -163,6 +163,13 @@ async def test_a_login_that_fails_is_told_late_and_says_nothing(guarded, case, c
     assert not guarded.service.sessions
 
 
+async def test_whoever_guesses_does_not_fill_the_log(guarded, caplog):
+    for _ in range(20):
+        client = MemoryClient(guarded.service)
+        assert client.log_in(next(iter(FAILING.values()))()) is None
+    assert caplog.text.count("is not let in") == 1
+
+
 async def test_a_peer_that_is_gone_is_not_told(guarded):
     client = MemoryClient(guarded.service)
     assert client.log_in(password_login("carl")) is None
