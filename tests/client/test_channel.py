@@ -16,6 +16,7 @@ from zeolith.protocol.connection import HEARTBEAT, Connection, Role
 from zeolith.protocol.errors import LocalProtocolError
 from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Failure, Goodbye, Hello, Reply
+from zeolith.protocol.methods import hello_fields
 
 from ..support.certificates import Authority, encrypted_pair
 from ..support.gates import Background
@@ -64,18 +65,7 @@ class Ends:
         self.far.settimeout(30)
         connection = Connection(Role.CLIENT, time.monotonic(), limits)
         self.server = Connection(Role.SERVER, time.monotonic(), limits)
-        fields = {
-            "version": 1,
-            "capabilities": [],
-            "kind": "channel",
-            "storage": None,
-            "database_id": None,
-            "epoch": None,
-            "position": None,
-            "read_only": False,
-            "label": None,
-            "session": bytes(16),
-        }
+        fields = hello_fields(kind="channel", session=bytes(16))
         (hello,) = self.server.receive_data(connection.hello(fields, 0), 0)
         assert isinstance(hello, Hello)
         connection.receive_data(self.server.welcome(welcome(), 0), 0)
