@@ -10,7 +10,6 @@ import logging
 import ssl
 import subprocess
 import time
-from calendar import timegm
 from dataclasses import dataclass
 
 from zeolith.protocol.tls import TlsMistake, first_line, load_chain, trust
@@ -101,40 +100,15 @@ class Certificate:
 def validity(der: bytes) -> tuple[float, float]:
     """From when to when a certificate is valid, in seconds since the epoch.
 
-    RFC 5280, section 4.1: the validity is the fourth field of what is signed, after
-    the serial number, the algorithm and the issuer; the version before them may be
-    left out. Python tells it only of a certificate that was verified.
+    Python itself tells it only of a certificate that was verified.
     """
-    signed = _value(_value(der, 0)[0], 0)[0]
-    fields: list[bytes] = []
-    at = 0
-    while len(fields) < 5:
-        start = at
-        value, at = _value(signed, at)
-        # The version has a tag of its own.
-        if signed[start] != 0xA0:
-            fields.append(value)
-    begin, at = _value(fields[3], 0)
-    end, _at = _value(fields[3], at)
-    return _seconds(begin), _seconds(end)
+    # To import it takes a while, which only a server with TLS has to.
+    from asn1crypto.x509 import Certificate as Parsed
 
-
-def _value(data: bytes, at: int) -> tuple[bytes, int]:
-    """The content of the element at ``at``, and where the next one is."""
-    length, start = data[at + 1], at + 2
-    if length & 0x80:
-        width = length & 0x7F
-        length = int.from_bytes(data[start : start + width], "big")
-        start += width
-    return data[start : start + length], start + length
-
-
-def _seconds(text: bytes) -> float:
-    # Two digits of the year: 1950 to 2049.
-    digits = text.decode("ascii")
-    if len(digits) == len("YYMMDDHHMMSSZ"):
-        digits = ("19" if digits >= "5" else "20") + digits
-    return timegm(time.strptime(digits, "%Y%m%d%H%M%SZ"))
+    parsed = Parsed.load(der)
+    begin_s: float = parsed.not_valid_before.timestamp()
+    end_s: float = parsed.not_valid_after.timestamp()
+    return begin_s, end_s
 
 
 def _first_certificate(text: str) -> str:

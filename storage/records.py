@@ -103,16 +103,13 @@ class Generation:
     def load(self, oid: bytes, before: bytes, flags: int = 0) -> Revision | None:
         """See Database.load; ``flags`` is NOWAIT or 0. Raises WouldBlock."""
         end = None
-        position = self._find(oid)
-        while position:
-            header, start = self._read(position, oid, flags)
+        for header, position, start in self.revisions(oid, flags):
             if header.tid < before:
                 data = self._data(header, position, start, flags)
                 if data is None:
                     raise POSKeyError(oid)
                 return Revision(data, header.tid, end)
             end = header.tid
-            position = _previous(header, start, position)
         if end is None:
             raise POSKeyError(oid)
         return None
@@ -144,9 +141,7 @@ class Generation:
 
         With NOWAIT it takes a bounded time: what is large or long ago would block.
         """
-        for newer, (header, position, start) in enumerate(self.revisions(oid, flags)):
-            if flags and newer > NOWAIT_NEWER_MAX:
-                raise WouldBlock
+        for header, position, start in self.revisions(oid, flags):
             if header.tid <= tid:
                 data = None
                 if header.tid == tid:
@@ -217,12 +212,19 @@ class Generation:
     def revisions(
         self, oid: bytes, flags: int = 0
     ) -> Iterator[tuple[Header, int, bytes]]:
-        """The records of ``oid``, newest first: header, position, first bytes."""
+        """The records of ``oid``, newest first: header, position, first bytes.
+
+        With NOWAIT what is long ago would block: an object may have any number.
+        """
         position = self._find(oid)
+        newer = 0
         while position:
+            if flags and newer > NOWAIT_NEWER_MAX:
+                raise WouldBlock
             header, start = self._read(position, oid, flags)
             yield header, position, start
             position = _previous(header, start, position)
+            newer += 1
 
     def _data(
         self, header: Header, position: int, start: bytes, flags: int

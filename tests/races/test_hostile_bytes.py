@@ -20,23 +20,13 @@ from zeolith.storage.filestore import FileStore
 
 from ..support.inprocess import InProcessServer
 from ..support.memory import hello_fields
+from ..support.payloads import payload_that_makes
 from ..support.records import commit, current_tid, oid_of, seen, wait_for_position
 
 X = oid_of("x")
 METADATA = [b"", b"", b"", None, " "]
 NEVER = bytes(8)
 SOON_S = 1
-
-
-class Payload:
-    """What is unpickled into an action: to make a file."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        # The comment is what those look for who want to know whether it is a blob.
-        return eval, (f"open({str(self._path)!r}, 'w').close()  # ZODB.blob",)
 
 
 @pytest.fixture
@@ -55,11 +45,7 @@ def proof(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def payload(proof: Path) -> bytes:
-    pickled = pickle.dumps(Payload(proof), 2)
-    pickle.loads(pickled)
-    assert proof.exists(), "a payload that does nothing proves nothing"
-    proof.unlink()
-    return pickled
+    return payload_that_makes(proof)
 
 
 @pytest.fixture

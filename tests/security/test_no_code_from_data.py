@@ -23,6 +23,7 @@ from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.methods import METHODS
 
+from ..support.payloads import payload_that_makes
 from ..support.records import commit, current_tid, oid_of
 from ..support.serving import ServerProcess
 from . import auditing
@@ -159,16 +160,6 @@ def test_nothing_is_run_or_imported_by_a_name_that_was_computed():
 LOADERS = ("storage/conflicts.py", "storage/index.py")
 
 
-class Hostile:
-    """What is unpickled into an action: to make a file."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return eval, (f"open({str(self._path)!r}, 'w').close()  # ZODB.blob",)
-
-
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
@@ -211,11 +202,7 @@ def proof(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def payload(proof: Path) -> bytes:
-    pickled = pickle.dumps(Hostile(proof), 2)
-    pickle.loads(pickled)
-    assert proof.exists(), "a payload that does nothing proves nothing"
-    proof.unlink()
-    return pickled
+    return payload_that_makes(proof)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from zeolith.storage.index import (
 )
 
 from ..support.ids import number
+from ..support.payloads import payload_that_makes
 
 MANY = index.COPIED_MAX + 1
 
@@ -200,21 +201,10 @@ def test_a_damaged_one_is_an_error(tmp_path):
             load(path)
 
 
-class Hostile:
-    def __init__(self, proof: Path):
-        self._proof = proof
-
-    def __reduce__(self) -> Any:
-        return eval, (f"open({str(self._proof)!r}, 'w').close()",)
-
-
 def test_nothing_is_made_that_an_index_names(tmp_path):
     """It may have come with a backup, from anybody."""
     path, proof = tmp_path / "index", tmp_path / "was run"
-    hostile = pickle.dumps(Hostile(proof), 3)
-    pickle.loads(hostile)
-    assert proof.exists(), "a pickle that does nothing proves nothing"
-    proof.unlink()
+    hostile = payload_that_makes(proof)
     for content in (hostile, pickle.dumps(77, 3) + hostile):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="it names"):

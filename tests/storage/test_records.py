@@ -168,6 +168,16 @@ def test_an_old_revision_is_read_on_the_loop_if_it_is_small_and_not_long_ago(
         generation.load_serial(OID, tids[1], FLAG)
 
 
+def test_a_snapshot_of_long_ago_is_not_looked_for_on_the_loop(make, page_cache):
+    """A reader may ask for it, of an object that has changed any number of times."""
+    page_cache(lambda _position, size: size)
+    generation, tids = make(one_record(10) * (NOWAIT_NEWER_MAX + 2))
+    assert generation.load(OID, tids[2], FLAG).tid == tids[1]
+    with pytest.raises(WouldBlock):
+        generation.load(OID, tids[1], FLAG)
+    assert generation.load(OID, tids[1]).tid == tids[0], "elsewhere one may wait"
+
+
 # Many tids at once
 
 
