@@ -87,7 +87,9 @@ class _DataFile(IndexedFile):
         # Of the transaction under way; see commit.
         self.undo_conflicts = UndoConflicts()
         self.disk = Disk()
-        self.room = Room(self.disk, path, lambda: int(self._pos), options.get("quota"))
+        self.room = Room(
+            self.disk, self._duplicate, lambda: int(self._pos), options.get("quota")
+        )
         try:
             super().__init__(path, **options)
         except BaseException:
@@ -116,6 +118,11 @@ class _DataFile(IndexedFile):
                 raise
         self.room.forget()
         super()._initIndex(index, tindex)
+
+    def _duplicate(self) -> tuple[int, int]:
+        # Under this lock a pack replaces the file, whoever does it.
+        with self._lock:
+            return os.dup(self._file.fileno()), int(self._pos)
 
     def renew(self, generation: Generation) -> None:
         """Read that file from now on, by the index that goes with it; cannot fail."""

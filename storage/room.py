@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # So much more is reserved than is wanted, so that most votes need not ask the disk.
 AHEAD_BYTES = 8 * 1024 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
 class Room:
@@ -34,13 +35,18 @@ class Room:
     def __init__(
         self,
         disk: Disk,
-        path: str,
+        duplicate: Callable[[], tuple[int, int]],
         end: Callable[[], int],
         quota_bytes: int | None,
     ):
-        """``end`` is where the next transaction will begin."""
+        """``end`` is where the next transaction will begin.
+
+        ``duplicate`` gives a new descriptor of the file, which may be written to, and
+        the end that goes with it; it may wait for a pack that replaces the file, and is
+        called in worker threads.
+        """
         self._disk = disk
-        self._path = path
+        self._duplicate = duplicate
         self._end = end
         self._quota_bytes = quota_bytes
         self._lock = threading.Lock()
@@ -71,11 +77,13 @@ class Room:
         And as ``take`` does.
         """
         with self._lock:
-            wanted_upto = self._wanted_upto(size, last_at)
+            # Raises what is over the quota.
+            self._wanted_upto(size, last_at)
             self._taken_bytes += size
+            wanted = self._taken_bytes
             before = self._round
         try:
-            upto = self._reserve(wanted_upto)
+            upto = self._reserve(wanted)
         except BaseException:
             self.give_back(size)
             raise
@@ -98,8 +106,8 @@ class Room:
         """At the end: give back what was reserved; raises OSError."""
         if self._reserved_upto:
             self.forget()
-            with self._opened() as fd:
-                self._disk.truncate(fd, self._end())
+            with self._opened() as (fd, end):
+                self._disk.truncate(fd, end)
 
     def _wanted_upto(self, size: int, last_at: int) -> int:
         # While a group is being appended it counts twice: that is on the safe side.
@@ -108,30 +116,42 @@ class Room:
             raise FileStorageQuotaError("The storage quota has been exceeded.")
         return start + size
 
-    def _reserve(self, upto: int) -> int:
-        """Reserve at least ``upto``; where the room ends now."""
-        end = self._end()
+    def _reserve(self, size: int) -> int:
+        """Reserve at least ``size``; where the room ends now."""
         if not self._can_reserve:
-            return upto
-        with self._opened() as fd:
+            return 0
+        try:
+            return self._reserve_behind(size)
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTOR:
+                raise
+            # Who is there goes on: what is open can be written. The disk promises
+            # nothing for now.
+            return 0
+
+    def _reserve_behind(self, size: int) -> int:
+        with self._opened() as (fd, end):
             try:
-                ahead = upto + AHEAD_BYTES
-                is_reserved = self._disk.reserve(fd, end, ahead - end)
+                ahead = size + AHEAD_BYTES
+                is_reserved = self._disk.reserve(fd, end, ahead)
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
-                ahead = upto
-                is_reserved = self._disk.reserve(fd, end, upto - end)
+                ahead = size
+                is_reserved = self._disk.reserve(fd, end, ahead)
         if not is_reserved:
             logger.info("the file system reserves no room; a full disk shows at finish")
             self._can_reserve = False
-        return ahead
+        return end + ahead
 
     @contextmanager
-    def _opened(self) -> Iterator[int]:
-        """The file, by its name: a pack may close what others have opened."""
-        fd = os.open(self._path, os.O_RDWR)
+    def _opened(self) -> Iterator[tuple[int, int]]:
+        """The file, of our own: a pack may close what others have opened.
+
+        Not by its name, which for a moment of ZODB's own pack no file has.
+        """
+        fd, end = self._duplicate()
         try:
-            yield fd
+            yield fd, end
         finally:
             os.close(fd)

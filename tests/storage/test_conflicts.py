@@ -700,7 +700,8 @@ def test_a_reference_is_given_no_attributes():
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_a_long_text_that_is_shared_counts_with_its_length(where):
     """To compare 26 GB of text takes seconds, in which no other thread runs."""
-    shared = text("x" * 100_000) + b"2\x86" * 18
+    # Not too many parts, if they were short.
+    shared = text("x" * 100_000) + b"2\x86" * 9
     record = hostile(**{where: shared, "value" if where == "key" else "key": b"K\x01"})
     with pytest.raises(Unresolvable, match="shares"):
         resolve(record, record, record)
@@ -708,7 +709,7 @@ def test_a_long_text_that_is_shared_counts_with_its_length(where):
 
 def test_a_long_number_that_is_shared_counts_with_its_length():
     shared = b"\x8b" + struct.pack("<i", 100_000) + b"\x7f" * 100_000
-    record = hostile(shared + b"2\x86" * 18)
+    record = hostile(shared + b"2\x86" * 9)
     with pytest.raises(Unresolvable, match="shares"):
         resolve(record, record, record)
 
@@ -786,6 +787,16 @@ def test_what_is_compressed_is_bounded_when_it_is_not_any_more():
     with pytest.raises(Unresolvable, match="too large"):
         conflicts.resolve_encoded(form, *[pickled(Length, 1)] * 3)
     assert len(decoded) == 1, "the others take memory, too"
+
+
+def test_what_is_large_is_not_decoded():
+    def decode(_record: bytes) -> bytes:
+        raise AssertionError("it takes time and memory")
+
+    good, large = b"x", bytes(RECORD_BYTES_MAX + 1)
+    for records in ((large, good, good), (good, large, good), (good, good, large)):
+        with pytest.raises(Unresolvable, match="too large"):
+            conflicts.resolve_encoded(Form(decode, bytes), *records)
 
 
 def test_the_class_of_a_large_record_is_not_looked_for_further_than_it_may_be():

@@ -155,6 +155,13 @@ def test_what_is_nested_deeply_is_not_simple(nesting):
     assert not is_simple(two(b"(" + marks + b")" + nesting * NESTING_MAX))
 
 
+@pytest.mark.parametrize("nesting", [b"NN\x860", b"NNN\x870", b"Na", b"(NNe"])
+def test_everything_that_puts_something_into_something_counts(nesting):
+    # The class is a tuple.
+    assert is_simple(two(b"]" + nesting * (NESTING_MAX - 1)))
+    assert not is_simple(two(b"]" + nesting * NESTING_MAX))
+
+
 def test_lists_that_hold_each_other_are_no_cause_to_wait():
     file = BytesIO()
     pickler = PersistentPickler(lambda _thing: None, file, 3)

@@ -401,6 +401,16 @@ def test_what_is_beyond_the_quota_is_refused_at_the_vote(tmp_path, way, many):
     database.close()
 
 
+def test_room_is_asked_of_the_file_that_is_open_whatever_has_its_name(database):
+    path = Path(database._path)
+    # As ZODB's own pack does, for a moment.
+    path.rename(path.with_suffix(".old"))
+    # More than is reserved.
+    large = prepared(database, store(A, bytes(AHEAD_BYTES + 1)))
+    assert isinstance(large.vote({}), Voted)
+    path.with_suffix(".old").rename(path)
+
+
 def test_the_disk_is_not_asked_for_room_that_is_there(database, monkeypatch):
     asked: list[int] = []
     make = database.room.make

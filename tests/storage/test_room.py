@@ -38,7 +38,10 @@ class SmallDisk(Disk):
 class File:
     def __init__(self, disk: Disk, quota_bytes: int | None = None):
         self.end = 100
-        self.room = Room(disk, os.devnull, lambda: self.end, quota_bytes)
+        self.room = Room(disk, self.duplicate, lambda: self.end, quota_bytes)
+
+    def duplicate(self) -> tuple[int, int]:
+        return os.open(os.devnull, os.O_RDWR), self.end
 
 
 def test_nothing_is_there_before_the_disk_was_asked():
@@ -158,3 +161,35 @@ def test_what_was_reserved_in_a_file_that_is_replaced_does_not_count():
     disk.reserve = replaced  # type: ignore[method-assign]
     file.room.make(10, 0)
     assert not file.room.take(10, 0)
+
+
+def test_a_file_that_a_pack_made_smaller_meanwhile_is_asked_for_no_more_than_wanted():
+    disk = SmallDisk(1000)
+    file = File(disk)
+    file.end = 900
+
+    def smaller() -> tuple[int, int]:
+        return os.open(os.devnull, os.O_RDWR), 100
+
+    file.room._duplicate = smaller
+    file.room.make(50, 50)
+    assert disk.reserved == [(100, 50)]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_without_a_descriptor_to_ask_with_nobody_is_refused(number):
+    """And the next one asks again."""
+    disk = SmallDisk(10**9)
+    file = File(disk)
+    duplicate = file.room._duplicate
+
+    def fails() -> tuple[int, int]:
+        raise OSError(number, os.strerror(number))
+
+    file.room._duplicate = fails
+    file.room.make(10, 0)
+    assert not disk.reserved
+    assert not file.room.take(10, 0)
+    file.room._duplicate = duplicate
+    file.room.make(10, 0)
+    assert disk.reserved == [(100, 20 + AHEAD_BYTES)]
