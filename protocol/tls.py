@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 # Verify codes of OpenSSL (X509_V_ERR_...) that have a remedy of their own.
 _EXPIRED, _NOT_YET_VALID = 10, 9
 _OTHER_NAMES = (62, 64)
+_REVOKED = 23
+# There is no list of an authority's revoked certificates, or not one of today.
+_NO_LIST = (3, 11, 12)
 _NO_TLS = (
     "WRONG_VERSION_NUMBER",
     "PACKET_LENGTH_TOO_LONG",
@@ -158,9 +161,16 @@ def client_context(
 
 
 def trust(context: ssl.SSLContext, ca: str) -> None:
-    """Have ``context`` trust the certificates at ``ca``; raises TlsMistake."""
+    """Have ``context`` trust the certificates at ``ca``; raises TlsMistake.
+
+    If lists of revoked certificates (CRLs) are there, too, whoever connects needs one
+    of his authority in which he is not.
+    """
     if Path(ca).is_dir():
         context.load_verify_locations(capath=ca)
+        # As `openssl rehash` names them.
+        if any(Path(ca).glob("*.r[0-9]*")):
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         return
     if "-----BEGIN CERTIFICATE-----" not in _text_of(ca):
         raise TlsMistake(f"{ca}: there is no certificate in it (in PEM format)")
@@ -168,6 +178,9 @@ def trust(context: ssl.SSLContext, ca: str) -> None:
         context.load_verify_locations(ca)
     except ssl.SSLError as error:
         raise TlsMistake(f"{ca}: {_reason(error)}") from error
+    if context.cert_store_stats()["crl"]:
+        # OpenSSL reads them and asks none of them.
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
 def load_chain(
@@ -255,6 +268,13 @@ def _mistrust(error: ssl.SSLCertVerificationError) -> str:
         return "the server's certificate has expired, or the clock here is wrong"
     if error.verify_code == _NOT_YET_VALID:
         return "the server's certificate is not valid yet, or the clock here is wrong"
+    if error.verify_code == _REVOKED:
+        return "the server's certificate was revoked by the authority that signed it"
+    if error.verify_code in _NO_LIST:
+        return (
+            "the server's certificate cannot be looked for among those that were"
+            f" revoked ({why}): renew the list (CRL) in tls_ca"
+        )
     if error.verify_code in _OTHER_NAMES:
         return (
             f"the server's certificate is for another name: {why}; if it is the right"

@@ -5,6 +5,9 @@ transport to the peer. It keeps nothing back: what a peer writes is encrypted at
 and waits, if it must, in the socket's transport, so that the peer's bounds hold for
 what is really waiting; what has come is decrypted at once and handed on in one piece.
 
+A handshake takes the processor longer than anything else that a stranger may ask for.
+It is charged to him like the rest, and waits in line when much was taken (turns).
+
 The loop's own TLS (``create_server(ssl=...)``) is not used, for it tells a protocol of
 a socket only after the handshake, so that no bound of ours would hold before it; and
 it drops the alert that tells a client why it was refused.
@@ -19,6 +22,7 @@ from typing import Any, cast
 from zeolith.protocol.codec import encode
 from zeolith.protocol.errors import HelloRefused, failure_of
 from zeolith.protocol.messages import Failure
+from zeolith.server.turns import Waiting, computed
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,13 @@ class Protected(asyncio.Protocol):
         """Log what is wrong with whoever is at the other end."""
         logger.warning("a client %s", text)
 
+    def puts_in_line(self, _who: Waiting) -> bool:
+        """Whether ``_who``, which acts for it, is to wait for a turn, and has one."""
+        return False
+
+    def charge(self, took_s: float) -> None:
+        """So much of the server's time was taken for it."""
+
 
 class Secured(asyncio.Protocol, asyncio.Transport):
     """One accepted socket on which TLS is spoken."""
@@ -48,6 +59,8 @@ class Secured(asyncio.Protocol, asyncio.Transport):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._has_begun = self._is_ready = False
+        # In line, and nothing is read.
+        self._is_waiting = False
         self._transport: asyncio.Transport
 
     # For the socket's transport
@@ -65,10 +78,27 @@ class Secured(asyncio.Protocol, asyncio.Transport):
                 self._refuse_plain()
                 return
         self._incoming.write(data)
+        if self._is_ready:
+            self._read()
+        elif not self._is_waiting:
+            self._is_waiting = self._peer.puts_in_line(self)
+            if self._is_waiting:
+                self._transport.pause_reading()
+            else:
+                self._read()
+
+    def take_turn(self) -> None:
+        """Go on with the handshake: it waited in line for that."""
+        self._is_waiting = False
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._read()
+
+    def _read(self) -> None:
+        """Go on with what has come."""
         try:
             if not self._is_ready:
-                self._tls.do_handshake()
-                self._is_ready = True
+                self._shake_hands()
             received, is_over = self._decrypted()
         except ssl.SSLWantReadError:
             self._flush()
@@ -153,6 +183,14 @@ class Secured(asyncio.Protocol, asyncio.Transport):
             return self._tls
         return self._transport.get_extra_info(name, default)
 
+    def _shake_hands(self) -> None:
+        began_s = computed()
+        try:
+            self._tls.do_handshake()
+        finally:
+            self._peer.charge(computed() - began_s)
+        self._is_ready = True
+
     def _decrypted(self) -> tuple[bytes, bool]:
         """What has come, and whether the client has said that it was the last."""
         pieces: list[bytes] = []
@@ -172,7 +210,8 @@ class Secured(asyncio.Protocol, asyncio.Transport):
             self._transport.write(self._outgoing.read())
 
     def _fail(self, error: ssl.SSLError) -> None:
-        self._peer.complain(f"is disconnected: {error.reason or error}")
+        text = getattr(error, "verify_message", None) or error.reason or error
+        self._peer.complain(f"is disconnected: {text}")
         # The alert, which tells the client why.
         self._flush()
         self._is_ready = False

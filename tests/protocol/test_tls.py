@@ -1,12 +1,14 @@
 """Files that become a context, and errors that say what to do."""
 
 import logging
+import socket
 import ssl
 from pathlib import Path
 
 import pytest
 
 from zeolith.protocol.tls import (
+    ClientTls,
     HandshakeFailed,
     TlsFiles,
     TlsMistake,
@@ -103,6 +105,34 @@ def test_an_authority_is_a_file_or_a_directory(authority, tmp_path):
         trust(context, str(empty))
 
 
+def test_a_certificate_that_was_revoked_is_not_trusted(authority):
+    other, revoked = authority.sign(file="other"), authority.sign()
+    client = ClientTls(client_context(authority.revoke(other)))
+    with pytest.raises(AssertionError, match="has not failed"):
+        rejection(client, revoked)
+    client = ClientTls(client_context(authority.revoke(revoked)))
+    with pytest.raises(HandshakeFailed, match="certificate was revoked by"):
+        raise explained(rejection(client, revoked))
+
+
+def test_a_list_of_the_revoked_that_is_old_is_none(authority):
+    server = authority.sign()
+    client = ClientTls(client_context(authority.revoke(is_old=True)))
+    with pytest.raises(HandshakeFailed, match=r"renew the list \(CRL\) in tls_ca"):
+        raise explained(rejection(client, server))
+
+
+def test_a_directory_with_lists_of_the_revoked_is_asked_for_one(authority, tmp_path):
+    folder = tmp_path / "authorities"
+    folder.mkdir()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust(context, str(folder))
+    assert not context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+    (folder / "0a1b2c3d.r0").write_text("")
+    trust(context, str(folder))
+    assert context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+
+
 # The context of a client
 
 
@@ -163,6 +193,15 @@ def test_the_name_of_the_server_goes_with_a_context_of_the_programs():
     made = client_tls(ssl.create_default_context(), server_name="db")
     assert made is not None
     assert made.server_name == "db"
+    with socket.socket() as sock, made.wrap(sock, "127.0.0.1") as wrapped:
+        assert wrapped.server_hostname == "db"
+
+
+def test_the_host_of_the_address_is_the_name_of_the_server_if_nothing_else_is_said():
+    made = client_tls(ssl.create_default_context())
+    assert made is not None
+    with socket.socket() as sock, made.wrap(sock, "db.test") as wrapped:
+        assert wrapped.server_hostname == "db.test"
 
 
 def test_what_contradicts_itself_is_refused(authority):

@@ -12,6 +12,7 @@ from zeolith.protocol.errors import HelloRefused, error_of
 from zeolith.protocol.messages import Failure
 from zeolith.protocol.tls import HandshakeFailed, explained
 from zeolith.server.secured import Protected, Secured
+from zeolith.server.turns import Waiting
 
 from ..support.certificates import HOST, Authority, End, context_of
 from ..support.memory import MemoryTransport, hello_fields
@@ -28,6 +29,17 @@ class Inside(Protected):
         self.paused = 0
         self.is_lost = False
         self.complaints: list[str] = []
+        self.is_slow = False
+        self.line: list[Waiting] = []
+        self.taken_s = 0.0
+
+    def puts_in_line(self, who: Waiting) -> bool:
+        if self.is_slow:
+            self.line.append(who)
+        return self.is_slow
+
+    def charge(self, took_s: float) -> None:
+        self.taken_s += took_s
 
     def complain(self, text: str) -> None:
         self.complaints.append(text)
@@ -284,3 +296,59 @@ async def test_reading_is_held_where_the_bytes_come_from(talk):
     assert talk.transport.is_paused
     talk.inside.transport.resume_reading()
     assert not talk.transport.is_paused
+
+
+async def test_a_client_whose_certificate_was_revoked_is_refused_and_told(authority):
+    revoked = authority.sign(file="revoked")
+    talk = Conversation(authority, wants=authority, ca=authority.revoke(revoked))
+    talk.client = End(authority.trusting(revoked.both).context, HOST)
+    said = talk.client.step(b"")
+    talk.secured.data_received(said)
+    talk.secured.data_received(talk.client.step(talk.transport.take()))
+    assert talk.inside.complaints == ["is disconnected: certificate revoked"]
+    with pytest.raises(ssl.SSLError) as caught:
+        talk.client.step(talk.transport.take())
+    assert "does not accept this client's certificate" in str(explained(caught.value))
+
+
+# Turns
+
+
+async def test_a_handshake_is_charged_and_what_comes_behind_it_is_not(authority):
+    talk = Conversation(authority)
+    talk.shake_hands()
+    taken_s = talk.inside.taken_s
+    assert taken_s > 0
+    talk.say(b"hello")
+    assert talk.inside.came == [b"hello"]
+    assert talk.inside.taken_s == taken_s
+
+
+async def test_a_handshake_waits_for_its_turn_and_nothing_is_read_meanwhile(authority):
+    talk = Conversation(authority)
+    talk.inside.is_slow = True
+    flight = talk.client.step(b"")
+    talk.secured.data_received(flight[:10])
+    assert talk.transport.is_paused
+    # What the loop had read already.
+    talk.secured.data_received(flight[10:])
+    assert len(talk.inside.line) == 1
+    assert not talk.transport.take()
+    assert talk.inside.taken_s == 0
+    talk.inside.is_slow = False
+    talk.inside.line.pop().take_turn()
+    assert not talk.transport.is_paused
+    said = talk.client.step(talk.transport.take())
+    talk.secured.data_received(said)
+    talk.client.step(talk.transport.take())
+    talk.say(b"hello")
+    assert talk.inside.came == [b"hello"]
+
+
+async def test_who_goes_away_before_his_turn_gets_none(authority):
+    talk = Conversation(authority)
+    talk.inside.is_slow = True
+    talk.secured.data_received(talk.client.step(b""))
+    talk.secured.abort()
+    talk.inside.line.pop().take_turn()
+    assert talk.inside.taken_s == 0

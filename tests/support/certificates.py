@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import trustme
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
 
-from zeolith.protocol.tls import ClientTls, client_context
+from zeolith.protocol.tls import ClientTls, client_context, trust
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
@@ -55,6 +58,34 @@ class Authority:
         """What ``sign`` has left in ``folder``."""
         return Signed(*(str(folder / f"{file}.{end}") for end in ("pem", "crt", "key")))
 
+    def revoke(self, *revoked: Signed, is_old: bool = False) -> str:
+        """A list of the ``revoked``, in a file together with the authority."""
+        now = datetime.now(UTC)
+        pem = self._authority.cert_pem.bytes()
+        made = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(x509.load_pem_x509_certificate(pem).subject)
+            .last_update(now - timedelta(9))
+            .next_update(now - timedelta(1) if is_old else now + timedelta(9))
+        )
+        for each in revoked:
+            shown = Path(each.certificate).read_bytes()
+            number = x509.load_pem_x509_certificate(shown).serial_number
+            made = made.add_revoked_certificate(
+                x509.RevokedCertificateBuilder()
+                .serial_number(number)
+                .revocation_date(now - timedelta(2))
+                .build()
+            )
+        key = serialization.load_pem_private_key(
+            self._authority.private_key_pem.bytes(), None
+        )
+        assert isinstance(key, EllipticCurvePrivateKey)
+        listed = made.sign(key, SHA256()).public_bytes(serialization.Encoding.PEM)
+        path = self._folder / "crl.pem"
+        path.write_bytes(pem + listed)
+        return str(path)
+
     def expired(self) -> Signed:
         """One that was good once."""
         now = datetime.now(UTC)
@@ -91,14 +122,18 @@ def context_of(
     signed: Signed,
     *,
     wants: Authority | None = None,
+    ca: str | None = None,
     version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
 ) -> ssl.SSLContext:
-    """The context of a server that shows ``signed``."""
+    """The context of a server that shows ``signed``.
+
+    It wants certificates that ``wants`` has signed; ``ca`` is its file, or another one.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = version
     context.load_cert_chain(signed.both)
     if wants is not None:
-        context.load_verify_locations(wants.ca)
+        trust(context, ca or wants.ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 

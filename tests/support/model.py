@@ -12,7 +12,7 @@ from typing import Any
 
 from ZODB.POSException import ConflictError, POSKeyError
 
-from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.limits import Limits
 from zeolith.server.access import OPEN, Access
 from zeolith.server.served import Served
 from zeolith.server.service import Service
@@ -42,6 +42,7 @@ from zeolith.storage.pack_progress import Packed, Packing
 from zeolith.storage.preparing import claim_of
 
 from .ids import number
+from .memory import UNHURRIED
 
 
 class ModelUpload:
@@ -477,7 +478,7 @@ class ModelServer:
     def __init__(
         self,
         database: ModelDatabase | None = None,
-        limits: Limits = DEFAULT,
+        limits: Limits = UNHURRIED,
         *,
         is_read_only: bool = False,
         access: Access = OPEN,
