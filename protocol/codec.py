@@ -32,6 +32,12 @@ _FIELDS: dict[type[Message], tuple[type, ...]] = {
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _DECODING = tuple((kind, _FIELDS[kind]) for kind in KINDS)
 _unpack = msgpack.unpackb
+# The heads of arrays for which msgpack makes a list of thousands at once.
+_ARRAY_16, _ARRAY_32 = b"\xdc", b"\xdd"
+# As few elements take no memory worth speaking of, on all levels together; nor do as
+# many as there are bytes in as small a payload.
+_FEW_ITEMS = 64
+_SMALL_BYTES = 1024
 # How msgpack.Unpacker calls it; the other choices are objects of other classes.
 _TIMESTAMP_AS_FLOAT = 1
 
@@ -54,10 +60,16 @@ def encode(message: Message) -> bytes:
 def decode(payload: bytes, items_max: int = -1) -> Message:
     """The message in one frame's payload; raises RemoteProtocolError.
 
-    No array may have more than ``items_max`` elements, if that is said: msgpack makes
-    a list for as many as an array's head promises, on each of 1024 levels.
+    No array may have more than ``items_max`` elements, if that is said. msgpack makes
+    a list for as many as an array's head promises, on each of 1024 levels; so before
+    that it is seen to that all is there that is promised.
     """
     try:
+        if items_max > _FEW_ITEMS:
+            if len(payload) <= _SMALL_BYTES:
+                items_max = min(items_max, len(payload))
+            elif _ARRAY_32 in payload or _ARRAY_16 in payload:
+                _check_is_whole(payload)
         array = _unpack(
             payload,
             raw=False,
@@ -78,6 +90,14 @@ def decode(payload: bytes, items_max: int = -1) -> Message:
     if tuple(map(type, array)) != classes:
         _check_fields(kind, classes, array)
     return kind._make(array)
+
+
+def _check_is_whole(payload: bytes) -> None:
+    """Raise unless ``payload`` has all that it promises; nothing is made of it."""
+    size = len(payload)
+    unpacker = msgpack.Unpacker(read_size=size, max_buffer_size=size)
+    unpacker.feed(payload)
+    unpacker.skip()
 
 
 def _check_fields(

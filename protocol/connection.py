@@ -367,7 +367,7 @@ class Connection:
         if state is _AS_ASKED:
             assert self.kind is not None
             state = _OPENED[self.kind]
-            self._reader.frame_bytes_max = self.limits.frame_bytes_max
+            self._reader.bound(self.limits.frame_bytes_max, "frame_bytes_max")
             if self.role is Role.SERVER:
                 self._items_max = self.limits.array_items_max
         if state is not self.state:
@@ -501,9 +501,13 @@ class Connection:
             and bool(self.open_requests)
         )
 
-    def first_frame_end(self, data: bytes) -> int:
-        """How much of ``data``, which is to be received, is of its first frame."""
-        return self._reader.first_frame_end(data)
+    def frame_end(self, data: bytes, start: int = 0) -> int:
+        """Where the first frame of ``data[start:]``, which is to be received, ends."""
+        return self._reader.frame_end(data, start)
+
+    def bound_frames(self, bytes_max: int, name: str) -> None:
+        """Server: receive no longer frame after the welcome; the limit's ``name``."""
+        self._reader.bound(min(bytes_max, self.limits.frame_bytes_max), name)
 
     @property
     def is_inside_frame(self) -> bool:

@@ -32,16 +32,26 @@ def frame(payload: bytes) -> bytes:
 class FrameReader:
     """Cuts a stream of bytes into the payloads of its frames."""
 
-    __slots__ = ("_fragments", "_need_bytes", "frame_bytes_max", "have_bytes")
+    __slots__ = (
+        "_fragments",
+        "_limit_name",
+        "_need_bytes",
+        "frame_bytes_max",
+        "have_bytes",
+    )
 
     def __init__(self, frame_bytes_max: int):
-        # May be raised by the owner once the peer is known.
-        self.frame_bytes_max = frame_bytes_max
+        self.bound(frame_bytes_max, "frame_bytes_max")
         # What came of a frame that is not whole, and its size; nothing between frames.
         self._fragments: list[bytes] = []
         self.have_bytes = 0
         # How many bytes until something can be done: a prefix, or a whole frame.
         self._need_bytes = PREFIX_BYTES
+
+    def bound(self, frame_bytes_max: int, limit_name: str) -> None:
+        """Another limit from now on: the owner knows more of the peer."""
+        self.frame_bytes_max = frame_bytes_max
+        self._limit_name = limit_name
 
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads that ``data`` completes, in order.
@@ -59,17 +69,19 @@ class FrameReader:
             self.have_bytes = 0
         return self._cut(data)
 
-    def first_frame_end(self, data: bytes) -> int:
-        """How much of ``data`` belongs to the frame under way, or else to the first.
+    def frame_end(self, data: bytes, start: int = 0) -> int:
+        """Where the frame under way, or else the next one, ends in ``data``.
 
-        More than there is of it if the rest is still to come.
+        ``data`` is to be fed from ``start`` on; beyond its end if the rest is still to
+        come.
         """
         if self.have_bytes:
-            return self._need_bytes - self.have_bytes
-        if len(data) < PREFIX_BYTES:
-            return PREFIX_BYTES
-        length: int = _unpack_length(data)[0]
-        return PREFIX_BYTES + length
+            return start + self._need_bytes - self.have_bytes
+        body = start + PREFIX_BYTES
+        if len(data) < body:
+            return body
+        length: int = _unpack_length(data, start)[0]
+        return body + length
 
     def _cut(self, data: bytes) -> list[bytes]:
         start, end = 0, len(data)
@@ -89,7 +101,7 @@ class FrameReader:
             if not 0 < length <= self.frame_bytes_max:
                 raise RemoteProtocolError(
                     f"a frame of {length} bytes, where 1 to {self.frame_bytes_max}"
-                    " are allowed (frame_bytes_max)"
+                    f" are allowed ({self._limit_name})"
                 )
             if body + length > end:
                 self._need_bytes = PREFIX_BYTES + length

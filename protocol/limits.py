@@ -35,9 +35,15 @@ class Limits:
     login_chars_max: int = 1024
     # The elements of an array that a client sends. Those of a batch take 64 bytes each.
     array_items_max: int = 100_000
-    # What is looked at of a client's bytes before it is the others' turn, unless it
-    # belongs to one frame.
-    turn_bytes_max: int = 4096
+    # Of a client that cannot write: thousands of oids, and no records. To make objects
+    # of it takes a millisecond or two, whatever it is.
+    reader_frame_bytes_max: int = 32 * 1024
+    # How long a client's messages are looked at before it is the others' turn; one of
+    # them in any case.
+    turn_s: float = 0.0001
+    # What the server does at once for a client that cannot write or is not welcomed,
+    # before it waits in line.
+    guest_burst_s: float = 0.005
     # Requests of one socket that are not answered yet.
     requests_open_max: int = 1000
     # Heartbeats of a client between two ticks of the server's clock; one is due in
@@ -55,8 +61,9 @@ class Limits:
     staged_memory_bytes_max: int = 4 * 1024 * 1024
     # When all transactions together have so much in memory, each keeps only a little.
     all_staged_memory_bytes_max: int = 256 * 1024 * 1024
-    # Blobs of one transaction.
+    # Blobs of one transaction, and what is sent of them.
     transaction_blobs_max: int = 100_000
+    transaction_blob_bytes_max: int = 1024 * 1024 * 1024 * 1024
     # Of a peer's blobs, what may wait for the disk before its socket is not read.
     blob_backlog_bytes_max: int = 4 * 1024 * 1024
     # What may wait for a peer that does not read before it is disconnected.
@@ -75,12 +82,14 @@ class Limits:
     # Channels of one session that a client uses for calls at once; a thread that needs
     # one more waits. Those of transactions in a commit do not count.
     channels_max: int = 100
+    # One to whom the server refuses one more waits so long for another's.
+    channel_wait_s: float = 10.0
     # A client closes a channel that it did not need for so long.
     channel_idle_s: float = 60.0
     # Oids handed out by one request.
     new_oids_max: int = 10_000
     # Records loaded, and transactions listed, by one request.
-    load_many_max: int = 10_000
+    load_many_max: int = 2000
     # Of these, how many are answered: the loop works on them for two milliseconds, in
     # which nobody else is answered.
     load_many_answered_max: int = 400

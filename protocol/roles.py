@@ -37,8 +37,13 @@ _INCLUDED: dict[AccessRole, Roles] = {
     AccessRole.PACK: frozenset({AccessRole.READ, AccessRole.PACK}),
     AccessRole.ADMIN: EVERY_ROLE,
 }
+_SHARED: dict[Roles, Roles] = {}
 
 
 def with_included(roles: Iterable[AccessRole]) -> Roles:
-    """``roles`` and all that they include."""
-    return frozenset[AccessRole]().union(*(_INCLUDED[role] for role in roles))
+    """``roles`` and all that they include; the same set for the same roles.
+
+    A server keeps one for each session, and there are 32 of them at most.
+    """
+    included = frozenset[AccessRole]().union(*(_INCLUDED[role] for role in roles))
+    return _SHARED.setdefault(included, included)

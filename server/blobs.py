@@ -111,6 +111,7 @@ class Uploading:
         self._peer = peer
         self._limits = limits
         self._numbers: set[int] = set()
+        self._all_bytes = 0
         # What no thread has been given yet.
         self._queue: list[tuple[int, bytes]] = []
         self._queued_bytes = 0
@@ -135,6 +136,13 @@ class Uploading:
             raise RemoteProtocolError(
                 "a transaction with more than"
                 f" {self._limits.transaction_blobs_max} blobs (transaction_blobs_max)"
+            )
+        self._all_bytes += len(data)
+        if self._all_bytes > self._limits.transaction_blob_bytes_max:
+            raise RemoteProtocolError(
+                "the blobs of the transaction have more than"
+                f" {self._limits.transaction_blob_bytes_max} bytes"
+                " (transaction_blob_bytes_max)"
             )
         if self._error is not None:
             return

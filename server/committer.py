@@ -134,8 +134,7 @@ class Committer:
         """Claim what it needs, and vote; the answer is Voted or Unresolved."""
         commit.answer = answer
         if self._broken is not None:
-            broken = f"nothing is written any more until a restart: {self._broken}"
-            self.abandon(commit, StorageSystemError(broken), None)
+            self.abandon(commit, StorageSystemError(_given_up(self._broken)), None)
             return
         if self._is_stopping:
             self.abandon(commit, ShuttingDown("the server is stopping"), None)
@@ -462,9 +461,9 @@ class Committer:
         behind, self._finishing = self._finishing, []
         for commit in behind:
             self._release(commit, _ENDED)
-            self._fail(commit, NotCommitted(f"{error}; nothing was committed"))
+            self._fail(commit, NotCommitted(_given_up(error)))
         for commit in tuple(self._commits):
-            self.abandon(commit, StorageSystemError(str(error)), None)
+            self.abandon(commit, StorageSystemError(_given_up(error)), None)
 
     def _abort(self, commit: Commit, answer: Answer | None) -> None:
         reason = StorageTransactionError("the transaction was aborted")
@@ -529,3 +528,11 @@ class Committer:
         answer, commit.answer = commit.answer, None
         if answer is not None:
             answer(value, error)
+
+
+def _given_up(error: BaseException) -> str:
+    """What is told to those whom the disaster ``error`` of others has refused."""
+    return (
+        "nothing of this transaction was committed, and nothing is written any more"
+        f" until a restart: {error}"
+    )

@@ -26,6 +26,7 @@ from zeolith.server.keyring import AccessOptions
 from zeolith.server.listener import SOCKET_MODE
 from zeolith.server.replays import REPLAY_BYTES
 from zeolith.server.tls import VERSIONS, Certificate, TlsOptions
+from zeolith.server.zeo_words import advice
 from zeolith.storage.adapted import AdaptedStorage
 from zeolith.storage.opening import open_database, open_file
 
@@ -244,4 +245,5 @@ def _one_line(path: str, error: ZConfig.ConfigurationError) -> str:
     if line is not None and line > 0:
         where = f"{path}:{line}"
     message = getattr(error, "message", None) or str(error)
-    return f"{where}: {' '.join(str(message).split())}"
+    told = [" ".join(str(message).split()), advice(str(message))]
+    return f"{where}: {'; '.join(filter(None, told))}"

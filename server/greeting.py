@@ -240,6 +240,7 @@ class Greeting:
             roles=roles,
             is_read_only=served.is_read_only or fields["read_only"],
             label=fields["label"],
+            limits=self._service.limits,
         )
         peer.session = session
         self._service.sessions[session.token] = session

@@ -69,6 +69,11 @@ class Keyring:
         self.access = load(options)
         self._warn_of_readers()
 
+    @property
+    def has_files(self) -> bool:
+        """Whether there is anything that may change by itself."""
+        return bool(self._files())
+
     def renew(self) -> Access | None:
         """The new Access if a file has changed and can be used, else None."""
         marks = self._look()
@@ -117,8 +122,8 @@ class KeyWatch:
         self._is_looking = False
 
     def tick(self) -> None:
-        """Have the files looked at, unless that is being done."""
-        if self._is_looking:
+        """Have the files looked at, unless that is being done, or there are none."""
+        if self._is_looking or not self._keyring.has_files:
             return
         self._is_looking = True
         keyring = self._keyring

@@ -16,6 +16,7 @@ from zeolith.server.access import NOBODY, Identity
 from zeolith.server.origins import Origin, origin_of
 from zeolith.server.secured import Protected
 from zeolith.server.sessions import ChannelTransactions, Session
+from zeolith.server.turns import Account, Waiting, clock, computed
 from zeolith.storage.tids import Z64
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ class Peer(Protected):
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
-        self._turn_bytes_max = limits.turn_bytes_max
         self.connection = Connection(Role.SERVER, self._now(), limits)
         # Set by the service when the hello is accepted; None for a probe.
         self.session: Session | None = None
@@ -57,8 +57,10 @@ class Peer(Protected):
         self.told_tid = Z64
         # How many want nothing to be read now.
         self._holds = 0
-        # What has been read, and not looked at: meanwhile nothing is read.
+        # What has been read, and waits for a turn: meanwhile nothing is read.
         self._next_turns = b""
+        # What is taken of the server's time is charged to it; None: to nobody.
+        self.account: Account | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is accepted."""
@@ -70,6 +72,7 @@ class Peer(Protected):
         )
         self.origin = origin_of(transport)
         self.address = self.origin.address
+        self.account = self._service.turns.arrive(self.origin.source)
         self._service.peers.add(self)
         self._service.admission.arrive(self)
 
@@ -82,43 +85,97 @@ class Peer(Protected):
             if answered is not None:
                 self._write(answered)
                 return
-        if len(data) > self._turn_bytes_max:
-            data = self._first_turn(data)
-        self._receive(data, now)
+        if (
+            self.account is None
+            and int.from_bytes(data[:4], "big") + 4 == len(data)
+            and not connection.is_inside_frame
+            and not self._next_turns
+        ):
+            # One message, and nearly always so.
+            self._receive(data, now)
+        elif self._next_turns:
+            self._next_turns += data
+        elif self._has_taken_much:
+            self._wait_in_line(data)
+        else:
+            self._look_at(data, now)
+
+    def take_turn(self) -> None:
+        """It was its turn in the line."""
+        data, self._next_turns = self._next_turns, b""
+        if self.is_there and not self.connection.is_closed:
+            self._look_at(data, self._now())
+        self.let_read()
+
+    def puts_in_line(self, who: Waiting) -> bool:
+        """Let ``who``, which acts for it, wait for a turn if it has taken much."""
+        if not self._has_taken_much:
+            return False
+        self._service.turns.wait(who, is_guest=True)
+        return True
+
+    def charge(self, took_s: float) -> None:
+        """So much of the server's time was taken for it, if anybody counts."""
+        if self.account is not None:
+            self.account.charge(took_s, clock())
+
+    @property
+    def _has_taken_much(self) -> bool:
+        return self.account is not None and self.account.is_over(clock())
+
+    def _wait_in_line(self, data: bytes) -> None:
+        self.hold_reading()
+        self._next_turns = data
+        self._service.turns.wait(self, is_guest=self.account is not None)
+
+    def _look_at(self, data: bytes, now: float) -> None:
+        account = self.account
+        is_one = self.connection.frame_end(data) >= len(data)
+        if account is None and is_one:
+            self._receive(data, now)
+            return
+        began_s = computed()
+        left = b""
+        if is_one:
+            self._receive(data, now)
+        else:
+            left = self._begin(data, now, clock() + self._limits.turn_s)
+        if account is not None:
+            # He may be no guest any more.
+            account.charge(computed() - began_s, clock())
+        if left:
+            self._wait_in_line(left)
 
     def _receive(self, data: bytes, now: float) -> None:
         connection = self.connection
-        messages = connection.receive_data(data, now)
-        if len(messages) == 1:
-            # Nothing to gather, and nearly always so.
-            self._dispatch(messages[0])
-        elif messages:
-            self._batch = []
-            for message in messages:
-                self._dispatch(message)
-            self._flush()
+        # One at most.
+        for message in connection.receive_data(data, now):
+            self._dispatch(message)
         if connection.state is State.CLOSED:
             self._give_up()
 
-    def _first_turn(self, data: bytes) -> bytes:
-        """What to look at now of ``data``; the rest is for the next step of the loop.
-
-        Otherwise somebody who sends nothing but small messages, of which nobody waits
-        for an answer, would be the only one whom the loop serves.
-        """
-        end = max(self.connection.first_frame_end(data), self._turn_bytes_max)
-        if len(data) <= end:
-            return data
-        self.hold_reading()
-        self._next_turns = data[end:]
-        self._loop.call_soon(self._next_turn)
-        return data[:end]
-
-    def _next_turn(self) -> None:
-        data, self._next_turns = self._next_turns, b""
-        if self.is_there and not self.connection.is_closed:
-            self._receive(self._first_turn(data), self._now())
-        self.let_read()
+    def _begin(self, data: bytes, now: float, end_s: float) -> bytes:
+        """Look at the messages in ``data`` until the time is over; what is left."""
+        connection, answer = self.connection, self.answer
+        start = 0
+        self._batch = []
+        while start < len(data) and connection.state is not State.CLOSED:
+            end = connection.frame_end(data, start)
+            piece = data[start:end]
+            start = end
+            answered = answer and connection.answer_at_once(piece, now, answer)
+            if answered:
+                self.send(answered)
+            else:
+                for message in connection.receive_data(piece, now):
+                    self._dispatch(message)
+            if clock() >= end_s:
+                break
+        self._flush()
+        if connection.state is State.CLOSED:
+            self._give_up()
+            return b""
+        return data[start:]
 
     def pause_writing(self) -> None:
         """It does not read as fast as it is written to."""
@@ -152,6 +209,15 @@ class Peer(Protected):
         """Answer its hello; see methods.WELCOME for ``fields``."""
         self._service.admission.welcome(self)
         self.send(self.connection.welcome(fields, self._now()))
+        session = self.session
+        if session is not None and not session.is_read_only:
+            self.account = None
+            return
+        if session is not None:
+            self.account = session.account
+        self.connection.bound_frames(
+            self._limits.reader_frame_bytes_max, "reader_frame_bytes_max"
+        )
 
     def reply(self, number: int, value: Any) -> None:
         """Answer request ``number``; harmless when the socket is gone."""

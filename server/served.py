@@ -24,7 +24,9 @@ from zeolith.protocol.limits import DEFAULT, Limits
 from zeolith.protocol.messages import Notice
 from zeolith.server.answering import answering
 from zeolith.server.committer import Committer
+from zeolith.server.readings import Readings
 from zeolith.server.replays import Replays
+from zeolith.server.turns import Rest
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import Database, Standing
@@ -118,6 +120,8 @@ class Served:
         self.committer = Committer(self)
         # The short way of a load, if there is one.
         self.answer = answering(self)
+        # What clients want of reader threads; the service's, whose guests it knows.
+        self.readings = Readings(workers, Rest(lambda: 0))
 
     @property
     def is_read_only(self) -> bool:

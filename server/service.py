@@ -37,10 +37,12 @@ from zeolith.server.loading import (
 from zeolith.server.packing import Packs
 from zeolith.server.peer import Peer
 from zeolith.server.reading_ahead import ReadingAhead
+from zeolith.server.readings import Readings
 from zeolith.server.returning import Returning
 from zeolith.server.served import Served
 from zeolith.server.sessions import Session
 from zeolith.server.status import status_of
+from zeolith.server.turns import Turns
 from zeolith.storage.changes import Change
 from zeolith.storage.database import (
     Finished,
@@ -70,6 +72,11 @@ class Service:
         self.limits = limits
         self.peers: set[Peer] = set()
         self.admission = Admission(limits)
+        # What members have asked for, but for loads.
+        self._requests = 0
+        self.turns = Turns(self._done, limits.guest_burst_s)
+        for served in databases.values():
+            served.readings = Readings(served.workers, self.turns.rest)
         self.stock = staging.Stock(limits.staged_bytes_max)
         self.sessions: dict[bytes, Session] = {}
         self.transaction_timeout_s = 30.0
@@ -101,6 +108,8 @@ class Service:
     def request(self, peer: Peer, request: Request) -> None:
         """Answer a request, now or later."""
         number, name, args = request
+        if peer.account is None:
+            self._requests += 1
         try:
             self._permit(peer, name, args)
             value = self._handlers[name](peer, number, *args)
@@ -133,6 +142,7 @@ class Service:
         commit = peer.transactions.commit
         if session is None:
             return
+        session.served.readings.forget(peer)
         blobs.discard(peer)
         peer.transactions.drop()
         if commit is not None:
@@ -165,6 +175,7 @@ class Service:
     def tick(self, now: float) -> None:
         """What is due: heartbeats, and the end of what takes or lasts too long."""
         self.greeting.tick()
+        self.turns.tick()
         for peer in tuple(self.peers):
             peer.tick(now)
             timeout_s = self.transaction_timeout_s
@@ -183,6 +194,10 @@ class Service:
         else:
             read_only = session.is_read_only
             permit(name, args, session.roles, in_session=True, is_read_only=read_only)
+
+    def _done(self) -> int:
+        loads = sum(served.counters.loads for served in self.databases.values())
+        return self._requests + loads
 
     # The way back
 
@@ -213,9 +228,10 @@ class Service:
     ) -> object:
         """Answer with ``then(step(*args))``, ``step`` being run in a reader thread."""
         assert peer.session is not None
-        reading = peer.session.served.workers.read(step, *args)
         what = getattr(step, "__name__", "read")
-        return self._answer_with(peer, number, what, reading, then)
+        answer = self._answering(peer, number, what, then)
+        peer.session.served.readings.read(peer, answer, step, *args)
+        return LATER
 
     def _answer_with(
         self,
@@ -226,6 +242,13 @@ class Service:
         then: Callable[[Any], Any] = lambda value: value,
     ) -> object:
         """Answer with ``then`` of what ``reading`` comes to."""
+        reading.add_done_callback(self._answering(peer, number, what, then))
+        return LATER
+
+    def _answering(
+        self, peer: Peer, number: int, what: str, then: Callable[[Any], Any]
+    ) -> Callable[["asyncio.Future[Any]"], None]:
+        """What sends the answer when something has been read."""
 
         def done(reading: "asyncio.Future[Any]") -> None:
             if reading.cancelled():
@@ -237,8 +260,7 @@ class Service:
             else:
                 self._fail(peer, number, what, error)
 
-        reading.add_done_callback(done)
-        return LATER
+        return done
 
     # Methods that need no session
 

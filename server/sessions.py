@@ -17,6 +17,7 @@ from zeolith.server.access import Identity
 from zeolith.server.committer import Commit
 from zeolith.server.served import Served
 from zeolith.server.staging import Reading, Staged, Stock
+from zeolith.server.turns import Account
 from zeolith.server.workers import Workers
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Session:
         roles: Roles,
         is_read_only: bool,
         label: str | None,
+        limits: Limits,
     ):
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self.served = served
@@ -47,6 +49,8 @@ class Session:
         self.roles = roles
         self.is_read_only = is_read_only or AccessRole.WRITE not in roles
         self.label = label
+        # Of all its sockets.
+        self.account = Account(limits.guest_burst_s)
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from zeolith.protocol.connection import (
 )
 from zeolith.protocol.errors import LocalProtocolError, RemoteProtocolError
 from zeolith.protocol.frames import PREFIX_BYTES
-from zeolith.protocol.limits import Limits
 from zeolith.protocol.methods import METHODS, Kind
 from zeolith.protocol.references import link_of
 from zeolith.storage import index
@@ -43,13 +43,14 @@ from zeolith.storage.conflicts import (
 )
 from zeolith.storage.wrapping import PLAIN
 
-from ..support.memory import MemoryClient, hello_fields
+from ..support.memory import UNHURRIED, MemoryClient, hello_fields
 from ..support.model import ModelServer
 from ..support.pair import Pair
 from .choices import Choices, pieces
 
 Target = Callable[[bytes], None]
-SMALL = Limits(
+SMALL = replace(
+    UNHURRIED,
     hello_frame_bytes_max=1000,
     frame_bytes_max=5000,
     batch_bytes_max=1000,

@@ -1,6 +1,7 @@
 """A message as msgpack and back."""
 
 import datetime
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -158,6 +159,26 @@ def test_a_key_that_cannot_be_one_is_refused():
 def test_nesting_without_end_is_refused():
     with pytest.raises(RemoteProtocolError):
         decode(b"\x91" * 100_000)
+
+
+@pytest.mark.parametrize("count", [1000, 200])
+@pytest.mark.parametrize("head", [b"\xdd\0\x01\x86\xa0", b"\xdc\xff\xff"])
+def test_arrays_that_promise_more_than_there_is_take_no_memory(head, count):
+    """A thousand of them, one in the other: 5 KB that would become hundreds of MB."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(RemoteProtocolError, match="not msgpack"):
+            decode(head * count, 100_000)
+        _now, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1_000_000
+
+
+def test_a_long_array_that_is_whole_is_decoded_as_without_a_bound():
+    value = [3, 1, [[number, b"data"] for number in range(70_000)]]
+    payload = packed(*value)
+    assert decode(payload, 100_000) == decode(payload) == Reply(1, value[2])
 
 
 def test_a_long_wrong_code_does_not_make_a_long_error():

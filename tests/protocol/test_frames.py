@@ -142,7 +142,7 @@ def test_the_end_of_the_first_frame_is_known_as_soon_as_it_can_be(payloads, data
     fed = data.draw(st.integers(0, len(stream) - 1))
     reader = FrameReader(1000)
     reader.feed(stream[:fed])
-    end = fed + reader.first_frame_end(stream[fed:])
+    end = fed + reader.frame_end(stream[fed:])
     begin = max((each for each in [0, *ends] if each <= fed), default=0)
     if fed == begin or fed >= begin + PREFIX_BYTES:
         assert end == next(each for each in ends if each > fed)
@@ -151,4 +151,4 @@ def test_the_end_of_the_first_frame_is_known_as_soon_as_it_can_be(payloads, data
 
 
 def test_less_than_a_length_does_not_tell_where_a_frame_ends():
-    assert FrameReader(1000).first_frame_end(b"\0\0") == PREFIX_BYTES
+    assert FrameReader(1000).frame_end(b"\0\0") == PREFIX_BYTES

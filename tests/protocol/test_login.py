@@ -1,11 +1,13 @@
 """The client's side of a login; that of the server is in tests/server/test_login."""
 
 import socket
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from scramp import ScramMechanism
 
+from zeolith.protocol import login as login_module
 from zeolith.protocol.credentials import Given
 from zeolith.protocol.errors import HelloRefused, RemoteProtocolError
 from zeolith.protocol.login import (
@@ -16,6 +18,8 @@ from zeolith.protocol.login import (
     Token,
     is_private,
 )
+
+from ..support.certificates import Authority, encrypted_pair
 
 SECRET = "correct horse battery"
 
@@ -139,6 +143,19 @@ def test_a_token_is_sent_only_where_nobody_can_listen():
 )
 def test_a_loopback_is_private_and_a_network_is_not(host, private):
     assert is_private(far(host)) is private
+
+
+def test_what_is_encrypted_is_private_wherever_it_goes(tmp_path, monkeypatch):
+    """By TCP, for a Unix socket is private anyway."""
+    everything_is_far = SimpleNamespace(is_loopback=False)
+    monkeypatch.setattr(login_module, "ip_address", lambda _: everything_is_far)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _address = listener.accept()
+    assert not is_private(near)
+    near, far = encrypted_pair(near, far, Authority(tmp_path))
+    with near, far:
+        assert is_private(near)
 
 
 def test_no_login_shows_its_secret():

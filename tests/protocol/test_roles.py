@@ -75,3 +75,9 @@ def table() -> str:
 
 def test_the_table_of_the_reference_is_what_the_server_checks():
     assert table() in REFERENCE.read_text(), f"put this into {REFERENCE}:\n{table()}"
+
+
+def test_sessions_with_the_same_roles_share_one_set():
+    """Of hundreds of bytes, for each of thousands of sessions."""
+    for role in AccessRole:
+        assert with_included([role]) is with_included([role, AccessRole.READ])

@@ -27,6 +27,7 @@ from zeolith.protocol.messages import (
 )
 from zeolith.protocol.methods import METHODS
 from zeolith.protocol.roles import AccessRole
+from zeolith.server.workers import READERS
 
 from ..server.test_service import ARGUMENTS, CALLABLE
 from ..support.identities import TOKEN, access, password_login, token_login
@@ -277,6 +278,32 @@ async def test_nobody_calls_a_method_on_a_stream(server, method):
     assert isinstance(goodbye, Goodbye)
     assert attacker.is_out
     assert is_unchanged(server)
+
+
+async def test_nobody_waits_behind_a_thousand_requests_of_a_reader(server):
+    """Which wait for a thread each."""
+    ann, channel = Attacker(server), Attacker(server)
+    channel.join(ann.log_in(password_login("ann")))
+    attackers = [reader(server) for _ in range(3)]
+    for attacker in attackers:
+        attacker.say(*(Request(n, "get_tid", [OID]) for n in range(1, 1000)))
+    channel.say(Request(1, "get_tid", [OID]))
+    answered = 0
+    while not (answer := channel.heard()):
+        await server.workers.read_step()
+        answered += 1
+    assert isinstance(answer[0], Reply)
+    assert answered <= READERS + len(attackers) + 1
+    await server.workers.work()
+    assert sum(len(each.heard()) for each in attackers) == 3 * 999
+
+
+async def test_what_a_reader_has_asked_for_is_not_read_when_he_is_gone(server):
+    attacker = reader(server)
+    attacker.say(*(Request(n, "get_tid", [OID]) for n in range(1, 1000)))
+    attacker.peer.cut_off()
+    await asyncio.sleep(0)
+    assert server.served.readings.waiting == 0
 
 
 async def test_the_others_hear_nothing_of_it(server):

@@ -6,28 +6,32 @@ The offender is a socket from another address than the neighbour's (Linux has al
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transaction.interfaces import TransientError
 
-from zeolith.client.dial import dial_channel
+from zeolith.client.dial import TurnedAway, Wish, dial, dial_channel
 from zeolith.client.storage import ClientStorage
 from zeolith.protocol.codec import encode
 from zeolith.protocol.connection import HEARTBEAT, Connection, Role
-from zeolith.protocol.errors import HelloRefused, Overloaded
+from zeolith.protocol.errors import HelloRefused, LocalProtocolError, Overloaded
 from zeolith.protocol.frames import frame
 from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import Goodbye, Hello, Notice, Request
+from zeolith.protocol.tls import TlsFiles, client_tls
 from zeolith.server.peer import Peer
+from zeolith.storage.filestore import FileStore
 
 from ..support.certificates import Authority, context_of
+from ..support.gates import Background
 from ..support.inprocess import InProcessServer, client_of, serving
 from ..support.memory import hello_fields
-from ..support.records import commit, oid_of, seen
+from ..support.records import begin, commit, oid_of, seen
 from ..support.waiting import wait_until
 
 LIMITS = replace(
@@ -43,6 +47,7 @@ LIMITS = replace(
     session_channels_max=8,
     transaction_bytes_max=3 * 1024**2,
     staged_bytes_max=4 * 1024**2,
+    transaction_blob_bytes_max=3 * 1024**2,
 )
 X = oid_of("x")
 NEVER = b"\x7f" + b"\xff" * 7
@@ -51,7 +56,17 @@ WAIT_S = 30
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[InProcessServer]:
-    with serving(tmp_path / "Data.fs", limits=LIMITS) as server:
+    path, blobs = str(tmp_path / "Data.fs"), str(tmp_path / "blobs")
+    open_ = partial(FileStore, "1", path, blob_dir=blobs)
+    with InProcessServer({"1": open_}, limits=LIMITS) as server:
+        yield server
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[InProcessServer]:
+    context = context_of(Authority(tmp_path).sign())
+    path = tmp_path / "Encrypted.fs"
+    with serving(path, limits=LIMITS, tls=context) as server:
         yield server
 
 
@@ -276,10 +291,8 @@ def test_before_the_welcome(server, neighbour, offender, caplog, offence):
 
 # After it
 
-PING = [encode(Request(n, "ping", [])) for n in range(1, 1000)]
 AFTER = {
     "a huge frame": (b"\xff\xff\xff\xff", "frame_bytes_max"),
-    "more requests than it waits for": (b"".join(PING), "requests_open_max"),
     "heartbeats and nothing else": (HEARTBEAT * 200_000, "heartbeats_max"),
     "an array of a million": (
         frame(b"\x94\x02\x01\xa4ping\xdd\0\x0f\x42\x40" + b"\xc0" * 1_000_000),
@@ -293,12 +306,32 @@ AFTER = {
 @pytest.mark.parametrize("offence", AFTER)
 def test_after_the_welcome(server, neighbour, offender, caplog, offence):
     data, limit = AFTER[offence]
-    offender.hello()
+    stream = Offender(server)
+    offender.hello(session=session_of(server, stream))
     neighbour.works()
     offender.send(data)
     assert limit in offender.last_words().text
     assert "127.0.0.2:" in caplog.text
     assert limit in caplog.text
+    stream.close()
+
+
+def test_more_requests_than_it_waits_for(tmp_path, caplog):
+    """What is answered at once is not open; these wait for a thread."""
+    limits = replace(LIMITS, turn_s=60.0)
+    with serving(tmp_path / "Data.fs", limits=limits) as server:
+        neighbour = Neighbour(server)
+        neighbour.works()
+        stream, offender = Offender(server), Offender(server)
+        offender.hello(session=session_of(server, stream))
+        asking = [encode(Request(n, "get_tid", [X])) for n in range(1, 1000)]
+        offender.send(b"".join(asking))
+        assert "requests_open_max" in offender.last_words().text
+        assert "requests_open_max" in caplog.text
+        neighbour.works()
+        assert neighbour.was_never_lost()
+        for each in (stream, offender, neighbour):
+            each.close()
 
 
 def test_a_frame_that_never_ends(server, neighbour, offender, caplog):
@@ -330,7 +363,8 @@ def test_small_messages_without_end(server, neighbour, offender):
     offender.socket.setblocking(False)
     for _ in range(5):
         with suppress(BlockingIOError):
-            while True:
+            # A server that keeps up could be sent messages for ever.
+            for _ in range(20):
                 unsent = unsent or small
                 unsent = unsent[offender.socket.send(unsent) :]
         neighbour.works()
@@ -367,6 +401,57 @@ def test_too_many_channels_of_one_session(server, neighbour, caplog):
         assert all(channel.call("ping") is None for channel in channels)
         for channel in channels:
             channel.close()
+
+
+def work_at_once(storage: ClientStorage, count: int) -> None:
+    """In so many threads, each of which would like to have a channel for itself."""
+
+    def work(number: int) -> bytes:
+        for n in range(10):
+            commit(storage, **{f"t{number}": b"%d" % n})
+            storage.ping()
+        return seen(storage, f"t{number}")
+
+    working = [Background(work, number) for number in range(count)]
+    assert [each.result() for each in working] == [b"9"] * count
+
+
+def test_a_client_that_gets_no_more_channels_goes_on_with_those_it_has(
+    server, neighbour, caplog
+):
+    with client_of(server, limits=LIMITS) as storage:
+        session = storage.current_session
+        commit(storage, y=b"cached")
+        work_at_once(storage, 3 * LIMITS.session_channels_max)
+        assert "lets this client have no more sockets" in caplog.text
+        assert "more than 8 channels (session_channels_max)" in caplog.text
+        assert storage.current_session is session
+        neighbour.works()
+
+
+@pytest.mark.parametrize("way", ["plain", "tls"])
+def test_a_client_whose_machine_has_too_many_sockets_goes_on_with_those_it_has(
+    server, tls_server, tmp_path, caplog, way
+):
+    wish = Wish("1", False, None, None, None, None)
+    options: dict[str, Any] = {"limits": LIMITS}
+    tls = None
+    if way == "tls":
+        server, options["tls_ca"] = tls_server, str(tmp_path / "ca.pem")
+        tls = client_tls(files=TlsFiles(options["tls_ca"]))
+    with client_of(server, **options) as storage, ExitStack() as others:
+        storage.ping()
+        session = storage.current_session
+
+        def come() -> None:
+            while True:
+                others.enter_context(dial(server.address, wish, LIMITS, tls).socket)
+
+        with pytest.raises(TurnedAway):
+            come()
+        work_at_once(storage, 5)
+        assert "lets this client have no more sockets" in caplog.text
+        assert storage.current_session is session
 
 
 # What transactions send
@@ -418,15 +503,55 @@ def test_transactions_that_are_too_large_together(server, neighbour, offender, c
     stream.close()
 
 
+def uploaded(server: InProcessServer) -> int:
+    """The bytes of blobs that are not committed."""
+    folder = Path(server.database.uploads.shared).parent
+    files = folder.glob(".zeolith-uploads-*/*.upload")
+    return sum(path.stat().st_size for path in files)
+
+
+def test_a_transaction_whose_blobs_are_too_large(server, neighbour, offender, caplog):
+    stream = Offender(server)
+    offender.hello(session=session_of(server, stream))
+    chunks = [
+        encode(Notice("blob_chunk", [b"t" * 16, n, bytes(1024**2)])) for n in range(4)
+    ]
+    for chunk in chunks[:3]:
+        offender.send(chunk)
+    wait_until(lambda: uploaded(server) == 3 * 1024**2, "they are there")
+    neighbour.works()
+    offender.send(chunks[3])
+    assert "transaction_blob_bytes_max" in offender.last_words().text
+    assert "127.0.0.2:" in caplog.text
+    assert "transaction_blob_bytes_max" in caplog.text
+    wait_until(lambda: not uploaded(server), "what was sent is removed")
+    stream.close()
+
+
+def test_a_client_is_told_that_its_blobs_are_too_large(server, neighbour, tmp_path):
+    """While it sends them, by an error that is not worth another try."""
+    blob = tmp_path / "large"
+    with client_of(server, blob_dir=str(tmp_path / "cache")) as storage:
+        session = storage.current_session
+        transaction = begin(storage)
+        with blob.open("wb") as file:
+            file.truncate(100 * 1024**2)
+        with pytest.raises(LocalProtocolError, match="transaction_blob_bytes") as error:
+            storage.storeBlob(
+                oid_of("blob"), bytes(8), b"r", str(blob), "", transaction
+            )
+        assert not isinstance(error.value, TransientError)
+        storage.tpc_abort(transaction)
+        wait_until(lambda: not uploaded(server), "what was sent is removed")
+        assert storage.current_session is session
+        blob.write_bytes(b"small")
+        transaction = begin(storage)
+        storage.storeBlob(oid_of("blob"), bytes(8), b"r", str(blob), "", transaction)
+        storage.tpc_vote(transaction)
+        storage.tpc_finish(transaction)
+
+
 # With TLS
-
-
-@pytest.fixture
-def tls_server(tmp_path: Path) -> Iterator[InProcessServer]:
-    context = context_of(Authority(tmp_path).sign())
-    path = tmp_path / "Data.fs"
-    with serving(path, limits=LIMITS, tls=context) as server:
-        yield server
 
 
 HANDSHAKE = b"\x16\x03\x01"

@@ -2,24 +2,30 @@
 
 import asyncio
 import errno
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from ZODB.POSException import StorageError
 
-from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Goodbye
 from zeolith.server import blobs
 from zeolith.server.committer import Phase
 
 from ..support.ids import number, transaction_id
-from ..support.memory import MemoryClient, MemorySession
+from ..support.memory import UNHURRIED, MemoryClient, MemorySession
 from ..support.model import ModelServer, ModelUpload
 
 OID, OTHER = number(1), number(2)
 X, Y = transaction_id(1), transaction_id(2)
 METADATA = [b"", b"", b"", None, " "]
-SMALL = Limits(blob_backlog_bytes_max=100, batch_bytes_max=200, transaction_blobs_max=3)
+SMALL = replace(
+    UNHURRIED,
+    blob_backlog_bytes_max=100,
+    batch_bytes_max=200,
+    transaction_blobs_max=3,
+    transaction_blob_bytes_max=1000,
+)
 
 
 class Server(ModelServer):
@@ -281,6 +287,29 @@ async def test_too_many_blobs_end_the_socket(server, channel):
     for blob in range(4):
         send(channel, b"", blob)
     assert "transaction_blobs_max" in channel.goodbye().text
+
+
+async def test_too_many_bytes_of_blobs_end_the_socket_and_leave_nothing(
+    server, channel
+):
+    for blob in (0, 1, 2, 0, 1):
+        send(channel, bytes(200), blob)
+    await server.workers.work()
+    assert sum(map(len, server.upload.files.values())) == 1000
+    send(channel, b"1", 2)
+    assert "1000 bytes (transaction_blob_bytes_max)" in channel.goodbye().text
+    await channel.lose()
+    await server.workers.work()
+    assert server.upload.is_discarded
+
+
+async def test_each_transaction_has_its_own_bytes_for_blobs(server, channel):
+    for transaction in (X, Y):
+        for _ in range(5):
+            send(channel, bytes(200), id_=transaction)
+        await server.workers.work()
+    assert [sum(map(len, each.files.values())) for each in server.uploads] == [1000] * 2
+    assert channel.peer.is_there
 
 
 async def test_a_storage_without_blobs_takes_no_chunks(server, channel):

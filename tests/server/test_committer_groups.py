@@ -409,6 +409,9 @@ async def test_a_disaster_is_told_to_each_as_it_is_for_it(server, caplog):
     assert "nothing is written any more" in caplog.text
     (late,) = clients(server, store(A))
     assert isinstance(late.answers[-1], StorageSystemError)
+    for refused in (behind, waiting, holder, late):
+        assert "nothing of this transaction was committed" in str(refused.answers[-1])
+    assert "nothing of this transaction" not in str(group.answers[-1])
     assert server.served.changes.last_tid == number(0)
 
 

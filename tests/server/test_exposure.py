@@ -89,6 +89,28 @@ def test_a_name_is_what_it_resolves_to(monkeypatch):
     assert exposed(found, False, False) == [("192.0.2.7", 2)]
 
 
+def test_a_name_with_an_address_that_others_reach_is_exposed(monkeypatch):
+    hosts = ["127.0.0.1", "192.0.2.7", "::1"]
+    found = [(0, socket.SOCK_STREAM, 6, "", (host, 1)) for host in hosts]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: found)
+    addresses = resolved([("db.test", 1)])
+    assert addresses == [(host, 1) for host in hosts]
+    assert exposed(addresses, False, False) == [("192.0.2.7", 1)]
+
+
+def test_what_is_no_name_is_left_to_whoever_listens():
+    assert resolved([("a" * 70 + ".test", 1)]) == []
+
+
+def test_localhost_is_not_looked_up(monkeypatch):
+    def getaddrinfo(*_args, **_options):
+        raise AssertionError("it may take a while")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    addresses: list[Address] = [("localhost", 1), ("127.0.0.1", 2)]
+    assert resolved(addresses) == addresses
+
+
 def test_all_interfaces_stay_all_interfaces():
     assert exposed(resolved([("", 1)]), False, False)
     assert resolved([("0.0.0.0", 2)]) == [("0.0.0.0", 2)]

@@ -113,6 +113,18 @@ async def test_the_loop_hears_of_what_has_changed(options):
     assert "bob" in heard[0].users
 
 
+@pytest.mark.parametrize("has_section", [False, True])
+async def test_no_thread_is_woken_where_there_is_no_file(monkeypatch, has_section):
+    keyring = Keyring(AccessOptions(certificates=(APP,)) if has_section else None)
+    looks: list[None] = []
+    monkeypatch.setattr(keyring, "renew", lambda: looks.append(None))
+    heard: list[Access] = []
+    KeyWatch(keyring, heard.append).tick()
+    # It waits for whatever is in a thread.
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert not looks
+
+
 async def test_the_loop_goes_by_other_options(options, caplog):
     heard: list[Access] = []
     watch = KeyWatch(Keyring(options), heard.append)

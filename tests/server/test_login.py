@@ -66,6 +66,15 @@ def test_an_unknown_user_fails_where_a_wrong_password_does():
         exchange.finish(scram.get_client_final())
 
 
+def test_a_user_who_is_removed_in_the_middle_is_not_let_in():
+    users, scram = {"ann": ANN}, client()
+    exchange = Exchange(replace(ACCESS, users=users), scram.get_client_first(), None)
+    scram.set_server_first(exchange.challenge)
+    del users["ann"]
+    with pytest.raises(LoginFailed, match="user 'ann': no user of ours"):
+        exchange.finish(scram.get_client_final())
+
+
 def challenge_of(access: Access, name: str) -> list[str]:
     """Salt and iterations; the nonce is another each time."""
     _nonce, *others = Exchange(

@@ -8,7 +8,6 @@ import pytest
 from zeolith.protocol.codec import encode
 from zeolith.protocol.connection import HEARTBEAT
 from zeolith.protocol.frames import frame
-from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.messages import (
     Failure,
     Goodbye,
@@ -21,21 +20,23 @@ from zeolith.protocol.messages import (
 )
 from zeolith.server.listener import Listener
 from zeolith.server.peer import Peer
+from zeolith.server.turns import clock
 from zeolith.storage.changes import Changes
 
 from ..support.ids import number, transaction_id
-from ..support.memory import MemoryClient, MemorySession, hello_fields
+from ..support.memory import UNHURRIED, MemoryClient, MemorySession, hello_fields
 from ..support.model import ModelServer
 
 OID = number(1)
 LIMITS = replace(
-    DEFAULT,
+    UNHURRIED,
     frame_bytes_max=64 * 1024,
     batch_bytes_max=32 * 1024,
     lag_bytes_max=8 * 1024,
     output_bytes_max=16 * 1024,
     requests_open_max=4,
 )
+HELLO = encode(Hello(hello_fields(kind="channel", storage=None)))
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ OFFENCES = {
         "operations must be list of operation",
     ),
     "a number used twice": (
-        request_of("ping", id_=1) + request_of("ping", id_=1),
+        request_of("get_tid", OID, id_=1) + request_of("ping", id_=1),
         "request 1 after request 1",
     ),
     "an answer": (encode(Reply(1, None)), "a Reply is not expected"),
@@ -224,43 +225,79 @@ async def test_a_notice_that_cannot_be_heeded_ends_the_socket_with_the_reason(se
 
 # Turns: whoever sends much does not keep the others waiting
 
+# As if a turn were over when one message has been looked at.
+HURRIED = replace(LIMITS, turn_s=0.0)
 BEAT = encode(Notice("stage", [transaction_id(1), []]))
-MANY = 10 * LIMITS.turn_bytes_max // len(BEAT)
+MANY = 20
 
 
-async def test_it_is_the_others_turn_after_some_of_many_messages(server, session):
-    busy, other = session.channel(), session.channel()
+@pytest.fixture
+async def hurried() -> MemorySession:
+    """A session with a server whose turns are short."""
+    server = ModelServer(limits=HURRIED)
+    server.commit(OID, b"data")
+    return MemorySession(server.service, HURRIED)
+
+
+async def steps(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_it_is_the_others_turn_after_some_of_many_messages(hurried):
+    busy, other = hurried.channel(), hurried.channel()
     last = busy.connection.request("ping", [], now())
     busy.send(BEAT * MANY + last)
     assert busy.transport.is_paused, "what has come is enough for now"
     assert not busy.received()
     assert other.value(other.ask("ping")) is None
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await steps(MANY - 2)
     assert not busy.received()
-    for _ in range(10):
-        await asyncio.sleep(0)
+    await steps(5)
     assert busy.received() == [Reply(1, None)]
     assert not busy.transport.is_paused
     assert busy.value(busy.ask("ping")) is None
 
 
+async def test_a_hundred_who_send_much_have_one_turn_between_them(hurried):
+    """Or the others would wait for a hundred turns."""
+    crowd = [hurried.channel() for _ in range(100)]
+    for each in crowd:
+        pings = [each.connection.request("ping", [], now()) for _ in range(3)]
+        each.send(b"".join(pings))
+    assert all(each.received() == [Reply(1, None)] for each in crowd)
+    for done in range(20):
+        await steps(1)
+        answered = sum(len(each.received()) for each in crowd)
+        assert answered == 1 or done == 0
+    await steps(200)
+    assert sum(len(each.received()) for each in crowd) == 200 - 20
+
+
+async def test_many_loads_in_one_piece_are_answered_in_turns_too(hurried):
+    busy = hurried.channel()
+    loads = [busy.connection.request("load", [OID, number(2)], now()) for _ in range(4)]
+    busy.send(b"".join(loads))
+    assert len(busy.received()) == 1
+    await steps(5)
+    assert [each.id for each in busy.received()] == [2, 3, 4]
+
+
 @pytest.mark.parametrize("cut", range(1, 40, 3))
-async def test_messages_that_take_turns_are_all_there_in_their_order(session, cut):
-    busy = session.channel()
+async def test_messages_that_take_turns_are_all_there_in_their_order(hurried, cut):
+    busy = hurried.channel()
     requests = [busy.connection.request("ping", [], now()) for _ in range(4)]
     large = encode(Notice("stage", [transaction_id(1), [store(9000)]]))
     data = BEAT * MANY + requests[0] + large + requests[1] + BEAT * MANY + requests[2]
     busy.send(data[:cut])
     busy.send(data[cut:])
-    for _ in range(30):
-        await asyncio.sleep(0)
+    await steps(3 * MANY)
     busy.send(requests[3])
     assert busy.received() == [Reply(n, None) for n in (1, 2, 3, 4)]
 
 
-async def test_one_large_message_takes_no_turns(session):
-    channel = session.channel()
+async def test_one_large_message_takes_no_turns(hurried):
+    channel = hurried.channel()
     staging = encode(Notice("stage", [transaction_id(1), [store(60_000)]]))
     channel.send(staging)
     assert not channel.transport.is_paused
@@ -270,17 +307,78 @@ async def test_one_large_message_takes_no_turns(session):
 
 
 @pytest.mark.parametrize("is_told", [True, False])
-async def test_nobody_waits_for_his_turn_who_is_gone(server, session, is_told):
-    busy = session.channel()
+async def test_nobody_waits_for_his_turn_who_is_gone(hurried, is_told):
+    busy = hurried.channel()
     vote = request_of("vote", transaction_id(1), [b"", b"", b"", None, " "], [])
     busy.send(BEAT * MANY + (frame(b"\xc1") if is_told else b"") + vote)
     if not is_told:
         await busy.lose()
-    for _ in range(30):
-        await asyncio.sleep(0)
+    await steps(2 * MANY)
     assert busy.transport.is_lost
-    assert busy.peer not in server.service.peers
-    assert not server.committer.holders
+    service = busy.peer._service
+    assert busy.peer not in service.peers
+    assert not service.databases["1"].committer.holders
+
+
+# Guests: who cannot write, or is not welcomed
+
+
+def takes_much(client: MemoryClient) -> None:
+    """As if the server had done much for it."""
+    account = client.peer.account
+    assert account is not None, "it is no guest"
+    account.charge(10 * LIMITS.guest_burst_s, clock())
+
+
+async def test_a_guest_who_has_taken_much_waits_in_line(server, session, channel):
+    guest = MemorySession(server.service, LIMITS, read_only=True).channel()
+    first = guest.ask("ping")
+    takes_much(guest)
+    assert guest.value(first) is None
+    second = guest.ask("ping")
+    assert guest.answer(second) is None
+    assert guest.transport.is_paused
+    assert channel.value(channel.ask("ping")) is None
+    await steps(2)
+    assert guest.value(second) is None
+    assert not guest.transport.is_paused
+
+
+async def test_what_a_guest_has_taken_counts_on_all_sockets_of_his_session(server):
+    session = MemorySession(server.service, LIMITS, read_only=True)
+    one, other = session.channel(), session.channel()
+    takes_much(one)
+    request = other.ask("ping")
+    assert other.answer(request) is None
+    another = MemorySession(server.service, LIMITS, read_only=True).channel()
+    assert another.value(another.ask("ping")) is None
+    await steps(2)
+    assert other.value(request) is None
+
+
+async def test_what_a_stranger_has_taken_counts_on_all_sockets_of_his_host(server):
+    takes_much(MemoryClient(server.service, LIMITS))
+    other = MemoryClient(server.service, LIMITS)
+    other.send(HELLO)
+    elsewhere = MemoryClient(server.service, LIMITS, address=("192.0.2.8", 1))
+    elsewhere.send(HELLO)
+    assert not other.transport.take()
+    assert elsewhere.transport.take()
+    await steps(2)
+    assert other.transport.take()
+
+
+async def test_a_guest_may_send_small_frames_only(server):
+    limits = replace(LIMITS, reader_frame_bytes_max=1000)
+    guest = MemorySession(server.service, limits, read_only=True).channel()
+    probe = MemoryClient(server.service, limits)
+    probe.hello(kind="channel", storage=None)
+    for each in (guest, probe):
+        each.send(frame(bytes(1001)))
+        assert "reader_frame_bytes_max" in each.goodbye().text
+    member = MemorySession(server.service, limits).channel()
+    member.send(encode(Notice("stage", [transaction_id(1), [store(2000)]])))
+    assert member.value(member.ask("ping")) is None
 
 
 # Before the hello

@@ -8,14 +8,13 @@ from BTrees.OOBTree import OOTreeSet
 from ZODB.DB import DB
 from ZODB.POSException import POSKeyError
 
-from zeolith.protocol.limits import DEFAULT
 from zeolith.protocol.references import link_of
 from zeolith.server.loading import PREFETCHED, Found
 from zeolith.server.reading_ahead import load_ahead
 from zeolith.storage.database import WouldBlock
 
 from ..support.ids import number
-from ..support.memory import MemorySession
+from ..support.memory import UNHURRIED, MemorySession
 from ..support.model import ModelServer
 
 A, B, C, D = map(number, range(1, 5))
@@ -178,7 +177,7 @@ async def test_what_is_read_from_the_disk_is_read_in_a_thread(server):
 
 @pytest.mark.parametrize("would_block", [False, True])
 async def test_nobody_holds_up_the_loop_or_a_thread_for_long(would_block):
-    server = ModelServer(limits=replace(DEFAULT, load_ahead_max=3))
+    server = ModelServer(limits=replace(UNHURRIED, load_ahead_max=3))
     for n in range(1, 9):
         server.commit(number(n), linked_with(number(n + 1)))
     server.database.would_block = would_block
@@ -191,7 +190,7 @@ async def test_nobody_holds_up_the_loop_or_a_thread_for_long(would_block):
 
 
 async def test_an_answer_is_no_larger_than_the_server_allows():
-    server = ModelServer(limits=replace(DEFAULT, batch_bytes_max=1000))
+    server = ModelServer(limits=replace(UNHURRIED, batch_bytes_max=1000))
     for n in range(5):
         server.commit(number(n), bytes(400))
     oids = [number(n) for n in range(5)]

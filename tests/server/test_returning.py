@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
-from zeolith.protocol.limits import DEFAULT, Limits
+from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Failure, Message, Notice, Welcome
 from zeolith.storage.changes import Changes
 
 from ..support.ids import number
-from ..support.memory import MemoryClient, MemorySession, hello_fields
+from ..support.memory import UNHURRIED, MemoryClient, MemorySession, hello_fields
 from ..support.model import ModelDatabase, ModelServer
 
 OID = number(1)
 # In so small pieces are changes told.
-SMALL = replace(DEFAULT, notice_oids_max=3, notice_changes_max=2)
+SMALL = replace(UNHURRIED, notice_oids_max=3, notice_changes_max=2)
 
 
 class LongAgo(ModelServer):
     """A server whose log has ten changes, of which it remembers the last three."""
 
-    def __init__(self, limits: Limits = DEFAULT, remembered: int = 3) -> None:
+    def __init__(self, limits: Limits = UNHURRIED, remembered: int = 3) -> None:
         super().__init__(ModelDatabase(), limits)
         self.database.last_tid = number(10 - remembered)
         self.served.start_afresh(self.database.standing())
@@ -323,7 +323,7 @@ async def test_revisions_are_verified_in_a_thread(server):
     ("method", "argument"), [("last_known", OID), ("verify", [OID, OID])]
 )
 async def test_no_more_than_allowed_is_asked_at_once(server, method, argument):
-    limits = replace(DEFAULT, verify_max=3, last_known_max=3)
+    limits = replace(UNHURRIED, verify_max=3, last_known_max=3)
     server = LongAgo(limits)
     channel = MemorySession(server.service).channel()
     request = channel.ask(method, [argument] * 3)

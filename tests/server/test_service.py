@@ -14,7 +14,7 @@ from zeolith.server.loading import PREFETCHED
 from zeolith.storage.database import Conflict, Transaction, Unresolved
 
 from ..support.ids import number, transaction_id
-from ..support.memory import MemoryClient, MemorySession
+from ..support.memory import UNHURRIED, MemoryClient, MemorySession
 from ..support.model import ModelDatabase, ModelServer, publish
 
 OID = number(1)
@@ -385,7 +385,7 @@ async def test_many_loads_skip_what_is_not_there(server, channel):
 
 
 async def test_many_loads_end_when_the_answer_is_large():
-    limits = replace(DEFAULT, batch_bytes_max=1000, load_many_max=5)
+    limits = replace(UNHURRIED, batch_bytes_max=1000, load_many_max=5)
     server = ModelServer(limits=limits)
     for n in range(5):
         server.commit(number(n), bytes(600))
@@ -400,7 +400,7 @@ async def test_many_loads_end_when_the_answer_is_large():
 
 @pytest.mark.parametrize("would_block", [False, True])
 async def test_many_loads_do_not_hold_up_the_loop(would_block):
-    limits = replace(DEFAULT, load_many_max=9, load_many_answered_max=3)
+    limits = replace(UNHURRIED, load_many_max=9, load_many_answered_max=3)
     server = ModelServer(limits=limits)
     server.commit(OID, b"data")
     server.database.would_block = would_block
@@ -424,7 +424,7 @@ async def test_many_loads_do_not_hold_up_the_loop(would_block):
 
 @pytest.mark.parametrize("method", ["history", "undo_log"])
 async def test_logs_are_bounded(method):
-    limits = replace(DEFAULT, log_entries_max=3)
+    limits = replace(UNHURRIED, log_entries_max=3)
     server = ModelServer(limits=limits)
     for _ in range(5):
         server.commit(OID, b"data")
@@ -437,7 +437,7 @@ async def test_logs_are_bounded(method):
 
 
 async def test_oids_given_out_at_once_are_bounded():
-    limits = replace(DEFAULT, new_oids_max=3)
+    limits = replace(UNHURRIED, new_oids_max=3)
     server = ModelServer(limits=limits)
     channel = MemorySession(server.service, limits).channel()
     oids = channel.ask("new_oids", 1000)
@@ -613,7 +613,7 @@ async def test_a_conflict_can_be_resolved_by_the_client(server, channel):
 
 
 async def test_conflicts_that_are_too_large_to_tell_end_the_transaction():
-    limits = replace(DEFAULT, frame_bytes_max=64 * 1024, batch_bytes_max=1024)
+    limits = replace(UNHURRIED, frame_bytes_max=64 * 1024, batch_bytes_max=1024)
     server = ModelServer(limits=limits)
     large = CONFLICT._replace(committed=bytes(30_000), old=bytes(40_000))
     server.database.unresolved = Unresolved([large])
@@ -939,7 +939,7 @@ async def test_whoever_asks_for_changes_gets_those_that_are_still_on_their_way(
 
 
 async def test_no_more_is_prepared_than_goes_into_the_answer():
-    server = ModelServer(limits=replace(DEFAULT, batch_bytes_max=500))
+    server = ModelServer(limits=replace(UNHURRIED, batch_bytes_max=500))
     oids = [number(each) for each in range(1, 1 + 3 * PREFETCHED)]
     for oid in oids:
         server.commit(oid, b"four")
