@@ -15,6 +15,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -223,6 +224,8 @@ class Channel:
 
     def _lost(self, error: Exception | None) -> Exception:
         """The error for whoever called: the channel is of no more use."""
+        if isinstance(error, ConnectionError | ssl.SSLError):
+            error = self._last_words() or error
         self.close()
         goodbye = self._connection.goodbye_rcvd
         if goodbye is not None and goodbye.reason == "protocol":
@@ -237,3 +240,15 @@ class Channel:
             # It sounds like a riddle, and is the same.
             error = None
         return ChannelLost(str(error or "the server closed the connection"))
+
+    def _last_words(self) -> Exception | None:
+        """Why the server hung up, if it has said so while we were sending."""
+        connection = self._connection
+        # The connection is broken: what is there is read, and nothing waited for.
+        with suppress(OSError):
+            while not connection.is_closed:
+                received = self._socket.recv(RECEIVE_BYTES)
+                if not received:
+                    break
+                connection.receive_data(received, _monotonic())
+        return connection.error

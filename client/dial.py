@@ -10,6 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
 # After a login that failed.
 LOCKED_OUT_S = 15.0
+
+
+class TurnedAway(ConnectionResetError):
+    """The server is there, and has no place for one more socket now."""
 
 
 class Wish(NamedTuple):
@@ -87,6 +92,16 @@ def is_locked_out(error: BaseException) -> bool:
         "access",
         "login",
     )
+
+
+def has_no_place(error: BaseException) -> bool:
+    """Whether the server has turned us away for one of its limits.
+
+    By TLS it cannot say so, and just closes the socket in the handshake.
+    """
+    if isinstance(error, errors.HelloRefused):
+        return error.reason == "limit"
+    return isinstance(error, TurnedAway)
 
 
 def dial_any(
@@ -171,14 +186,17 @@ def _greet(
     sock = _connect(address)
     try:
         connection = Connection(Role.CLIENT, time.monotonic(), limits)
-        if resumption is not None and not isinstance(address, str):
-            sock = resumption.tls.wrap(sock, address[0], resumption.session)
-        limit_silence(sock, limits.hello_timeout_s)
-        if isinstance(sock, ssl.SSLSocket):
-            sock.do_handshake()
+        with _turned_away_without_a_word():
+            if resumption is not None and not isinstance(address, str):
+                sock = resumption.tls.wrap(sock, address[0], resumption.session)
+            limit_silence(sock, limits.hello_timeout_s)
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
         login = credentials.login(sock)
         hello["login"] = login.hello_login()
-        sock.sendall(connection.hello(hello, time.monotonic()))
+        # Who is turned away before he has said hello may still read why.
+        with suppress(ConnectionError):
+            sock.sendall(connection.hello(hello, time.monotonic()))
         welcome, early = _await_welcome(sock, connection, login)
         if resumption is not None and isinstance(sock, ssl.SSLSocket):
             # Before a thread listens: the ticket came with the welcome at the latest.
@@ -194,6 +212,16 @@ def _greet(
                 f" {limits.hello_timeout_s:g} s"
             ) from None
         raise
+
+
+@contextmanager
+def _turned_away_without_a_word() -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+        raise TurnedAway(
+            "the server closed the connection in the TLS handshake"
+        ) from error
 
 
 def _await_welcome(
@@ -213,7 +241,9 @@ def _await_welcome(
                 raise errors.error_of(first.name, first.attributes, first.text)
         goodbye = connection.goodbye_rcvd
         if goodbye is not None:
-            raise ConnectionResetError(f"{goodbye.reason}: {goodbye.text}")
+            is_limit = goodbye.reason == "limit"
+            kind = TurnedAway if is_limit else ConnectionResetError
+            raise kind(f"{goodbye.reason}: {goodbye.text}")
         if connection.is_closed:
             raise connection.error or errors.RemoteProtocolError("no welcome")
     raise ConnectionResetError("the server closed the connection at the hello")

@@ -30,3 +30,7 @@ class CommitOutcomeUnknown(StorageError):
 
 class ChannelLost(Exception):
     """Internal: a socket broke in the middle of a call; what to do depends on it."""
+
+
+class ChannelRefused(ChannelLost):
+    """Internal: the server lets the session have no more sockets; it goes on."""

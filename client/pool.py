@@ -10,17 +10,22 @@ from its vote to its finish or to a pack, does not count and does not wait: a co
 wait at the server for another one, whose thread may have to load something first, and
 must not keep the channel from it.
 
+Where the server refuses one more for a limit of its own, everybody waits for what is
+given back, for ``channel_wait_s`` at most, as those who have a channel may be the very
+ones who wait. From time to time one of them asks the server again.
+
 ``idle`` and ``waiting`` are used without the lock, also by ``Session.call``: who gives
 back appends to the one and then looks at the other, who waits does it the other way
 round, so that one of them sees the other.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
 from zeolith.client.channel import Channel
-from zeolith.client.errors import ChannelLost
+from zeolith.client.errors import ChannelLost, ChannelRefused
 from zeolith.protocol.limits import Limits
 
 
@@ -34,7 +39,7 @@ class _Turn:
 
 
 class Pool:
-    """Channels made by ``dial``, which raises ChannelLost."""
+    """Channels made by ``dial``, which raises ChannelLost, ChannelRefused."""
 
     def __init__(self, dial: Callable[[], Channel], limits: Limits):
         self._dial = dial
@@ -48,6 +53,10 @@ class Pool:
         # How many are being opened for calls.
         self._opening = 0
         self.waiting: deque[_Turn] = deque()
+        # Why the server let us have no more, when, and how many it may let us have.
+        self._refusal: ChannelRefused | None = None
+        self._refused_at = 0.0
+        self._allowed = 0
 
     def take(self) -> Channel:
         """A channel for one call, or a few; raises ChannelLost."""
@@ -57,14 +66,18 @@ class Pool:
             pass
         with self._lock:
             self._refuse_after_the_end()
+            refusal = self._refusal
             has_room = self._has_room()
             if has_room:
                 self._opening += 1
-        if not has_room:
-            channel = self._wait()
-            if channel is not None:
-                return channel
-        return self._open()
+        try:
+            if has_room:
+                return self._open()
+            if refusal is None:
+                return self._wait() or self._open()
+        except ChannelRefused as error:
+            refusal = error
+        return self._wait_for_others(refusal)
 
     def lend(self) -> Channel:
         """A channel for longer; raises ChannelLost."""
@@ -72,9 +85,10 @@ class Pool:
             channel = self.idle.pop()
         except IndexError:
             self._refuse_after_the_end()
-            channel = self._dial()
-            self._lent.add(channel)
-            return self._added(channel)
+            try:
+                return self._open_to_lend()
+            except ChannelRefused as refusal:
+                channel = self._wait_for_others(refusal)
         self._lent.add(channel)
         if self.waiting:
             self.serve()
@@ -99,7 +113,12 @@ class Pool:
             self._serve()
 
     def trim(self, now: float) -> None:
-        """Close what nobody has used for ``channel_idle_s``; one is kept."""
+        """Close what nobody has used for ``channel_idle_s``; one is kept.
+
+        And see to it that a server that has refused a channel is asked again.
+        """
+        if self._refusal is not None:
+            self._ask_again(now)
         since = now - self._limits.channel_idle_s
         while len(self.idle) > 1 and self.idle[0].used_at < since:
             try:
@@ -136,7 +155,21 @@ class Pool:
         for channel in self.channels:
             channel.close()
 
-    def _wait(self) -> Channel | None:
+    def _wait_for_others(self, refusal: ChannelRefused) -> Channel:
+        """What somebody gives back, if the server gives us no more for ``refusal``."""
+        deadline = time.monotonic() + self._limits.channel_wait_s
+        while True:
+            if not self.channels:
+                raise refusal
+            left_s = deadline - time.monotonic()
+            try:
+                return self._wait(max(left_s, 0)) or self._open()
+            except TimeoutError:
+                raise refusal from None
+            except ChannelRefused as error:
+                refusal = error
+
+    def _wait(self, timeout_s: float | None = None) -> Channel | None:
         turn = _Turn()
         with self._lock:
             self._refuse_after_the_end()
@@ -144,7 +177,8 @@ class Pool:
             # What was given back since we looked.
             self._serve()
         try:
-            turn.has_come.wait()
+            if not turn.has_come.wait(timeout_s):
+                raise TimeoutError
         except BaseException:
             self._leave(turn)
             raise
@@ -153,7 +187,7 @@ class Pool:
         return turn.channel
 
     def _leave(self, turn: _Turn) -> None:
-        """A waiting thread was interrupted, perhaps when its turn had come."""
+        """A waiting thread goes away, perhaps when its turn had come."""
         with self._lock:
             if turn in self.waiting:
                 self.waiting.remove(turn)
@@ -167,17 +201,41 @@ class Pool:
     def _open(self) -> Channel:
         try:
             channel = self._dial()
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._opening -= 1
+                self._heed(error)
                 self._serve()
             raise
         return self._added(channel, opened=1)
+
+    def _open_to_lend(self) -> Channel:
+        refusal = self._refusal
+        if refusal is not None and len(self.channels) >= self._allowed:
+            raise refusal
+        try:
+            channel = self._dial()
+        except ChannelRefused as error:
+            with self._lock:
+                self._heed(error)
+            raise
+        self._lent.add(channel)
+        return self._added(channel)
+
+    def _ask_again(self, now: float) -> None:
+        with self._lock:
+            if not self.waiting:
+                self._refusal = None
+            elif now - self._refused_at >= self._limits.heartbeat_interval_s:
+                self._refused_at = now
+                self._allow_one_more()
 
     def _added(self, channel: Channel, opened: int = 0) -> Channel:
         with self._lock:
             self._opening -= opened
             self.channels.add(channel)
+            if self._refusal is not None:
+                self._allow_one_more()
             is_late = self._ended is not None
         if is_late:
             self._drop(channel)
@@ -199,7 +257,23 @@ class Pool:
 
     def _has_room(self) -> bool:
         in_calls = len(self.channels) - len(self._lent) + self._opening
-        return in_calls < self._limits.channels_max
+        if in_calls >= self._limits.channels_max:
+            return False
+        return self._refusal is None or (
+            len(self.channels) + self._opening < self._allowed
+        )
+
+    def _allow_one_more(self) -> None:
+        # One asks for all.
+        self._allowed = len(self.channels) + self._opening + 1
+        self._serve()
+
+    def _heed(self, error: BaseException) -> None:
+        if isinstance(error, ChannelRefused):
+            self._refusal = error
+            self._refused_at = time.monotonic()
+            # The first one is worth asking for each time.
+            self._allowed = max(len(self.channels), 1)
 
     def _serve(self) -> None:
         while self.waiting:

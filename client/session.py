@@ -14,11 +14,12 @@ from typing import Any
 
 from zeolith.client.changes import Change
 from zeolith.client.channel import Channel, is_silence, limit_silence, shut_down
-from zeolith.client.dial import Reached, dial_channel
-from zeolith.client.errors import ChannelLost
+from zeolith.client.dial import Reached, dial_channel, has_no_place
+from zeolith.client.errors import ChannelLost, ChannelRefused
 from zeolith.client.pool import Pool
 from zeolith.client.position import Position
 from zeolith.client.round_trip import RECEIVE_BYTES
+from zeolith.protocol.addresses import format_address
 from zeolith.protocol.connection import Connection
 from zeolith.protocol.errors import ZeolithError
 from zeolith.protocol.limits import Limits
@@ -38,6 +39,7 @@ class Session:
         self.ended: str | None = None
         # Whether a call was ever answered, so that the next session may hurry.
         self.has_answered = False
+        self._was_refused = False
         # When somebody began to dial for it.
         self.began_at = time.monotonic() if began_at is None else began_at
         # The changes that its welcome brought; None: it cannot say which were missed.
@@ -139,8 +141,21 @@ class Session:
                 self.address, self._token, self._limits, self._resumption
             )
         except (OSError, ZeolithError) as error:
+            if has_no_place(error):
+                self._note_refusal(error)
+                raise ChannelRefused(str(error)) from error
             self.close(str(error))
             raise ChannelLost(str(error)) from error
+
+    def _note_refusal(self, error: Exception) -> None:
+        if not self._was_refused:
+            self._was_refused = True
+            logger.warning(
+                "%s lets this client have no more sockets, and threads have to wait"
+                " for each other: %s",
+                format_address(self.address),
+                error,
+            )
 
     # The stream, for the connector's thread
 

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -51,6 +53,23 @@ def test_another_version_is_refused_and_may_be_opened_again(path, monkeypatch):
         with pytest.raises(lmdb.VersionMismatchError):
             opened(path, MB)
     env, _dbs = opened(path, MB)
+    env.close()
+
+
+def test_what_is_opened_at_the_last_moment_is_used(path, monkeypatch):
+    class Late(Future[Any]):
+        """Done after the wait, and before it is given up."""
+
+        def result(self, timeout: float | None = None) -> Any:
+            found = super().result()
+            if timeout is not None:
+                raise TimeoutError
+            return found
+
+    monkeypatch.setattr(cache_environment, "Future", Late)
+    env, dbs = opened(path, MB)
+    with env.begin() as txn:
+        assert txn.get(b"oid", db=dbs.current) is None
     env.close()
 
 

@@ -271,6 +271,23 @@ def test_a_server_that_could_not_understand_us_is_not_asked_again(ends):
     assert ends.channel.is_lost
 
 
+@pytest.mark.parametrize("send", ["send", "send_patiently", "call"])
+def test_a_server_that_has_enough_is_understood_while_it_is_sent_to(ends, send):
+    """What it said lies in our buffers when it reads no more."""
+    text = "the blobs of the transaction have more than 1 byte"
+    ends.far.sendall(HEARTBEAT + encode(Goodbye("protocol", text)))
+    data = bytes(2**24)
+    arguments = ("stage", bytes(16), [data]) if send == "call" else (data,)
+    sending = Background(getattr(ends.channel, send), *arguments)
+    # It has begun.
+    assert ends.far.recv(1)
+    ends.far.close()
+    error = sending.error()
+    assert isinstance(error, LocalProtocolError)
+    assert str(error) == text
+    assert ends.channel.is_lost
+
+
 def test_a_message_without_an_answer_is_only_sent(ends):
     ends.channel.send(encode(Goodbye("", "")))
     assert (ends.socket.sent, ends.socket.rcvd) == (1, 0)

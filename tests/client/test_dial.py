@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import re
 import socket
 import ssl
+import struct
 import threading
 from contextlib import closing
 from typing import Any
@@ -16,11 +18,13 @@ from zeolith.client.dial import (
     RETRY_FIRST_S,
     RETRY_MAX_S,
     Reached,
+    TurnedAway,
     Wish,
     delays,
     dial,
     dial_any,
     dial_channel,
+    has_no_place,
     is_locked_out,
     is_refusal,
 )
@@ -34,6 +38,7 @@ from zeolith.protocol.messages import Goodbye, Heartbeat, Notice, Reply, Welcome
 from zeolith.protocol.methods import HELLO, VERSION, check_fields
 from zeolith.protocol.tls import ClientTls, HandshakeFailed
 
+from ..support.certificates import Authority
 from ..support.gates import Background
 from ..support.identities import PASSWORD, access
 from ..support.inprocess import serving
@@ -164,13 +169,13 @@ def test_a_channel_joins_the_session_by_its_token(server):
 
 def test_a_channel_has_the_limit_of_silence_and_not_that_of_the_hello():
     limits = Limits(
-        heartbeat_interval_s=0.05, heartbeat_timeout_s=60, hello_timeout_s=0.2
+        heartbeat_interval_s=0.05, heartbeat_timeout_s=60, hello_timeout_s=0.5
     )
     answer_late = threading.Event()
     with scripted(answers={"ping": Held(answer_late)}) as server:
         channel = dial_channel(server.address, bytes(16), limits)
         calling = Background(channel.call, "ping")
-        for _ in range(4):
+        for _ in range(7):
             assert not calling.returns_soon()
         answer_late.set()
         calling.result()
@@ -256,6 +261,51 @@ def test_a_server_that_says_goodbye_may_be_tried_again(server):
     server.hello = Raw(encode(Goodbye("stopping", "the server is stopping")))
     with pytest.raises(ConnectionResetError, match="the server is stopping"):
         reach(server.address)
+
+
+def test_a_server_that_has_no_place_says_so(server):
+    """It may have later, so it is no refusal."""
+    text = "more than 2 connections (connections_max)"
+    server.hello = Raw(encode(Goodbye("limit", text)))
+    with pytest.raises(TurnedAway, match=re.escape(text)) as raised:
+        reach(server.address)
+    assert has_no_place(raised.value)
+    assert not is_refusal(raised.value)
+    assert has_no_place(HelloRefused("limit", "more than 8 channels"))
+    for other in (HelloRefused("session", "it ended"), ConnectionResetError("reset")):
+        assert not has_no_place(other)
+
+
+@pytest.mark.parametrize("way", ["plain", "tls"])
+def test_who_is_turned_away_before_he_said_anything_hears_it(
+    way, tmp_path, monkeypatch
+):
+    tls = Authority(tmp_path).trusting() if way == "tls" else None
+    connect = dial_module._connect
+
+    def close_after_a_byte(accepted: socket.socket) -> None:
+        assert accepted.recv(1)
+        accepted.close()
+
+    def connect_and_be_turned_away(address: Any) -> socket.socket:
+        sock = connect(address)
+        accepted, _address = listener.accept()
+        # A reset, as for whoever sends to a socket that is closed.
+        reset = struct.pack("ii", 1, 0)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        if tls is None:
+            accepted.sendall(encode(Goodbye("limit", "too many (connections_max)")))
+            accepted.close()
+        else:
+            Background(close_after_a_byte, accepted)
+        return sock
+
+    monkeypatch.setattr(dial_module, "_connect", connect_and_be_turned_away)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(TurnedAway, match="connections_max" if tls is None else "TLS"),
+    ):
+        dial(listener.getsockname(), WISH, DEFAULT, tls)
 
 
 def test_a_server_that_is_none_is_given_up(server):

@@ -710,6 +710,31 @@ def test_who_reads_or_writes_while_another_thread_forks_has_no_error(
     assert not caplog.text
 
 
+def test_another_error_behind_a_fork_is_counted(opened, monkeypatch):
+    cache = started(opened)
+    file = cache._file
+    assert file is not None
+    file.pause()
+    file.resume()
+
+    def fail(*_args: Any) -> Any:
+        raise lmdb.CorruptedError("a revision is damaged")
+
+    monkeypatch.setattr(file, "find", fail)
+    assert cache.load(A, T2) is None
+    assert cache.errors == 1
+
+
+def test_what_is_forgotten_goes_from_the_file_although_nothing_else_waits(opened):
+    cache = started(opened)
+    cache.store(A, T1, None, b"data", T1)
+    flush(cache)
+    assert read(opened(), A, T2) == (T1, None)
+    cache.forget(A)
+    flush(cache)
+    assert read(opened(), A, T2) is None
+
+
 def test_a_cache_without_a_session_yet_is_in_memory(opened):
     cache = opened(database_id=None)
     assert cache.identity is None

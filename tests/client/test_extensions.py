@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ZODB import _compat
 
-from zeolith.client.extensions import load_extension
+from zeolith.client.extensions import _NAMES, load_extension
 
 plain = st.recursive(
     st.none()
@@ -31,6 +31,19 @@ plain = st.recursive(
     ),
     max_leaves=10,
 )
+
+
+def test_only_these_names_mean_anything():
+    """Whoever adds one must know that to call it, with anything, is harmless."""
+    plain = ["dict", "list", "tuple", "set", "frozenset", "bool", "int", "float"]
+    plain += ["complex", "bytes"]
+    moments = ["date", "datetime", "time", "timedelta", "timezone"]
+    assert set(_NAMES) == {
+        *((module, name) for module in ("builtins", "__builtin__") for name in plain),
+        *(("datetime", name) for name in moments),
+        ("_codecs", "encode"),
+        ("decimal", "Decimal"),
+    }
 
 
 @given(st.dictionaries(st.text(), plain), st.integers(0, 3))

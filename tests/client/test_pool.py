@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from zeolith.client.errors import ChannelLost
+from zeolith.client.errors import ChannelLost, ChannelRefused
 from zeolith.client.pool import Pool
 from zeolith.protocol.limits import Limits
 
@@ -226,6 +226,151 @@ def test_many_threads_share_few_channels(dialled, pool):
     assert not pool.waiting
 
 
+# A server that refuses
+
+
+class Refusing(Dialled):
+    """A pool whose server lets it have only so many channels."""
+
+    def __init__(self, allowed: int, **limits: Any):
+        super().__init__()
+        self.allowed = allowed
+        self.dials = 0
+        limits = {"channels_max": 100, "heartbeat_interval_s": 5, **limits}
+        self.pool = Pool(self.dial, Limits(**limits))  # type: ignore[arg-type]
+
+    def dial(self) -> Channel:
+        self.dials += 1
+        if self.open >= self.allowed:
+            raise ChannelRefused(f"more than {self.allowed} channels")
+        return super().dial()
+
+    @property
+    def open(self) -> int:
+        return sum(not each.is_lost for each in self.channels)
+
+
+WAYS = [Pool.take, Pool.lend]
+
+
+@pytest.mark.parametrize("take", WAYS)
+@pytest.mark.parametrize("others", WAYS)
+def test_who_is_refused_a_channel_waits_for_anothers(take, others):
+    refusing = Refusing(2)
+    pool = refusing.pool
+    first, second = others(pool), others(pool)
+    taking = Background(take, pool)
+    refusing.wait_for_waiting(1)
+    pool.give_back(second)
+    assert taking.result() is second
+    assert pool.channels == {first, second}
+    assert (second in pool._lent) is (take is Pool.lend)
+
+
+@pytest.mark.parametrize("take", WAYS)
+def test_who_is_refused_the_first_channel_is_told_so(take):
+    refusing = Refusing(0)
+    for _ in range(2):
+        with pytest.raises(ChannelRefused, match="more than 0 channels"):
+            take(refusing.pool)
+    assert not refusing.pool.waiting
+    refusing.allowed = 1
+    assert take(refusing.pool)
+
+
+@pytest.mark.parametrize("take", WAYS)
+def test_who_gets_no_channel_in_time_is_told_why(take):
+    """Those who have one may wait themselves, for this one."""
+    refusing = Refusing(1, channel_wait_s=0.01)
+    refusing.pool.lend()
+    for _ in range(2):
+        with pytest.raises(ChannelRefused, match="more than 1 channels"):
+            take(refusing.pool)
+    assert not refusing.pool.waiting
+    assert refusing.pool._opening == 0
+
+
+def test_a_server_that_has_refused_is_not_asked_by_everybody():
+    refusing = Refusing(1)
+    pool = refusing.pool
+    only = pool.take()
+    taking = []
+    for number in range(1, 9):
+        taking.append(Background(WAYS[number % 2], pool))
+        refusing.wait_for_waiting(number)
+    # The first one was refused, the others have heard of it.
+    assert refusing.dials == 2
+    # One of them asks again, after a while.
+    pool.trim(pool._refused_at + 4)
+    assert refusing.dials == 2
+    pool.trim(pool._refused_at + 5)
+    wait_until(lambda: refusing.dials == 3, "the next refusal")
+    refusing.wait_for_waiting(8)
+    # And when the server has changed its mind, one after the other.
+    refusing.allowed = 9
+    pool.trim(pool._refused_at + 5)
+    assert {each.result() for each in taking} == {*refusing.channels} - {only}
+    assert refusing.dials == 11
+
+
+def test_a_refusal_is_forgotten_when_nobody_waits_any_more():
+    refusing = Refusing(1, channel_wait_s=0.01)
+    pool = refusing.pool
+    pool.take()
+    with pytest.raises(ChannelRefused):
+        pool.take()
+    refusing.allowed = 3
+    pool.trim(0)
+    assert pool.take() is not pool.take()
+
+
+def test_a_channel_that_is_lost_is_a_reason_to_ask_again():
+    refusing = Refusing(1)
+    pool = refusing.pool
+    only = pool.take()
+    taking = Background(pool.take)
+    refusing.wait_for_waiting(1)
+    only.is_lost = True
+    pool.give_back(only)
+    assert taking.result() is refusing.channels[1]
+
+
+def test_many_threads_share_what_the_server_lets_them_have():
+    refusing = Refusing(2)
+    pool = refusing.pool
+    in_use: set[Any] = set()
+
+    def work(take: Callable[[Pool], Any]) -> int:
+        for _ in range(ROUNDS):
+            channel = take(pool)
+            assert channel not in in_use
+            in_use.add(channel)
+            in_use.remove(channel)
+            pool.give_back(channel)
+        return ROUNDS
+
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        working = [Background(work, WAYS[n % 2]) for n in range(THREADS)]
+        assert [each.result() for each in working] == [ROUNDS] * THREADS
+    finally:
+        sys.setswitchinterval(before_s)
+    assert set(pool.idle) == pool.channels
+    assert len(refusing.channels) == len(pool.channels)
+    assert not pool.waiting
+    assert pool._opening == 0
+
+
+def test_the_end_wakes_those_who_were_refused():
+    refusing = Refusing(1)
+    refusing.pool.take()
+    taking = [Background(take, refusing.pool) for take in WAYS]
+    refusing.wait_for_waiting(2)
+    refusing.pool.end("enough")
+    assert [str(each.error()) for each in taking] == ["enough"] * 2
+
+
 # Those that wait and are not served
 
 
@@ -246,7 +391,7 @@ def test_the_end_wakes_those_who_wait_and_says_why(dialled, pool):
 def interrupt(pool: Pool, monkeypatch: Any, before: Callable[[], object]) -> None:
     """Take a channel, wait, and be interrupted by a signal, right after ``before``."""
 
-    def interrupted(_event: threading.Event) -> None:
+    def interrupted(_event: threading.Event, _timeout_s: float | None) -> None:
         before()
         raise KeyboardInterrupt
 

@@ -20,7 +20,7 @@ from zeolith.client.session import Session
 from zeolith.protocol.codec import encode
 from zeolith.protocol.errors import HelloRefused
 from zeolith.protocol.limits import DEFAULT, Limits
-from zeolith.protocol.messages import Notice, Welcome
+from zeolith.protocol.messages import Goodbye, Notice, Welcome
 
 from ..support.gates import Background
 from ..support.script import (
@@ -262,6 +262,35 @@ def test_a_server_that_knows_the_session_no_more_ends_it(server, session):
     with pytest.raises(ChannelLost, match="the session has ended"):
         session.call("ping")
     assert session.ended == "the session has ended"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        HelloRefused("limit", "more than 1 channels (session_channels_max)"),
+        Raw(encode(Goodbye("limit", "more than 2 connections (connections_max)"))),
+    ],
+)
+def test_a_server_that_has_no_place_for_a_channel_does_not_end_the_session(
+    server, session, refusal, caplog
+):
+    server.channel_hello = refusal
+    with pytest.raises(ChannelLost, match="more than"):
+        session.call("ping")
+    server.channel_hello = None
+    go_on = threading.Event()
+    server.answers["ping"] = Held(go_on, b"pong")
+    calling = [Background(session.call, "ping")]
+    server.wait_for("ping")
+    server.channel_hello = refusal
+    calling += [Background(session.call, "ping") for _ in range(3)]
+    wait_until(lambda: len(session._pool.waiting) == 3, "three who wait")
+    go_on.set()
+    assert [each.result() for each in calling] == [b"pong"] * 4
+    assert session.ended is None
+    assert len(server.channels()) == 1
+    # Once, however often it is.
+    assert caplog.text.count("lets this client have no more sockets") == 1
 
 
 def test_no_server_to_open_a_channel_ends_the_session(server, session):
