@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def rows(page: str) -> list[str]:
     return found
 
 
+@cache
 def named_in(path: str) -> dict[str, bool]:
     """The tests in a file, and whether each is slow."""
     tree = ast.parse((ROOT / path).read_text())

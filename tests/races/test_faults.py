@@ -7,7 +7,6 @@ the latest, and does the server go on.
 import errno
 import os
 import resource
-import signal
 import socket
 import struct
 import time
@@ -23,6 +22,7 @@ from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
 from zeolith.storage.records import HEADER_BYTES, Generation
 
+from ..support.hindering import few_descriptors, standing_still
 from ..support.inprocess import InProcessServer, client_of, serving
 from ..support.records import commit, oid_of, seen, wait_for_position
 from ..support.serving import ServerProcess
@@ -128,18 +128,6 @@ def test_memory_that_is_not_there_fails_one_request(tmp_path, monkeypatch):
 # Descriptors
 
 
-@contextmanager
-def few_descriptors(pid: int, left: int) -> Iterator[None]:
-    """A process that can open hardly anything more."""
-    used = len(os.listdir(f"/proc/{pid}/fd"))
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + left, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-
-
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux has it")
 def test_without_descriptors_those_who_are_there_go_on(tmp_path):
     with ServerProcess(tmp_path) as server, ExitStack() as stack:
@@ -193,15 +181,6 @@ def test_a_clock_that_jumps_an_hour_changes_nothing(tmp_path, monkeypatch, jump_
 
 
 # Processes that stand still
-
-
-@contextmanager
-def standing_still(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_server_that_stands_still_loses_nothing(tmp_path):

@@ -21,6 +21,7 @@ from ZODB.utils import p64, u64, z64
 from zeolith.client.errors import ClientDisconnected, CommitOutcomeUnknown
 from zeolith.client.storage import ClientStorage
 
+from ..support.banking import print_row
 from ..support.proxy import Direction, Proxy, proxied
 from ..support.serving import ServerProcess
 from ..support.waiting import wait_until
@@ -375,7 +376,11 @@ class StallingManager:
 def test_a_commit_cut_at_any_byte_is_told_truthfully(
     server, proxy, storage, witness, way
 ):
-    """Cut after 0 bytes of a commit, after 1, after 2, ... until it passes."""
+    """Cut after 0 bytes of a commit, after 1, after 2, ... until it passes.
+
+    What was told is compared with what others see, with what the client itself sees,
+    and in the end with the file: all of the three figures of the bank.
+    """
     told = []
     for size in itertools.count():
         wait_until(lambda: can_commit(storage), "a session")
@@ -395,3 +400,19 @@ def test_a_commit_cut_at_any_byte_is_told_truthfully(
         assert attempt.is_there(witness) is is_there, attempt.data
         assert len(attempt.told) == is_there
         assert attempt.is_there(storage) is is_there
+    server.terminate()
+    data = FileStorage(str(server.data_path), read_only=True)
+    assert [attempt.is_there(data) for attempt, _ in told] == [
+        is_there for _, is_there in told
+    ]
+    data.close()
+    committed = sum(is_there for _attempt, is_there in told)
+    print_row(
+        f"cut at every byte {way.value}",
+        len(told) - 1,
+        committed,
+        0,
+        0,
+        2 * len(told),
+        0,
+    )

@@ -123,63 +123,104 @@ def unlike_marks(root: Any, worker: str) -> str | None:
 
 def mistaken_entry(root: Any, key: str) -> str | None:
     """What is wrong with the entry under `key` in this snapshot."""
-    found = root["entries"][key]["key"]
+    entry = root["entries"].get(key)
+    found = None if entry is None else entry["key"]
     return None if found == key else f"under {key} is the entry {found}"
 
 
 # Judging
 
 
-def judge(path: str, journals: Iterable[Path]) -> dict[str, int]:
-    """Compare a Data.fs with what the workers were told; returns counts."""
+class Verdict:
+    """What a Data.fs, compared with the journals, is accused of.
+
+    A kind of fault is a set of keys, or of places, so that none is counted twice.
+    """
+
+    KINDS = ("lost", "torn", "untrue")
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, str]] = {kind: {} for kind in self.KINDS}
+
+    def accuse(self, kind: str, which: str, text: str | None) -> None:
+        """``text`` says what is wrong with ``which``; None: nothing is."""
+        if text is not None:
+            self._found[kind].setdefault(which, text)
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind."""
+        return {kind: len(found) for kind, found in self._found.items()}
+
+    def texts(self) -> list[str]:
+        """What is wrong, in words."""
+        return [
+            f"{kind}: {text}"
+            for kind, found in self._found.items()
+            for text in found.values()
+        ]
+
+
+def judge(path: str, journals: Iterable[Path]) -> tuple[dict[str, int], list[str]]:
+    """Compare a Data.fs with what the workers were told; counts, and what is wrong.
+
+    `lost`    acknowledged, and not in the file, or not in its log
+    `torn`    there in part, or not in agreement with the rest of its snapshot
+    `untrue`  refused and there, there and nobody was told anything, there twice
+    """
     lines = [line for journal in journals for line in read_journal(journal)]
     outcomes = Counter(line.outcome for line in lines)
+    verdict = Verdict()
     storage = FileStorage(path, read_only=True)
     db = DB(storage)
     connection = db.open()
     try:
         root = connection.root()
         objects = len(storage)
-        judge_snapshot(root)
-        judge_entries(root, lines)
-        logged = judge_log(storage, root, lines)
+        judge_snapshot(root, verdict)
+        judge_entries(root, lines, verdict)
+        logged = judge_log(storage, root, lines, verdict)
     finally:
         connection.close()
         db.close()
-    return {**outcomes, "objects": objects, "transactions": logged}
+    counts = {**outcomes, "objects": objects, "transactions": logged}
+    return {**counts, **verdict.counts()}, verdict.texts()
 
 
-def judge_snapshot(root: Any) -> None:
+def judge_snapshot(root: Any, verdict: Verdict) -> None:
     """The last snapshot is a consistent one."""
-    wrongs = [imbalance(root)]
-    wrongs += [unlike_twins(root, pair) for pair in range(root["pairs"])]
-    wrongs += [unlike_marks(root, worker) for worker in root["marks"]]
-    assert not any(wrongs), [wrong for wrong in wrongs if wrong]
+    verdict.accuse("torn", "accounts", imbalance(root))
+    for pair in range(root["pairs"]):
+        verdict.accuse("torn", f"twins {pair}", unlike_twins(root, pair))
+    for worker in root["marks"]:
+        verdict.accuse("torn", f"marks {worker}", unlike_marks(root, worker))
     for name in ("accounts", "entries", "things"):
         root[name]._check()
 
 
-def judge_entries(root: Any, lines: list[Line]) -> None:
+def judge_entries(root: Any, lines: list[Line], verdict: Verdict) -> None:
     """What was acknowledged is there, what was refused is not, and nothing else is."""
     entries = {key: entry["amount"] for key, entry in root["entries"].items()}
-    mistaken = [mistaken_entry(root, key) for key in entries]
-    assert not any(mistaken), [wrong for wrong in mistaken if wrong]
+    for key in entries:
+        verdict.accuse("torn", key, mistaken_entry(root, key))
     told = {line.key: line for line in lines}
     assert len(told) == len(lines), "a key was used twice"
-    lost = [
-        line
-        for line in lines
-        if line.outcome == COMMITTED and entries.get(line.key) != line.amount
-    ]
-    assert not lost, f"acknowledged and not there: {lost}"
-    undead = [line for line in lines if line.outcome == REFUSED and line.key in entries]
-    assert not undead, f"refused and there: {undead}"
-    strange = entries.keys() - told.keys()
-    assert not strange, f"there, and nobody was told anything: {strange}"
+    for line in lines:
+        is_there = entries.get(line.key) == line.amount
+        if line.outcome == COMMITTED and not is_there:
+            verdict.accuse("lost", line.key, f"acknowledged and not there: {line}")
+        if line.outcome == REFUSED and line.key in entries:
+            verdict.accuse("untrue", line.key, f"refused and there: {line}")
+    for key in entries.keys() - told.keys():
+        verdict.accuse("untrue", key, f"{key} is there, and nobody was told anything")
 
 
-def judge_log(storage: FileStorage, root: Any, lines: list[Line]) -> int:
-    """Each transaction of the log is whole, and is there once."""
+def judge_log(
+    storage: FileStorage, root: Any, lines: list[Line], verdict: Verdict
+) -> int:
+    """Each transaction of the log is whole, and is there once.
+
+    A pack leaves of a transaction what is not superfluous, and the entry never is.
+    """
     marks = {
         mark._p_oid: worker for worker, each in root["marks"].items() for mark in each
     }
@@ -196,12 +237,18 @@ def judge_log(storage: FileStorage, root: Any, lines: list[Line]) -> int:
         }
         worker = key.split(":")[0]
         whole = {oid: key for oid, owner in marks.items() if owner == worker}
-        assert written == whole, f"{key} is there in part: {written}"
-    assert not [key for key, times in found.items() if times > 1], "committed twice"
-    refused = {line.key for line in lines if line.outcome == REFUSED}
-    assert not refused & found.keys(), f"refused and logged: {refused & found.keys()}"
-    acknowledged = {line.key for line in lines if line.outcome == COMMITTED}
-    assert not acknowledged - found.keys(), "acknowledged and not logged"
+        is_packed = logged.status == "p"
+        is_whole = written.items() <= whole.items() if is_packed else written == whole
+        if not is_whole:
+            verdict.accuse("torn", key, f"{key} is there in part: {written}")
+    for key, times in found.items():
+        if times > 1:
+            verdict.accuse("untrue", key, f"{key} was committed {times} times")
+    for line in lines:
+        if line.outcome == REFUSED and line.key in found:
+            verdict.accuse("untrue", line.key, f"refused and logged: {line}")
+        if line.outcome == COMMITTED and line.key not in found:
+            verdict.accuse("lost", line.key, f"acknowledged and not logged: {line}")
     return found.total()
 
 

@@ -1,14 +1,21 @@
 """A program that reads and writes a bank (see `bank`) through a server, until told.
 
-    python -m tests.support.bank_worker ADDRESS FOLDER CACHE_BYTES CACHE WORKER...
+    python -m tests.support.bank_worker ADDRESS FOLDER CACHE_BYTES CACHE PATIENCE
+        WORKER...
 
 CACHE is a directory that the programs share, or "-": then each caches in memory. With
 one a program may be killed, and begun again.
+
+PATIENCE is "strict", or "patient": then the server may refuse, for its disk is full,
+say. What it said goes to FOLDER/WORKER.refusals.
 
 Each WORKER is a thread with a ZODB connection of its own; all share one
 ClientStorage. A worker journals in FOLDER/WORKER.journal, and its complaints about
 what it has seen go to FOLDER/WORKER.wrong; it ends when FOLDER/stop exists. What it
 saw is counted and printed at the end as JSON.
+
+What a worker sees must be consistent, and must not go back: each worker's marks carry
+the number of its last transaction, and its own are of the last that it was told of.
 """
 
 import json
@@ -24,7 +31,7 @@ from typing import Any
 import transaction
 from persistent.mapping import PersistentMapping
 from ZODB.DB import DB
-from ZODB.POSException import ConflictError
+from ZODB.POSException import ConflictError, POSKeyError, StorageError
 
 from zeolith.client.disk_cache import DiskCache
 from zeolith.client.errors import ClientDisconnected, CommitOutcomeUnknown
@@ -51,14 +58,28 @@ LARGE_BYTES_MAX = 300_000
 class Worker:
     """One who reads, transfers and journals, in a thread of its own."""
 
-    def __init__(self, db: DB, folder: Path, name: str, *, may_be_killed: bool):
+    def __init__(
+        self,
+        db: DB,
+        folder: Path,
+        name: str,
+        *,
+        may_be_killed: bool,
+        may_be_refused: bool,
+    ):
         self._may_be_killed = may_be_killed
+        # Besides conflicts and lost connections.
+        self._refusals = (StorageError, OSError) if may_be_refused else ()
         self.name = name
         self.counts: Counter[str] = Counter()
         self._db = db
         self._folder = folder
         self._random = random.Random(name)
         self._stop_path = folder / "stop"
+        # The number of the last transaction that was seen of each worker.
+        self._seen: dict[str, int] = {}
+        # Of its own, those that may be the last.
+        self._own: set[int] = set()
 
     def run(self) -> None:
         try:
@@ -80,6 +101,10 @@ class Worker:
                 outcome = self._attempt(manager, key, amount)
                 journal.write(f"{outcome} {key} {amount}\n")
                 self.counts[outcome] += 1
+                if outcome == COMMITTED:
+                    self._own = {number}
+                elif outcome == UNKNOWN:
+                    self._own.add(number)
 
     def _numbers(self, number: int) -> Iterator[int]:
         while not self._stop_path.exists():
@@ -110,6 +135,15 @@ class Worker:
             return REFUSED
         except CommitOutcomeUnknown:
             return UNKNOWN
+        except POSKeyError as error:
+            # Nothing is ever removed.
+            self._complain(f"torn: {error!r}")
+            return REFUSED
+        except self._refusals as error:
+            self.counts["refusals"] += 1
+            with (self._folder / f"{self.name}.refusals").open("a") as refusals:
+                refusals.write(f"{type(error).__name__}: {error}\n")
+            return REFUSED
         return COMMITTED
 
     def _look(self, root: Any) -> None:
@@ -123,12 +157,27 @@ class Worker:
             last_key = root["marks"][worker][0]["key"]
             if last_key:
                 self._complain(mistaken_entry(root, last_key))
+                self._complain(self._stale(worker, int(last_key.split(":")[1])))
         for _ in range(PAIRS_READ // 2):
             self._complain(unlike_twins(root, self._random.randrange(pairs)))
         self.counts["snapshots"] += 1
         if self._random.random() < 0.05:
             # Ask the storage again for everything.
             root._p_jar.cacheMinimize()
+
+    def _stale(self, worker: str, number: int) -> str | None:
+        """What is wrong with ``number`` being the last that is seen of ``worker``."""
+        before = self._seen.get(worker, number)
+        self._seen[worker] = number
+        if number < before:
+            return f"stale: after {worker}:{before} {self.name} saw {worker}:{number}"
+        if worker == self.name and self._own and number not in self._own:
+            return f"stale: {worker} saw its own {number}, and not of {self._own}"
+        if worker == self.name:
+            # What nobody could know of may be committed yet, by a server that stood
+            # still.
+            self._own = {own for own in self._own if own >= number}
+        return None
 
     def _complain(self, wrong: str | None) -> None:
         if wrong is not None:
@@ -153,10 +202,20 @@ class Worker:
             mark["key"] = key
 
 
-def main(address: str, folder: str, cache_bytes: str, cache: str, *names: str) -> None:
+def main(
+    address: str,
+    folder: str,
+    cache_bytes: str,
+    cache: str,
+    patience: str,
+    *names: str,
+) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     # A finish that is refused is daily work here, and the end of the world to it.
     logging.getLogger("txn").setLevel(logging.CRITICAL + 1)
+    if patience == "patient":
+        # So is a load that fails.
+        logging.getLogger("ZODB.Connection").setLevel(logging.CRITICAL + 1)
     storage = ClientStorage(
         address,
         cache=None if cache == "-" else cache,
@@ -165,7 +224,14 @@ def main(address: str, folder: str, cache_bytes: str, cache: str, *names: str) -
     )
     db = DB(storage)
     workers = [
-        Worker(db, Path(folder), name, may_be_killed=cache != "-") for name in names
+        Worker(
+            db,
+            Path(folder),
+            name,
+            may_be_killed=cache != "-",
+            may_be_refused=patience == "patient",
+        )
+        for name in names
     ]
     with ThreadPoolExecutor(len(workers)) as pool:
         running = [pool.submit(worker.run) for worker in workers]

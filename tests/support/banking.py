@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .bank import COMMITTED, read_journal
+from .bank import COMMITTED, UNKNOWN
 from .waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +31,17 @@ class Bank:
     """A Data.fs in `folder`, and the programs that work on it."""
 
     def __init__(
-        self, folder: Path, *, programs: int, threads: int, cache: Path | None = None
+        self,
+        folder: Path,
+        *,
+        programs: int,
+        threads: int,
+        cache: Path | None = None,
+        may_be_refused: bool = False,
     ):
         self._folder = folder
+        # For reasons of the server's own; see `refusals`.
+        self._may_be_refused = may_be_refused
         # A directory that all programs share.
         self._cache = cache
         self._addresses: tuple[tuple[str, int], ...] = ()
@@ -51,9 +59,40 @@ class Bank:
         _run_plain("make", str(path), str(objects), *names)
 
     def judge(self, path: Path) -> dict[str, int]:
-        """Compare the Data.fs with the journals, without zeolith."""
+        """Compare the Data.fs with the journals, without zeolith; returns counts."""
+        counts, wrongs = self.examine(path)
+        assert not wrongs, "\n".join([str(counts), *wrongs])
+        return counts
+
+    def examine(self, path: Path) -> tuple[dict[str, int], list[str]]:
+        """As `judge`, but only says what is wrong: see `bank.judge`."""
         journals = map(str, self.journals())
-        counts: dict[str, int] = json.loads(_run_plain("judge", str(path), *journals))
+        counts, wrongs = json.loads(_run_plain("judge", str(path), *journals))
+        return counts, wrongs
+
+    def conclude(self, path: Path, fault: str, times: int) -> dict[str, int]:
+        """The end of a work with faults: a row of the table, and nothing wrong in it.
+
+        Prints the row of docs/reliability.md; returns the counts of `bank.judge`.
+        """
+        counts, wrongs = self.examine(path)
+        complaints = self.complaints()
+        seen_wrong = len(complaints.splitlines())
+        print({**self.counts, **counts})
+        print_row(
+            fault,
+            times,
+            counts.get(COMMITTED, 0),
+            counts["lost"],
+            counts["torn"],
+            self.counts["snapshots"],
+            seen_wrong,
+        )
+        assert not wrongs, "\n".join([str(counts), *wrongs])
+        assert not complaints
+        # What is in the file beyond the acknowledged is what nobody knew of.
+        strange = counts["transactions"] - counts[COMMITTED]
+        assert 0 <= strange <= counts.get(UNKNOWN, 0)
         return counts
 
     def journals(self) -> list[Path]:
@@ -66,22 +105,39 @@ class Bank:
     def committed(self) -> list[int]:
         """How many commits each worker was told of so far."""
         return [
-            sum(line.outcome == COMMITTED for line in read_journal(journal))
+            # A key is acknowledged once, and this is asked all the time.
+            journal.read_text().count(f"{COMMITTED} ") if journal.exists() else 0
             for journal in self.journals()
         ]
 
-    def wait_for_commits(self, count: int, what: str) -> None:
-        """Wait until every worker has committed so many times from now on."""
-        before = self.committed()
+    def wait_for_commits(
+        self, count: int, what: str, *, program: int | None = None
+    ) -> None:
+        """Wait until every worker, of one program or all, has committed so often."""
+        wait_until(
+            self.have_committed(count, program),
+            f"{count} commits of every worker {what}",
+            END_TIMEOUT_S,
+        )
+
+    def have_committed(
+        self, count: int, program: int | None = None
+    ) -> Callable[[], bool]:
+        """Tells whether every worker has committed so many times from now on."""
+        threads = len(self.workers[0])
+        its = slice(None)
+        if program is not None:
+            its = slice(program * threads, (program + 1) * threads)
+        before = self.committed()[its]
 
         def all_have() -> bool:
             self._check_that_all_run()
             return all(
                 now >= then + count
-                for now, then in zip(self.committed(), before, strict=True)
+                for now, then in zip(self.committed()[its], before, strict=True)
             )
 
-        wait_until(all_have, f"{count} commits of every worker {what}", END_TIMEOUT_S)
+        return all_have
 
     @contextmanager
     def open(self, *addresses: tuple[str, int]) -> Iterator[None]:
@@ -125,6 +181,7 @@ class Bank:
             str(self._folder),
             str(cache_bytes),
             "-" if self._cache is None else str(self._cache),
+            "patient" if self._may_be_refused else "strict",
             *self.workers[number],
             stderr=errors,
         )
@@ -134,6 +191,14 @@ class Bank:
         """What the workers saw that may not be."""
         return "".join(
             path.read_text() for path in sorted(self._folder.glob("*.wrong"))
+        )
+
+    def refusals(self) -> Counter[str]:
+        """What the server gave as the reasons why it refused, and how often."""
+        return Counter(
+            line
+            for path in sorted(self._folder.glob("*.refusals"))
+            for line in path.read_text().splitlines()
         )
 
     def stderr_text(self) -> str:
@@ -149,6 +214,11 @@ class Bank:
     def _check_that_all_run(self) -> None:
         for program, _errors in self._running:
             assert program.poll() is None, self.stderr_text()
+
+
+def print_row(fault: str, *figures: int) -> None:
+    """A row of the table of docs/reliability.md, on a line of its own."""
+    print("\n|", " | ".join([fault, *map(str, figures)]), "|")
 
 
 def _run_plain(*arguments: str) -> str:

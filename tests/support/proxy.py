@@ -7,6 +7,7 @@ to do; every order holds for all connections, those included that come later (bu
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -27,6 +28,8 @@ class _Link:
     def __init__(self, proxy: "Proxy", client: socket.socket, server: socket.socket):
         self.client = client
         self.server = server
+        # Then what comes is taken and goes nowhere, the end included.
+        self.is_silent = False
         self._open_pumps = 2
         self._lock = threading.Lock()
         self._threads = [
@@ -59,14 +62,18 @@ class _Link:
             while chunk := source.recv(CHUNK_BYTES):
                 if proxy.wait_for_passage(way):
                     chunk += received_meanwhile(source)
+                if self.is_silent:
+                    continue
                 allowed, is_the_last = proxy.admit(way, chunk)
-                target.sendall(allowed)
+                proxy.send(way, target, allowed)
                 if is_the_last:
                     proxy.cut()
                     proxy.was_cut.set()
         # The end passes, and waits, like everything else; what was on its way when one
         # end closed arrives at the other before it.
         proxy.wait_for_passage(way)
+        if self.is_silent:
+            proxy.wait_for_end()
         with suppress(OSError):
             target.shutdown(socket.SHUT_WR)
         with suppress(OSError):
@@ -93,6 +100,10 @@ class Proxy:
         self._waiting = dict.fromkeys(Direction, 0)
         # How many more bytes may pass before everything is cut.
         self._budget_bytes: dict[Direction, int | None] = dict.fromkeys(Direction)
+        # How much is sent at once that way, and how long (seconds) to wait after it.
+        self._slow: dict[Direction, tuple[int, float] | None] = dict.fromkeys(Direction)
+        # Set when those that were silenced may end; `end_silence` renews it.
+        self._end_of_silence = threading.Event()
         # Set when a budget is used up; `cut_after` clears it.
         self.was_cut = threading.Event()
         self._listener: socket.socket | None = None
@@ -108,6 +119,8 @@ class Proxy:
         self.refuse()
         links = self.cut()
         self.restore_passage()
+        # For those, too, that come to their end only now.
+        self._end_of_silence.set()
         for link in links:
             link.join()
 
@@ -137,6 +150,27 @@ class Proxy:
         for way in ways or Direction:
             self._open[way].clear()
 
+    def silence(self) -> int:
+        """Swallow what comes on the connections that are there; returns how many.
+
+        Neither end hears of it, nor of the end of the other, until `end_silence`.
+        Connections that come later are as any other.
+        """
+        with self._lock:
+            links = list(self._links)
+        for link in links:
+            link.is_silent = True
+        return len(links)
+
+    def end_silence(self) -> None:
+        """Close the connections that were silenced and were closed at one end."""
+        ended, self._end_of_silence = self._end_of_silence, threading.Event()
+        ended.set()
+
+    def slow_down(self, way: Direction, size_bytes: int, pause_s: float) -> None:
+        """Forward no more than that at once that way, with a pause after it."""
+        self._slow[way] = size_bytes, pause_s
+
     def refuse(self) -> None:
         """Accept no new connections; those that are there go on."""
         listener, self._listener = self._listener, None
@@ -158,6 +192,7 @@ class Proxy:
         """Forward again what comes, without limit."""
         with self._lock:
             self._budget_bytes = dict.fromkeys(Direction)
+            self._slow = dict.fromkeys(Direction)
         for passage in self._open.values():
             passage.set()
 
@@ -199,6 +234,21 @@ class Proxy:
                 return chunk, False
             self._budget_bytes[way] = None
             return chunk[:budget], True
+
+    def send(self, way: Direction, target: socket.socket, data: bytes) -> None:
+        """Send all of ``data``, as slowly as was said."""
+        slow = self._slow[way]
+        if slow is None:
+            target.sendall(data)
+            return
+        size_bytes, pause_s = slow
+        for start in range(0, len(data), size_bytes):
+            target.sendall(data[start : start + size_bytes])
+            time.sleep(pause_s)
+
+    def wait_for_end(self) -> None:
+        """Return when connections that were silenced may end."""
+        self._end_of_silence.wait()
 
     def forget(self, link: _Link) -> None:
         with self._lock:

@@ -64,6 +64,16 @@ class ServerProcess:
             self.kill()
 
     @property
+    def module(self) -> list[str]:
+        """What is run, and its first arguments."""
+        return ["zeolith.server"]
+
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """None: that of the tests."""
+        return None
+
+    @property
     def address(self) -> tuple[str, int]:
         """Where a client reaches it by TCP; a restart does not change it."""
         (first, *_) = (where for where in self.listening if not where.startswith("/"))
@@ -87,11 +97,12 @@ class ServerProcess:
         """Return when clients can connect."""
         assert not self.is_running(), "the server runs already"
         self.conf_path.write_text(self._conf)
-        command = [sys.executable, "-W", "error", "-m", "zeolith.server"]
+        command = [sys.executable, "-W", "error", "-m", *self.module]
         with self._stderr_path.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [*command, "serve", "-C", str(self.conf_path)],
                 cwd=self.directory,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -137,6 +148,11 @@ class ServerProcess:
         if self.is_running():
             self.terminate()
         self.start()
+
+    def wait_for_death(self) -> None:
+        """Wait for a server that ends by itself, however."""
+        self.process.wait(EXIT_TIMEOUT_S)
+        self._close()
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -95,6 +95,7 @@ def test_a_client_comes_back_as_who_it_was(server: ServerProcess, folder: Path):
         commit(ann, x=b"1")
         server.restart()
         commit(ann, x=b"2")
+        wait_until(reader.is_connected, "the return of the other one")
         assert reader.isReadOnly()
         with pytest.raises(ReadOnlyError):
             commit(reader, x=b"3")
