@@ -82,6 +82,16 @@ def load(endpoint: Endpoint, oids: list[bytes], stop: Event, to: Connection) -> 
     to.send(samples)
 
 
+def write(storage: Any, oid: bytes, tid: bytes, data: bytes) -> bytes:
+    """Commit a new revision of the object, whose last one is ``tid``; its tid."""
+    meta = TransactionMetaData()
+    storage.tpc_begin(meta)
+    storage.store(oid, tid, data, "", meta)
+    storage.tpc_vote(meta)
+    written: bytes = storage.tpc_finish(meta)
+    return written
+
+
 def commit(endpoint: Endpoint, oids: list[bytes], stop: Event, to: Connection) -> None:
     """Write one record after the other, each in a transaction."""
     storage = endpoint.open()
@@ -90,11 +100,7 @@ def commit(endpoint: Endpoint, oids: list[bytes], stop: Event, to: Connection) -
     to.send("ready")
     while not stop.is_set():
         begun = time.monotonic()
-        meta = TransactionMetaData()
-        storage.tpc_begin(meta)
-        storage.store(oids[-1], tid, data, "", meta)
-        storage.tpc_vote(meta)
-        tid = storage.tpc_finish(meta)
+        tid = write(storage, oids[-1], tid, data)
         samples.append((begun, time.monotonic() - begun))
         time.sleep(COMMIT_PAUSE_S)
     storage.close()

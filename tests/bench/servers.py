@@ -118,15 +118,19 @@ def _zeolith(
     blob_dir: Path | None = None,
     profile: Path | None = None,
     tls: Tls | None = None,
+    sections: str = "",
 ) -> Iterator[Running]:
     command = [*_python("zeolith.server", profile), "serve"]
-    if tls is None:
+    if tls is None and not sections:
         command += ["--address", "127.0.0.1:0", "--path", str(folder / "Data.fs")]
     else:
+        if tls is not None:
+            sections += (
+                f" <tls>\n  certificate {tls.certificate}\n  key {tls.key}\n </tls>\n"
+            )
         conf = folder / "server.conf"
         conf.write_text(
-            "<zeolith>\n address 127.0.0.1:0\n"
-            f" <tls>\n  certificate {tls.certificate}\n  key {tls.key}\n </tls>\n"
+            f"<zeolith>\n address 127.0.0.1:0\n{sections}"
             f"</zeolith>\n<filestorage 1>\n path {folder / 'Data.fs'}\n</filestorage>\n"
         )
         command += ["-C", str(conf)]
@@ -304,6 +308,20 @@ def running(
 def running_with_blobs(peer: str, folder: Path) -> Iterator[Running]:
     """``peer`` with an empty Data.fs and a blob directory in ``folder``."""
     with _WITH_BLOBS[peer](folder, blob_dir=folder / "blobs") as found:
+        yield found
+
+
+@contextmanager
+def running_with_sections(
+    folder: Path, sections: str, *, is_encrypted: bool
+) -> Iterator[Running]:
+    """zeolith with the Data.fs in ``folder``, and ``sections`` in its configuration."""
+    tls = None
+    if is_encrypted:
+        authority = Authority(folder)
+        signed = authority.sign()
+        tls = Tls(authority.ca, signed.certificate, signed.key)
+    with _zeolith(folder, tls=tls, sections=sections) as found:
         yield found
 
 
