@@ -21,8 +21,12 @@ serve: $(VENV)/installed  ## serve ./var/Data.fs on 127.0.0.1:8100, in the foreg
 	@echo '    >>> root = connection("127.0.0.1:8100").root()'
 	@exec $(BIN)/zeolith serve --address 127.0.0.1:8100 --path var/Data.fs
 
+# Two, for much of a test is waiting; the tests of a file stay together. With 0 they
+# run in pytest's own process, as those of `make coverage` do.
+WORKERS := 2
+
 test: $(VENV)/installed-dev  ## run the tests, without the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/installed-fuzz  ## run every test
 	$(BIN)/pytest

@@ -1,5 +1,8 @@
 """What holds for every test; fixtures for some of them live in tests/support."""
 
+import gc
+import os
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +17,29 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("zeolith")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No process of the hundreds that tests start compiles what another compiled.
+
+    Where the environment forbids to keep bytecode, which is so in many images, it is
+    kept outside the tree.
+    """
+    if sys.dont_write_bytecode:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        kept = config.rootpath / ".pytest_cache" / "bytecode"
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(kept)
+        sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is no garbage for as long as there are tests.
+
+    Thousands of tests are many objects, and every full collection, one for each test
+    that looks for what a client has left behind, would go through all of them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
