@@ -1,6 +1,7 @@
 """Changes that happen while a client comes, comes back, or moves to another server."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from ZODB.POSException import ReadOnlyError
 
+from zeolith.client import connector, dial
 from zeolith.client.changes import Change
 from zeolith.client.errors import ClientDisconnected
 from zeolith.client.storage import ClientStorage
@@ -16,6 +18,7 @@ from zeolith.storage.changes import Changes
 from zeolith.storage.filestore import FileStore
 
 from ..support import inprocess
+from ..support.gates import WAIT_S
 from ..support.inprocess import InProcessServer, client_of
 from ..support.model import publish
 from ..support.proxy import Direction, Proxy, proxied
@@ -287,8 +290,10 @@ def road(pair: Pair) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def storage(pair: Pair, road: Proxy) -> Iterator[ClientStorage]:
+def storage(pair: Pair, road: Proxy, monkeypatch) -> Iterator[ClientStorage]:
     """A client that would write, and is at the server that does not."""
+    # It looks for one that takes writes all the time.
+    monkeypatch.setattr(connector, "UPGRADE_INTERVAL_S", 0.01)
     road.refuse()
     addresses = [road.address, pair.copy.address]
     with client_of(pair.copy, addr=addresses, read_only_fallback=True) as storage:
@@ -350,10 +355,19 @@ def test_a_server_that_was_left_feeds_the_client_no_more(road, storage, way):
     assert storage.lastTransaction() == tid
 
 
-def test_of_two_servers_that_accept_at_once_one_is_chosen(pair):
+def test_of_two_servers_that_accept_at_once_one_is_chosen(pair, monkeypatch):
     """Both say welcome; only one session remains, and only that one is heard."""
     servers = (pair.writable, pair.copy)
     addresses = [server.address for server in servers]
+    both_are_welcome = threading.Barrier(len(servers))
+    dial_one = dial.dial
+
+    def dial_together(*args: Any) -> dial.Reached:
+        reached = dial_one(*args)
+        both_are_welcome.wait(WAIT_S)
+        return reached
+
+    monkeypatch.setattr(dial, "dial", dial_together)
     with client_of(pair.copy, addr=addresses, read_only=True) as storage:
         wait_until(
             lambda: sum(server.status()["sessions"] for server in servers) == 1,
