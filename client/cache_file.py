@@ -96,6 +96,10 @@ class Foreign(Exception):
     """The file is of another history than ours, or of ours no more."""
 
 
+class Renewed(Foreign):
+    """Somebody has begun a new lineage since; it may be of our history all the same."""
+
+
 class Behind(Exception):
     """The file lacks changes that we have not got either.
 
@@ -250,6 +254,14 @@ class CacheFile:
                 return False
             return self._is_on_the_way(txn, state, base, tids)
 
+    def has(self, state: State, batch: Batch) -> bool:
+        """Whether all that is in ``batch`` was in the file at ``state``, or before."""
+        if batch.revisions or batch.forgotten:
+            return False
+        tids = [change.tid for change in batch.changes]
+        is_past = state.through >= max(tids, default=batch.base)
+        return is_past and self.agrees(state, batch.base, tids)
+
     def open_revisions(self) -> Iterator[list[tuple[bytes, bytes]]]:
         """(oid, tid) of what is in ``current``, in batches."""
         after = b""
@@ -295,13 +307,13 @@ class CacheFile:
     ) -> tuple[State, int]:
         """Apply the changes of ``batch``, keep its revisions, add ``loads``.
 
-        Returns the new state and how many were evicted. Raises Foreign, Behind, Crowded
-        and lmdb.Error; then nothing was done.
+        Returns the new state and how many were evicted. Raises Foreign, Renewed,
+        Behind, Crowded and lmdb.Error; then nothing was done.
         """
         with self._write() as txn:
             state = self._state(txn)
             if state is None or state.lineage != lineage:
-                raise Foreign
+                raise Renewed
             if state.through < batch.base:
                 raise Behind
             self._refuse_if_crowded()

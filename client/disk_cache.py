@@ -53,7 +53,15 @@ from zeolith.client import cache_files
 from zeolith.client.cache import MemoryCache
 from zeolith.client.cache_backlog import Backlog, Batch, Revision, first_after
 from zeolith.client.cache_counts import NO_LOADS, LoadCounts
-from zeolith.client.cache_file import Behind, CacheFile, Crowded, Foreign, Mark, State
+from zeolith.client.cache_file import (
+    Behind,
+    CacheFile,
+    Crowded,
+    Foreign,
+    Mark,
+    Renewed,
+    State,
+)
 from zeolith.client.cache_place import CachePlace, Identity, verifying
 from zeolith.client.cache_writer import Writer
 from zeolith.client.changes import Ask, Change, UnknownWay, changes_between
@@ -553,13 +561,16 @@ class DiskCache:
                     base=state.through, changes=(*missing, *batch.changes)
                 )
         loads = LoadCounts(self.hits, self.misses)
-        if loads == self._told and _is_there(file, state, batch):
+        if loads == self._told and file.has(state, batch):
             return state
         try:
             more = LoadCounts(*map(int.__sub__, loads, self._told))
             state, evicted = file.extend(state.lineage, batch, more)
         except Behind:
             return None
+        except Renewed:
+            # Since we looked. Then it says where it stands now.
+            return self._extend(file, batch)
         self._told = loads
         self.evicted += evicted
         return state
@@ -581,13 +592,3 @@ class DiskCache:
             and file is not None
             and (file.is_paused or file.was_paused)
         )
-
-
-def _is_there(file: CacheFile, state: State, batch: Batch) -> bool:
-    """Whether others have written all that is in ``batch``; raises lmdb.Error."""
-    if batch.revisions or batch.forgotten:
-        return False
-    tids = [change.tid for change in batch.changes]
-    return state.through >= max(tids, default=batch.base) and file.agrees(
-        state, batch.base, tids
-    )

@@ -12,11 +12,11 @@ from ZODB.utils import p64
 
 from zeolith.client import cache_file, cache_writer, disk_cache
 from zeolith.client.cache_backlog import Batch
-from zeolith.client.cache_file import CacheFile
+from zeolith.client.cache_file import CacheFile, State
 from zeolith.client.cache_place import CachePlace
 from zeolith.client.changes import Change
 from zeolith.client.disk_cache import DiskCache
-from zeolith.client.tids import MAX_TID, Z64
+from zeolith.client.tids import MAX_TID, Z64, following
 
 from ..support.waiting import wait_until
 
@@ -391,6 +391,34 @@ def test_if_nobody_knows_what_it_lacks_it_is_begun_anew(opened):
     assert two.load(A, T6) is None
     flush(one)
     assert one.load(A, T2) is None
+
+
+@pytest.mark.parametrize("has_loaded", [False, True])
+def test_a_file_that_is_begun_anew_while_it_is_written_to_is_looked_at_again(
+    opened, monkeypatch, has_loaded
+):
+    """Two processes come to an empty database at once: each begins its cache."""
+    one = started(opened, Z64)
+    one.apply(T1, [A])
+    if has_loaded:
+        one.store(B, T1, None, b"data", T1)
+    two = opened(lambda _position: [Change(Z64, T1, [A], None)])
+    looked = CacheFile.state
+
+    def look(file: CacheFile) -> State | None:
+        state = looked(file)
+        monkeypatch.setattr(CacheFile, "state", looked)
+        two.forget_all(Z64)
+        assert looked(file) != state, "somebody has begun it anew"
+        return state
+
+    monkeypatch.setattr(CacheFile, "state", look)
+    flush(one)
+    assert not one.is_aside
+    two.apply(T1, [A])
+    flush(two)
+    assert not two.is_aside
+    assert (read(two, B, following(T1)) is not None) == has_loaded
 
 
 def test_a_server_that_is_away_is_asked_again(opened):
