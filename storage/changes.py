@@ -10,10 +10,13 @@ applied everything up to ``since`` may apply it; everybody else has missed somet
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 OIDS_MAX = 1_000_000
 CHANGES_MAX = 10_000
+
+_since = attrgetter("since")
 
 
 class Change(NamedTuple):
@@ -104,7 +107,3 @@ class Changes:
             if change.transaction == transaction:
                 return change.tid
         return None
-
-
-def _since(change: Change) -> bytes:
-    return change.since
