@@ -377,8 +377,7 @@ def test_a_call_whose_channel_is_lost_is_made_again(server, storage):
 def test_a_call_whose_session_is_lost_is_made_in_the_next(server, storage):
     def lose(*_args: Any) -> Any:
         server.answers["load_serial"] = b"data"
-        for peer in tuple(server.peers):
-            peer.hang_up()
+        server.lose_sessions()
         return Act.SILENCE
 
     server.answers["load_serial"] = lose

@@ -61,6 +61,11 @@ def run(server: InProcessServer, *options: str) -> Result:
     return result
 
 
+def last_line(result: Result) -> str:
+    """What was said at the end; a pack that took a moment has shown its progress."""
+    return str(result.stdout.splitlines()[-1])
+
+
 def complaint(result: Result) -> str:
     (line,) = result.stderr.splitlines()
     return str(line).removeprefix("zeolith: ")
@@ -69,7 +74,7 @@ def complaint(result: Result) -> str:
 def test_a_pack_is_asked_for_and_its_end_is_told(server, pack):
     result = run(server)
     assert result.exit_code == 0
-    assert result.stdout.startswith("packed: 2000 bytes, now 1000, in ")
+    assert last_line(result).startswith("packed: 2000 bytes, now 1000, in ")
     ((moment_s, gc),) = pack.calls
     assert abs(time.time() - 86400 - moment_s) < 60
     assert gc is None
@@ -79,7 +84,7 @@ def test_nothing_to_pack_is_no_failure(server, pack):
     pack.result = Packed(False, 1000, 1000)
     result = run(server)
     assert result.exit_code == 0
-    assert result.stdout == "there is nothing to pack\n"
+    assert last_line(result) == "there is nothing to pack"
 
 
 @pytest.mark.parametrize(

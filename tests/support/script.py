@@ -282,8 +282,12 @@ class ScriptedServer:
 
     def die(self) -> None:
         """Take no more connections, and end those that are there."""
-        self._first_token = next(self._tokens)
         self.refuse()
+        self.lose_sessions()
+
+    def lose_sessions(self) -> None:
+        """End all connections; no channel joins a session of before."""
+        self._first_token = next(self._tokens)
         for peer in tuple(self.peers):
             peer.hang_up()
 
@@ -291,7 +295,7 @@ class ScriptedServer:
         return next(self._tokens).to_bytes(16, "big")
 
     def has_forgotten(self, hello: dict[str, Any]) -> bool:
-        """Whether the channel is of a session from before its death."""
+        """Whether the channel is of a session that was lost."""
         return int.from_bytes(hello["session"] or b"\xff", "big") < self._first_token
 
     def streams(self) -> list[ScriptedPeer]:
