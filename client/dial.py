@@ -4,6 +4,7 @@ Blocking calls, each bounded; used by the connector's thread, and by any thread 
 one more channel of a session that is there already.
 """
 
+import errno
 import random
 import socket
 import ssl
@@ -30,6 +31,14 @@ RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
 # After a login that failed.
 LOCKED_OUT_S = 15.0
+# Why this process, or its machine, can have no more sockets for now.
+_NONE_LEFT = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.EADDRNOTAVAIL,
+)
 
 
 class TurnedAway(ConnectionResetError):
@@ -102,6 +111,11 @@ def has_no_place(error: BaseException) -> bool:
     if isinstance(error, errors.HelloRefused):
         return error.reason == "limit"
     return isinstance(error, TurnedAway)
+
+
+def has_none_left(error: BaseException) -> bool:
+    """Whether it is here, not at the server, that there are no more sockets."""
+    return isinstance(error, OSError) and error.errno in _NONE_LEFT
 
 
 def dial_any(

@@ -33,4 +33,4 @@ class ChannelLost(Exception):
 
 
 class ChannelRefused(ChannelLost):
-    """Internal: the server lets the session have no more sockets; it goes on."""
+    """Internal: the session cannot have one more socket for now; it goes on."""

@@ -10,9 +10,10 @@ from its vote to its finish or to a pack, does not count and does not wait: a co
 wait at the server for another one, whose thread may have to load something first, and
 must not keep the channel from it.
 
-Where the server refuses one more for a limit of its own, everybody waits for what is
-given back, for ``channel_wait_s`` at most, as those who have a channel may be the very
-ones who wait. From time to time one of them asks the server again.
+Where the server refuses one more for a limit of its own, or this process has no more
+descriptors, everybody waits for what is given back, for ``channel_wait_s`` at most, as
+those who have a channel may be the very ones who wait. From time to time one of them
+tries again.
 
 ``idle`` and ``waiting`` are used without the lock, also by ``Session.call``: who gives
 back appends to the one and then looks at the other, who waits does it the other way

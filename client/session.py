@@ -14,7 +14,7 @@ from typing import Any
 
 from zeolith.client.changes import Change
 from zeolith.client.channel import Channel, is_silence, limit_silence, shut_down
-from zeolith.client.dial import Reached, dial_channel, has_no_place
+from zeolith.client.dial import Reached, dial_channel, has_no_place, has_none_left
 from zeolith.client.errors import ChannelLost, ChannelRefused
 from zeolith.client.pool import Pool
 from zeolith.client.position import Position
@@ -141,7 +141,7 @@ class Session:
                 self.address, self._token, self._limits, self._resumption
             )
         except (OSError, ZeolithError) as error:
-            if has_no_place(error):
+            if has_no_place(error) or has_none_left(error):
                 self._note_refusal(error)
                 raise ChannelRefused(str(error)) from error
             self.close(str(error))
@@ -150,10 +150,12 @@ class Session:
     def _note_refusal(self, error: Exception) -> None:
         if not self._was_refused:
             self._was_refused = True
+            server = format_address(self.address)
             logger.warning(
-                "%s lets this client have no more sockets, and threads have to wait"
-                " for each other: %s",
-                format_address(self.address),
+                "%s, and threads have to wait for each other: %s",
+                f"there are no more sockets here for a channel to {server}"
+                if has_none_left(error)
+                else f"{server} lets this client have no more sockets",
                 error,
             )
 

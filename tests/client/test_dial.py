@@ -1,5 +1,6 @@
 """The way to a server: addresses, the hello, refusals."""
 
+import errno
 import itertools
 import os
 import re
@@ -25,6 +26,7 @@ from zeolith.client.dial import (
     dial_any,
     dial_channel,
     has_no_place,
+    has_none_left,
     is_locked_out,
     is_refusal,
 )
@@ -274,6 +276,18 @@ def test_a_server_that_has_no_place_says_so(server):
     assert has_no_place(HelloRefused("limit", "more than 8 channels"))
     for other in (HelloRefused("session", "it ended"), ConnectionResetError("reset")):
         assert not has_no_place(other)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]
+)
+def test_sockets_that_are_not_to_be_had_here_are_no_refusal(number):
+    error = OSError(number, os.strerror(number))
+    assert has_none_left(error)
+    assert not has_no_place(error)
+    assert not is_refusal(error)
+    for other in (ConnectionRefusedError(errno.ECONNREFUSED, "no"), TimeoutError("no")):
+        assert not has_none_left(other)
 
 
 @pytest.mark.parametrize("way", ["plain", "tls"])

@@ -1,5 +1,7 @@
 """One presence at one server: its stream, its channels, its end."""
 
+import errno
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import pytest
 from ZODB.POSException import POSKeyError
 from ZODB.utils import p64
 
+from zeolith.client import dial as dial_module
 from zeolith.client.cache import MemoryCache
 from zeolith.client.changes import Change
 from zeolith.client.channel import Channel
@@ -291,6 +294,28 @@ def test_a_server_that_has_no_place_for_a_channel_does_not_end_the_session(
     assert len(server.channels()) == 1
     # Once, however often it is.
     assert caplog.text.count("lets this client have no more sockets") == 1
+
+
+def test_a_process_without_descriptors_goes_on_with_its_channels(
+    server, session, caplog, monkeypatch
+):
+    go_on = threading.Event()
+    server.answers["ping"] = Held(go_on, b"pong")
+    calling = [Background(session.call, "ping")]
+    server.wait_for("ping")
+
+    def none_is_left(*_args: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(dial_module, "_connect", none_is_left)
+    calling += [Background(session.call, "ping") for _ in range(3)]
+    wait_until(lambda: len(session._pool.waiting) == 3, "three who wait")
+    go_on.set()
+    assert [each.result() for each in calling] == [b"pong"] * 4
+    assert session.ended is None
+    (text,) = (each.message for each in caplog.records if each.levelname == "WARNING")
+    assert text.startswith("there are no more sockets here for a channel to ")
+    assert "Too many open files" in text
 
 
 def test_no_server_to_open_a_channel_ends_the_session(server, session):

@@ -4,7 +4,10 @@ The offender is a socket from another address than the neighbour's (Linux has al
 127.0.0.0/8), who loads and commits before, meanwhile and afterwards.
 """
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -452,6 +455,46 @@ def test_a_client_whose_machine_has_too_many_sockets_goes_on_with_those_it_has(
         work_at_once(storage, 5)
         assert "lets this client have no more sockets" in caplog.text
         assert storage.current_session is session
+
+
+# Eight threads of a process that may open two more sockets than it has: a channel, and
+# what a thread that comes later needs for a moment.
+CROWDED = """
+import os, resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from zeolith.client import ClientStorage
+
+host, port = sys.argv[1:]
+storage = ClientStorage((host, int(port)))
+storage.ping()
+session = storage.current_session
+_soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+highest = max(map(int, os.listdir("/proc/self/fd")))
+resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
+
+def work(_number):
+    for _ in range(50):
+        storage.ping()
+
+with ThreadPoolExecutor(8) as threads:
+    list(threads.map(work, range(8)))
+assert storage.current_session is session
+storage.close()
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc")
+def test_a_process_without_descriptors_goes_on_with_the_sockets_it_has(server):
+    host, port = server.address
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CROWDED, host, str(port)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "there are no more sockets here for a channel to" in done.stderr
 
 
 # What transactions send
