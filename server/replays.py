@@ -3,7 +3,9 @@
 Belongs to the loop. What ``Changes`` does not remember, a thread of its own reads from
 the log (``Database.changes_before``), back to the oldest position that anybody waits
 for; whoever asks meanwhile waits for the same reading or the next one. What was read is
-kept for a while, for after a restart of the server its clients come together.
+kept for a while, for after a restart of the server its clients come together. Nobody
+waits longer for it than a hello may take: on a disk that is so slow it is faster to ask
+which records are still right.
 
 Nothing read is told by itself: ``since`` joins it with what ``Changes`` knows at that
 moment, in one step of the loop, so no change can fall between them.
@@ -14,7 +16,6 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from operator import attrgetter
-from typing import NamedTuple
 
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes, Past
@@ -26,16 +27,25 @@ logger = logging.getLogger(__name__)
 REPLAY_BYTES = 256 * 1024 * 1024
 # How long what was read is kept: it may take 100 MB and more.
 KEEP_S = 60.0
+# Who waits longer is told what is known by then; half of hello_timeout_s.
+WAIT_S = 5.0
 # A reading is in vain if more is committed meanwhile than is remembered.
 READINGS_MAX = 3
 
 _since = attrgetter("since")
 
 
-class _Waiter(NamedTuple):
-    position: bytes
-    then: Callable[[], object]
-    readings: int
+class _Waiter:
+    def __init__(self, position: bytes, then: Callable[[], object]):
+        self.position = position
+        self.readings = 0
+        self._then = then
+        self.timer: asyncio.TimerHandle | None = None
+
+    def go_on(self) -> None:
+        assert self.timer is not None
+        self.timer.cancel()
+        self._then()
 
 
 class Replays:
@@ -52,6 +62,8 @@ class Replays:
         self._forgetting: asyncio.TimerHandle | None = None
         self._waiting: list[_Waiter] = []
         self._is_reading = False
+        # Whether somebody has given up this reading.
+        self._is_late = False
         # Which list of changes all this belongs to.
         self._round = 0
 
@@ -63,7 +75,7 @@ class Replays:
         self._is_reading = False
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
-            waiter.then()
+            waiter.go_on()
 
     def since(self, position: bytes) -> list[Change] | None:
         """All changes after ``position``; None if that is not known now."""
@@ -87,13 +99,30 @@ class Replays:
         return not past.is_all and (not joined or position < joined[0].since)
 
     def ask(self, position: bytes, then: Callable[[], object]) -> None:
-        """Call ``then()`` when all is known of ``position`` that can be."""
-        self._waiting.append(_Waiter(position, then, 0))
+        """Call ``then()`` when all is known of ``position`` that can be.
+
+        Or when that takes too long: then it may be known later.
+        """
+        waiter = _Waiter(position, then)
+        self._waiting.append(waiter)
+        loop = asyncio.get_running_loop()
+        waiter.timer = loop.call_later(WAIT_S, self._give_up, waiter)
         if not self._is_reading:
             self._read()
 
+    def _give_up(self, waiter: _Waiter) -> None:
+        if not self._is_late:
+            self._is_late = True
+            logger.warning(
+                "the log was not read within %g s; clients that were away long have to"
+                " ask which of their records are still right",
+                WAIT_S,
+            )
+        self._waiting.remove(waiter)
+        waiter.go_on()
+
     def _read(self) -> None:
-        self._is_reading = True
+        self._is_reading, self._is_late = True, False
         changes = self._changes
         recent = changes.since(changes.begins) or []
         reading = self._workers.look_back(
@@ -103,9 +132,8 @@ class Replays:
             self.bytes_max,
         )
         # Those who come later may want more.
-        self._waiting = [
-            waiter._replace(readings=waiter.readings + 1) for waiter in self._waiting
-        ]
+        for waiter in self._waiting:
+            waiter.readings += 1
         round_ = self._round
 
         def done(reading: "asyncio.Future[Past]") -> None:
@@ -128,7 +156,7 @@ class Replays:
         for waiter in waiting:
             is_hopeless = error is not None or waiter.readings >= READINGS_MAX
             if is_hopeless or not self.may_be_told(waiter.position):
-                waiter.then()
+                waiter.go_on()
             else:
                 self._waiting.append(waiter)
         if self._waiting and not self._is_reading:

@@ -58,6 +58,11 @@ def all_from(position: int, last: int = 10) -> tuple[int, list[int]]:
     return position, list(range(position + 1, last + 1))
 
 
+async def timers_that_are_due() -> None:
+    for _ in range(2):
+        await asyncio.sleep(0)
+
+
 @pytest.fixture
 async def server() -> Server:
     return Server()
@@ -191,12 +196,40 @@ async def test_a_disk_that_fails_is_logged_and_everybody_answered(server, caplog
     assert "the disk is broken" in caplog.text
 
 
+async def test_nobody_waits_for_ever_for_a_log_that_is_read_slowly(
+    server, monkeypatch, caplog
+):
+    """Nor are those told twice who have given up; who comes later has it at once."""
+    server.ask(4)
+    monkeypatch.setattr(replays_module, "WAIT_S", 0)
+    for position in (3, 2):
+        server.ask(position)
+    await timers_that_are_due()
+    assert server.answered == [(3, None), (2, None)]
+    assert caplog.text.count("the log was not read within 0 s") == 1
+    await server.workers.work()
+    assert server.answered == [(3, None), (2, None), all_from(4)]
+    assert tids(server.replays.since(number(4)) or []) == [5, 6, 7, 8, 9, 10]
+    assert server.readings == 1
+
+
+async def test_a_log_that_everybody_has_given_up_is_kept_for_the_next(
+    server, monkeypatch
+):
+    monkeypatch.setattr(replays_module, "WAIT_S", 0)
+    server.ask(3)
+    await timers_that_are_due()
+    assert server.answered == [(3, None)]
+    await server.workers.work()
+    assert not server.replays.may_be_told(number(3))
+    assert tids(server.replays.since(number(3)) or []) == list(range(4, 11))
+
+
 async def test_what_was_read_is_not_kept_for_ever(server, monkeypatch):
     monkeypatch.setattr(replays_module, "KEEP_S", 0)
     server.ask(3)
     await server.workers.work()
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await timers_that_are_due()
     assert server.replays.since(number(3)) is None
     assert server.replays.may_be_told(number(3))
 
