@@ -11,11 +11,12 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from zeolith.client.channel import Channel, is_silence, limit_silence
+from zeolith.client.forks import shaking_hands
 from zeolith.client.round_trip import RECEIVE_BYTES
 from zeolith.protocol import errors
 from zeolith.protocol.addresses import Address, format_address
@@ -198,6 +199,20 @@ def _greet(
     credentials: Credentials,
 ) -> Reached:
     sock = _connect(address)
+    is_secret = resumption is not None or credentials is not NO_CREDENTIALS
+    with shaking_hands() if is_secret else nullcontext():
+        return _introduce(sock, address, hello, limits, resumption, credentials)
+
+
+def _introduce(
+    sock: socket.socket,
+    address: Address,
+    hello: dict[str, Any],
+    limits: Limits,
+    resumption: Resumption | None,
+    credentials: Credentials,
+) -> Reached:
+    """Say hello, with all that goes before; ``sock`` is closed if that fails."""
     try:
         connection = Connection(Role.CLIENT, time.monotonic(), limits)
         with _turned_away_without_a_word():

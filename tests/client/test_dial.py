@@ -15,6 +15,7 @@ import pytest
 from ZODB.utils import p64
 
 from zeolith.client import dial as dial_module
+from zeolith.client import forks
 from zeolith.client.dial import (
     RETRY_FIRST_S,
     RETRY_MAX_S,
@@ -35,7 +36,7 @@ from zeolith.protocol.connection import SocketKind, State
 from zeolith.protocol.credentials import Given
 from zeolith.protocol.errors import HelloRefused, RemoteProtocolError, ZeolithError
 from zeolith.protocol.limits import DEFAULT, Limits
-from zeolith.protocol.login import LoginError, Password
+from zeolith.protocol.login import NO_CREDENTIALS, LoginError, Password
 from zeolith.protocol.messages import Goodbye, Heartbeat, Notice, Reply, Welcome
 from zeolith.protocol.methods import HELLO, VERSION, check_fields
 from zeolith.protocol.tls import ClientTls, HandshakeFailed
@@ -276,6 +277,30 @@ def test_a_server_that_has_no_place_says_so(server):
     assert has_no_place(HelloRefused("limit", "more than 8 channels"))
     for other in (HelloRefused("session", "it ended"), ConnectionResetError("reset")):
         assert not has_no_place(other)
+
+
+@pytest.mark.parametrize(
+    ("credentials", "tls", "is_protected"),
+    [
+        (NO_CREDENTIALS, None, False),
+        (NO_CREDENTIALS, ClientTls(ssl.create_default_context()), True),
+        (Password("ann", Given(PASSWORD)), None, True),
+    ],
+)
+def test_nobody_forks_while_openssl_is_at_work(
+    monkeypatch, credentials, tls, is_protected
+):
+    """A child would wait for ever for a lock that a thread of its parent's holds."""
+    under_way = []
+
+    def introduce(*_args: Any) -> None:
+        under_way.append(forks._handshakes._under_way)
+
+    monkeypatch.setattr(dial_module, "_connect", lambda _address: None)
+    monkeypatch.setattr(dial_module, "_introduce", introduce)
+    dial(("127.0.0.1", 1), WISH._replace(credentials=credentials), DEFAULT, tls)
+    assert under_way == [int(is_protected)]
+    assert not forks._handshakes._under_way
 
 
 @pytest.mark.parametrize(

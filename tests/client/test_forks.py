@@ -12,6 +12,7 @@ from ZODB.utils import p64
 from zeolith.client import forks, position
 from zeolith.client.storage import ClientStorage
 
+from ..support.gates import Background
 from ..support.script import ScriptedServer, tid
 from ..support.serving import ServerProcess
 
@@ -154,3 +155,62 @@ def test_a_fork_lets_go_of_what_it_holds_and_not_of_anothers(storage, monkeypatc
     assert not is_free(storage)
     forks._after_fork_in_parent()
     assert is_free(storage)
+
+
+# Handshakes
+
+
+def fork(order: list[str]) -> None:
+    """Everything but the fork."""
+    forks._before_fork()
+    order.append("fork")
+    forks._after_fork_in_parent()
+
+
+def test_a_fork_waits_for_the_end_of_a_handshake():
+    order: list[str] = []
+    with forks.shaking_hands():
+        forking = Background(fork, order)
+        assert not forking.returns_soon()
+        order.append("handshake")
+    forking.result()
+    assert order == ["handshake", "fork"]
+
+
+def test_no_handshake_begins_during_a_fork():
+    order: list[str] = []
+
+    def shake_hands() -> None:
+        with forks.shaking_hands():
+            order.append("handshake")
+
+    forks._before_fork()
+    shaking = Background(shake_hands)
+    assert not shaking.returns_soon()
+    order.append("fork")
+    forks._after_fork_in_parent()
+    shaking.result()
+    assert order == ["fork", "handshake"]
+
+
+def test_a_fork_waits_not_for_ever_for_a_handshake(monkeypatch):
+    monkeypatch.setattr(forks, "HANDSHAKES_WAIT_S", 0.01)
+    order: list[str] = []
+    with forks.shaking_hands():
+        fork(order)
+    assert order == ["fork"]
+    # And nobody else has to wait for it.
+    with forks.shaking_hands():
+        assert forks._handshakes._under_way == 1
+
+
+def test_a_child_shakes_hands_whatever_its_parents_threads_were_doing(monkeypatch):
+    inherited = forks._handshakes
+    monkeypatch.setattr(forks, "_handshakes", inherited)
+    monkeypatch.setattr(forks, "_storages", set())
+    forks._before_fork()
+    with inherited._changed:
+        forks._after_fork()
+        with forks.shaking_hands():
+            assert forks._handshakes is not inherited
+    inherited.let_go()
