@@ -95,18 +95,18 @@ def forget(storage: "ClientStorage") -> None:
 
 
 def _before_fork() -> None:
+    # First: nobody is to wait for a position while this waits for a network.
+    _handshakes.hold()
     # Two threads that fork at once must not hold what the other one waits for.
     positions = sorted((storage.position for storage in _storages.copy()), key=id)
     _fork.held = [position for position in positions if position.hold()]
-    # Nobody needs a position to end his handshake.
-    _handshakes.hold()
 
 
 def _after_fork_in_parent() -> None:
-    _handshakes.let_go()
     held, _fork.held = _fork.held, []
     for position in held:
         position.let_go()
+    _handshakes.let_go()
 
 
 def _after_fork() -> None:

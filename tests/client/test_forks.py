@@ -177,6 +177,15 @@ def test_a_fork_waits_for_the_end_of_a_handshake():
     assert order == ["handshake", "fork"]
 
 
+def test_nobody_else_waits_for_a_handshake_that_a_fork_waits_for(storage, monkeypatch):
+    monkeypatch.setattr(position, "FORK_WAIT_S", 0.01)
+    with forks.shaking_hands():
+        forking = Background(fork, [])
+        assert not forking.returns_soon()
+        assert is_free(storage)
+    forking.result()
+
+
 def test_no_handshake_begins_during_a_fork():
     order: list[str] = []
 
