@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 REPLAY_BYTES = 256 * 1024 * 1024
 # How long what was read is kept: it may take 100 MB and more.
 KEEP_S = 60.0
-# Who waits longer is told what is known by then; half of hello_timeout_s.
-WAIT_S = 5.0
 # A reading is in vain if more is committed meanwhile than is remembered.
 READINGS_MAX = 3
 
@@ -51,10 +49,14 @@ class _Waiter:
 class Replays:
     """The changes of one database, further back than ``changes`` goes."""
 
-    def __init__(self, database: Database, workers: Workers, changes: Changes):
+    def __init__(
+        self, database: Database, workers: Workers, changes: Changes, wait_s: float
+    ):
+        """Who has waited for ``wait_s`` is told what is known by then."""
         self._database = database
         self._workers = workers
         self._changes = changes
+        self.wait_s = wait_s
         # Of the log; nothing is read if it is zero. May be set at any time.
         self.bytes_max = REPLAY_BYTES
         # What was read, and what was remembered then: up to a change that followed it.
@@ -106,7 +108,7 @@ class Replays:
         waiter = _Waiter(position, then)
         self._waiting.append(waiter)
         loop = asyncio.get_running_loop()
-        waiter.timer = loop.call_later(WAIT_S, self._give_up, waiter)
+        waiter.timer = loop.call_later(self.wait_s, self._give_up, waiter)
         if not self._is_reading:
             self._read()
 
@@ -116,7 +118,7 @@ class Replays:
             logger.warning(
                 "the log was not read within %g s; clients that were away long have to"
                 " ask which of their records are still right",
-                WAIT_S,
+                self.wait_s,
             )
         self._waiting.remove(waiter)
         waiter.go_on()

@@ -26,7 +26,6 @@ from zeolith.server.answering import answering
 from zeolith.server.committer import Committer
 from zeolith.server.readings import Readings
 from zeolith.server.replays import Replays
-from zeolith.server.turns import Rest
 from zeolith.server.workers import Workers
 from zeolith.storage.changes import Change, Changes
 from zeolith.storage.database import Database, Standing
@@ -106,7 +105,9 @@ class Served:
         self._announcing: asyncio.TimerHandle | None = None
         self._overdue_tid = changes.last_tid
         # What changed long ago.
-        self.replays = Replays(database, workers, changes)
+        # A hello waits for them, and has to be answered in time.
+        wait_s = limits.hello_timeout_s / 2
+        self.replays = Replays(database, workers, changes, wait_s)
         # The last change that was sent to those who do not keep up.
         self._behind: dict[Follower, bytes] = {}
         # What they are to be sent of before ``changes``: of those who came back.
@@ -120,8 +121,8 @@ class Served:
         self.committer = Committer(self)
         # The short way of a load, if there is one.
         self.answer = answering(self)
-        # What clients want of reader threads; the service's, whose guests it knows.
-        self.readings = Readings(workers, Rest(lambda: 0))
+        # What clients want of reader threads; from the service, which knows its guests.
+        self.readings: Readings
 
     @property
     def is_read_only(self) -> bool:

@@ -1,16 +1,18 @@
 """What changed long ago: read once for all, and joined with what is known now."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from zeolith.protocol.limits import DEFAULT
 from zeolith.server import replays as replays_module
 from zeolith.server.replays import Replays
 from zeolith.storage.changes import Change, Changes
 
 from ..support.ids import number
-from ..support.model import HandWorkers, ModelDatabase
+from ..support.model import HandWorkers, ModelDatabase, ModelServer
 
 OID = number(1)
 
@@ -28,7 +30,7 @@ class Server:
         self.workers = HandWorkers()
         self.changes = Changes(number(10 - remembered), changes_max=remembered)
         self.changes.extend(self.database.log[10 - remembered :])
-        self.replays = Replays(self.database, self.workers, self.changes)
+        self.replays = Replays(self.database, self.workers, self.changes, 60)
         self.answered: list[Any] = []
 
     def commit(self) -> None:
@@ -196,12 +198,10 @@ async def test_a_disk_that_fails_is_logged_and_everybody_answered(server, caplog
     assert "the disk is broken" in caplog.text
 
 
-async def test_nobody_waits_for_ever_for_a_log_that_is_read_slowly(
-    server, monkeypatch, caplog
-):
+async def test_nobody_waits_for_ever_for_a_log_that_is_read_slowly(server, caplog):
     """Nor are those told twice who have given up; who comes later has it at once."""
     server.ask(4)
-    monkeypatch.setattr(replays_module, "WAIT_S", 0)
+    server.replays.wait_s = 0
     for position in (3, 2):
         server.ask(position)
     await timers_that_are_due()
@@ -213,10 +213,8 @@ async def test_nobody_waits_for_ever_for_a_log_that_is_read_slowly(
     assert server.readings == 1
 
 
-async def test_a_log_that_everybody_has_given_up_is_kept_for_the_next(
-    server, monkeypatch
-):
-    monkeypatch.setattr(replays_module, "WAIT_S", 0)
+async def test_a_log_that_everybody_has_given_up_is_kept_for_the_next(server):
+    server.replays.wait_s = 0
     server.ask(3)
     await timers_that_are_due()
     assert server.answered == [(3, None)]
@@ -279,3 +277,8 @@ async def test_who_is_told_may_ask_again(server):
     server.replays.ask(number(3), then)
     await server.workers.work()
     assert len(asked) == 3
+
+
+async def test_a_hello_is_answered_in_time_whatever_its_time():
+    limits = replace(DEFAULT, hello_timeout_s=3.0)
+    assert ModelServer(limits=limits).served.replays.wait_s == 1.5
