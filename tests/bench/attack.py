@@ -33,7 +33,7 @@ from zeolith.server.key_files import add_user, create_token
 
 from .attackers import ATTACKS, Attack, Crowd, Target
 from .pack import all_oids, make, write
-from .servers import Endpoint, Running, running_with_sections
+from .servers import Endpoint, Running, memory_mb, running_with_sections
 from .table import aligned, machine
 
 REVISIONS = 40_000
@@ -210,14 +210,6 @@ def clients(stand: Stand, oids: list[bytes]) -> Iterator[Callable[[], list[Sampl
             process.terminate()
 
 
-def memory_mb(server: Running) -> float:
-    """The most that the server has had in RAM."""
-    assert server.process is not None
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def round_of(
     stand: Stand,
     attacks: list[Attack],
@@ -246,7 +238,7 @@ def round_of(
             is_over.set()
             found[each.key].said.append(here.recv())
             process.join()
-            found[each.key].memory_mb.append(memory_mb(stand.server))
+            found[each.key].memory_mb.append(memory_mb(stand.server, "VmHWM"))
             spans.append((each, quiet, under))
         samples = stop()
     for each, quiet, under in spans:

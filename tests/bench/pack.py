@@ -28,7 +28,7 @@ from ZODB.serialize import referencesf
 from ZODB.utils import maxtid
 
 from . import dataset
-from .servers import Endpoint, Running, running, title
+from .servers import Endpoint, Running, memory_mb, running, title
 from .table import machine
 
 PEERS = ("zeolith", "zeo")
@@ -105,14 +105,6 @@ def commit(endpoint: Endpoint, oids: list[bytes], stop: Event, to: Connection) -
         time.sleep(COMMIT_PAUSE_S)
     storage.close()
     to.send(samples)
-
-
-def memory_mb(server: Running) -> float:
-    """What of the server's memory is in RAM."""
-    assert server.process is not None
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
 
 
 def round_of(

@@ -230,6 +230,14 @@ PROFILED: dict[str, Callable[..., Any]] = {"zeolith": _zeolith, "zeo": _zeo}
 _WITH_BLOBS = _ENCRYPTED = PROFILED
 
 
+def memory_mb(server: Running, line: str = "VmRSS") -> float:
+    """What of the server's memory is in RAM; the most there was with ``VmHWM``."""
+    assert server.process is not None
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (found,) = (each for each in status.splitlines() if each.startswith(f"{line}:"))
+    return int(found.split()[1]) / 1024
+
+
 def title(peer: str) -> str:
     """How the table calls a peer."""
     if peer == "filestorage":
