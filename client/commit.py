@@ -6,13 +6,17 @@ from vote to finish to one channel of it: if either is lost before finish was se
 nothing was committed and ClientDisconnected says so; if the answer to finish is lost,
 the server is asked what became of the transaction, and the truth is told.
 
+Where nobody else takes part in a transaction (client.participants), its vote decides
+all, and asks the server to finish at once: a round trip less. Between the two phases
+the transaction is COMMITTED then, and all that finish does is to let it be seen here.
+
 Used by the thread that commits; several transactions of one storage run side by side.
 """
 
 import logging
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ZODB.ConflictResolution import tryToResolveConflict
 from ZODB.POSException import (
@@ -40,7 +44,19 @@ class Phase(Enum):
 
     BEGUN = "begun"
     VOTED = "voted"
+    FINISHING = "finishing"
+    COMMITTED = "committed"
     ENDED = "ended"
+
+
+class _Committed(NamedTuple):
+    """What the server has told of a transaction that it has committed."""
+
+    change: Change
+    # The other changes since the position that was sent; None: it cannot say.
+    others: list[Change] | None
+    # The cache's, when the request was sent.
+    history: int
 
 
 class _States:
@@ -92,6 +108,7 @@ class Commit:
         self.tid: bytes | None = None
         # What the server holds differently from what was sent.
         self.resolved: list[bytes] = []
+        self._committed: _Committed | None = None
 
     # Blobs
 
@@ -136,48 +153,65 @@ class Commit:
 
     def vote(self) -> list[bytes]:
         """Send everything, and resolve what the server cannot."""
-        conflicts = self.begin_vote()
-        while conflicts:
-            conflicts = self._step(self._resolve_here, conflicts)
-        return self.resolved
+        return self._resolve_all(self.begin_vote())
+
+    def vote_and_finish(self) -> list[bytes]:
+        """``vote``, for a transaction in which nobody else takes part.
+
+        If there is nothing that the server cannot resolve, it is committed then, and
+        ``finish`` asks nobody. Raises what either of them does.
+        """
+        self._refuse_if_lost()
+        self._step(self._send_spilled)
+        operations = self.stores.operations
+        return self._resolve_all(
+            self._ask_to_finish("commit", self._metadata, operations)
+        )
 
     def begin_vote(self) -> list[list[bytes]]:
         """Send everything; returns what the server could not resolve.
 
         If that is nothing, the transaction has voted.
         """
-        return self._step(self._send_all)
+        self._step(self._send_spilled)
+        operations = self.stores.operations
+        return self._heard(self._step(self._call, "vote", self._metadata, operations))
 
     def resolve(self, resolutions: list[list[bytes]]) -> list[list[bytes]]:
         """Go on with records made of the conflicts; returns what is still left."""
-        return self._step(self._call, "resolve", resolutions)
+        return self._heard(self._step(self._call, "resolve", resolutions))
 
-    def _resolve_here(self, conflicts: list[list[bytes]]) -> Any:
-        return self._call("resolve", self._resolutions(conflicts))
+    def _resolve_all(self, conflicts: list[list[bytes]]) -> list[bytes]:
+        while conflicts:
+            conflicts = self.resolve(self._step(self._resolutions, conflicts))
+        return self.resolved
 
-    def _send_all(self) -> Any:
+    def _send_spilled(self) -> None:
         channel = self._take_channel()
         for chunk in self.stores.spilled():
             channel.send(chunk)
-        return self._call("vote", self._metadata, self.stores.operations)
 
-    def _step(self, ask: Callable[..., Any], *args: Any) -> list[list[bytes]]:
+    def _step(self, step: Callable[..., Any], *args: Any) -> Any:
         """A step of the vote: any error is the end of the transaction."""
         try:
-            answer = ask(*args)
+            return step(*args)
         except ChannelLost as error:
             self.end()
             cause = self._session.lost(error)
             raise ClientDisconnected(f"{cause}; nothing was committed") from error
-        except ConflictError as error:
-            if error.oid is not None:
-                # If it is our copy that is wrong, the next try must not use it again.
-                self._storage.cache.forget(error.oid)
-            self._abort_quietly()
+        except BaseException as error:
+            self._refused(error)
             raise
-        except BaseException:
-            self._abort_quietly()
-            raise
+
+    def _refused(self, error: BaseException) -> None:
+        """The end of a transaction that was not committed."""
+        if isinstance(error, ConflictError) and error.oid is not None:
+            # If it is our copy that is wrong, the next try must not use it again.
+            self._storage.cache.forget(error.oid)
+        self._abort_quietly()
+
+    def _heard(self, answer: Any) -> list[list[bytes]]:
+        """What an answer to a vote leaves to be resolved."""
         if answer[0] == "conflicts":
             conflicts: list[list[bytes]] = answer[1]
             return conflicts
@@ -218,22 +252,61 @@ class Commit:
 
     def finish(self, callback: Callable[[bytes], Any]) -> bytes:
         """Commit; calls ``callback(tid)`` in its place among the changes."""
-        if self.phase is not Phase.VOTED:
+        if self.phase is Phase.VOTED:
+            self._refuse_if_lost()
+            self._ask_to_finish("finish")
+        if self.phase is not Phase.COMMITTED or self._committed is None:
             raise StorageTransactionError("tpc_finish before tpc_vote")
+        change, others, history = self._committed
+        position = self._storage.position
+
+        def apply(tid: bytes) -> None:
+            self._fill_cache(tid, history)
+            self.uploads.adopt(tid)
+            callback(tid)
+
+        try:
+            position.finished(self._session, change, others, apply)
+        finally:
+            # Harmless after ``finished``. If the thread was interrupted before, nobody
+            # is left to apply the change, and all later ones would wait for that.
+            position.give_up(self.stores.id)
+            self.end()
+        return change.tid
+
+    def _refuse_if_lost(self) -> None:
         if self._session.ended is not None:
             # The server aborts what it loses sight of: there is nobody to ask.
             self.end()
             raise ClientDisconnected(f"{self._session.ended}; nothing was committed")
+
+    def _ask_to_finish(self, method: str, *args: Any) -> list[list[bytes]]:
+        """Have the server commit; returns what it could not resolve before that.
+
+        If that is nothing, the transaction is committed.
+        """
         position = self._storage.position
         history = self._storage.cache.history
+        self.phase = Phase.FINISHING
         sent_at = position.begin_finish(self.stores.id)
         try:
-            tid, others = self._call("finish", sent_at)
+            answer = self._call(method, *args, sent_at)
+            if answer[0] == "conflicts":
+                position.give_up(self.stores.id)
+                return self._heard(answer)
+            if method == "commit":
+                _committed, tid, self.resolved, others = answer
+            else:
+                tid, others = answer
+            changes = None if others is None else list(map(Change._make, others))
         except ChannelLost as error:
             cause = self._session.lost(error)
             self._forgo_answer(str(cause))
             position.give_up(self.stores.id)
-            tid, others = self._ask_for_outcome(sent_at, cause), None
+            tid, changes = self._ask_for_outcome(sent_at, cause), None
+            if method == "commit":
+                # What the server has merged, nobody tells any more.
+                self.resolved = list(self.stores.oids)
         except StorageSystemError as error:
             position.give_up(self.stores.id)
             self.end()
@@ -244,27 +317,15 @@ class Commit:
                 # The thread was interrupted.
                 self._forgo_answer(f"an answer was given up: {error!r}")
             position.give_up(self.stores.id)
-            self.end()
+            self._refused(error)
             raise
-
-        def apply(tid: bytes) -> None:
-            self._fill_cache(tid, history)
-            self.uploads.adopt(tid)
-            callback(tid)
-
-        try:
-            changes = None if others is None else list(map(Change._make, others))
-            before = [each.tid for each in changes or () if each.tid < tid]
-            since = before[-1] if before else sent_at
-            oids = list({*self.stores.oids, *self.resolved})
-            change = Change(since, tid, oids, self.stores.id)
-            position.finished(self._session, change, changes, apply)
-        finally:
-            # Harmless after ``finished``. If the thread was interrupted before, nobody
-            # is left to apply the change, and all later ones would wait for that.
-            position.give_up(self.stores.id)
-            self.end()
-        return tid
+        before = [each.tid for each in changes or () if each.tid < tid]
+        since = before[-1] if before else sent_at
+        oids = list({*self.stores.oids, *self.resolved})
+        change = Change(since, tid, oids, self.stores.id)
+        self._committed = _Committed(change, changes, history)
+        self.phase = Phase.COMMITTED
+        return []
 
     def _forgo_answer(self, reason: str) -> None:
         """The answer to finish will not come, nor what it tells.
@@ -316,7 +377,28 @@ class Commit:
 
     def abort(self) -> None:
         """Give up, whatever the phase."""
-        self._abort_quietly()
+        if self.phase is Phase.COMMITTED and self._committed is not None:
+            self._disown(self._committed)
+        else:
+            self._abort_quietly()
+
+    def _disown(self, committed: _Committed) -> None:
+        """Give up what is committed: to whoever did so it is somebody else's change.
+
+        Between the phases a thread can only have been interrupted.
+        """
+        change, others, _history = committed
+        logger.warning(
+            "a transaction was given up after its vote, with which it was committed as"
+            " %s, for nobody else took part in it",
+            change.tid.hex(),
+        )
+        position = self._storage.position
+        if others is not None:
+            # The stream was spared this.
+            position.receive(self._session, [*others, change])
+        position.give_up(self.stores.id)
+        self.end()
 
     def _abort_quietly(self) -> None:
         channel = self._channel

@@ -33,6 +33,7 @@ from zeolith.client.connector import Connector
 from zeolith.client.dial import delays
 from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.client.log_methods import LogMethods
+from zeolith.client.participants import is_alone
 from zeolith.client.position import Position
 from zeolith.client.provided import provide
 from zeolith.client.read_ahead import reading_ahead
@@ -499,8 +500,14 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self._begun(transaction).stores.delete(oid, serial)
 
     def tpc_vote(self, transaction: Any) -> list[bytes]:
-        """Everything is checked and will be kept; returns resolved oids."""
-        return self._begun(transaction).vote()
+        """Everything is checked and will be kept; returns resolved oids.
+
+        What nobody else takes part in is committed at once (client.participants).
+        """
+        commit = self._begun(transaction)
+        if is_alone(self, transaction):
+            return commit.vote_and_finish()
+        return commit.vote()
 
     def tpc_finish(
         self, transaction: Any, func: Callable[[bytes], Any] = lambda tid: None

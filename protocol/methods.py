@@ -244,6 +244,13 @@ WELCOME: dict[str, Kind] = {
 
 _R, _W, _P = AccessRole.READ, AccessRole.WRITE, AccessRole.PACK
 
+# The arguments of a vote.
+_VOTE = (
+    ("transaction", TRANSACTION_ID),
+    ("metadata", METADATA),
+    ("operations", list_of(OPERATION)),
+)
+
 _TABLE = (
     Method("ping", (), None, needs_session=False),
     # It tells of everybody who is there.
@@ -305,15 +312,8 @@ _TABLE = (
         _W,
         answers=False,
     ),
-    Method(
-        "vote",
-        (
-            ("transaction", TRANSACTION_ID),
-            ("metadata", METADATA),
-            ("operations", list_of(OPERATION)),
-        ),
-        _W,
-    ),
+    Method("vote", _VOTE, _W),
+    Method("commit", (*_VOTE, ("position", TID)), _W),
     Method(
         "resolve",
         (("transaction", TRANSACTION_ID), ("resolutions", list_of(RESOLUTION))),
@@ -345,8 +345,8 @@ TID_ROLE = AccessRole.ADMIN
 
 def roles_of_call(name: str, args: list[Any]) -> Roles:
     """What the content of a checked call needs, beside the role of its method."""
-    if name == "vote":
-        _transaction, metadata, operations = args
+    if name in ("vote", "commit"):
+        metadata, operations = args[1:3]
     elif name == "stage":
         metadata, operations = None, args[1]
     else:

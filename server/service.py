@@ -14,7 +14,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ZODB.POSException import POSError, StorageTransactionError
+from ZODB.POSException import (
+    POSError,
+    StorageSystemError,
+    StorageTransactionError,
+)
 
 from zeolith.protocol.errors import Forbidden, LocalProtocolError, ZeolithError
 from zeolith.protocol.limits import Limits
@@ -46,6 +50,7 @@ from zeolith.server.turns import Turns
 from zeolith.storage.changes import Change
 from zeolith.storage.database import (
     Finished,
+    NotCommitted,
     Transaction,
     Unresolved,
     Voted,
@@ -408,6 +413,45 @@ class Service:
         metadata: list[Any],
         operations: list[list[Any]],
     ) -> object:
+        voted = partial(self._voted, peer, number)
+        self._begin(peer, transaction_id, metadata, operations, voted)
+        return LATER
+
+    def _commit(
+        self,
+        peer: Peer,
+        number: int,
+        transaction_id: bytes,
+        metadata: list[Any],
+        operations: list[list[Any]],
+        position: bytes,
+    ) -> object:
+        def voted(
+            commit: Commit,
+            result: Voted | Unresolved | None,
+            error: BaseException | None,
+        ) -> None:
+            if isinstance(result, Voted):
+                then = partial(_committed, result.resolved)
+                self._finish_voted(peer, number, commit, position, then)
+                return
+            if isinstance(error, StorageSystemError):
+                # Of a finish it would say that nobody knows.
+                error = NotCommitted(str(error))
+            self._voted(peer, number, commit, result, error)
+
+        self._begin(peer, transaction_id, metadata, operations, voted)
+        return LATER
+
+    def _begin(
+        self,
+        peer: Peer,
+        transaction_id: bytes,
+        metadata: list[Any],
+        operations: list[list[Any]],
+        voted: Callable[[Commit, Any, BaseException | None], None],
+    ) -> None:
+        """Let a new transaction vote, and call ``voted(commit, result, error)``."""
         current = peer.transactions.commit
         if current is not None and current.phase is not Phase.ENDED:
             raise StorageTransactionError("the channel is in another transaction")
@@ -417,9 +461,8 @@ class Service:
         session = _session(peer)
         commit = Commit(transaction, session.name)
         peer.transactions.commit = commit
-        answer = partial(self._voted, peer, number, commit)
+        answer = partial(voted, commit)
         staging.vote(peer, session.served, commit, operations, self.limits, answer)
-        return LATER
 
     def _resolve(
         self, peer: Peer, number: int, transaction_id: bytes, resolutions: list[Any]
@@ -454,6 +497,18 @@ class Service:
         self, peer: Peer, number: int, transaction_id: bytes, position: bytes
     ) -> object:
         commit = peer.transactions.commit_of(transaction_id)
+        self._finish_voted(peer, number, commit, position, lambda *told: told)
+        return LATER
+
+    def _finish_voted(
+        self,
+        peer: Peer,
+        number: int,
+        commit: Commit,
+        position: bytes,
+        then: Callable[[bytes, list[Change] | None], Any],
+    ) -> None:
+        """Finish, and answer with ``then(tid, other changes since position)``."""
         served = _session(peer).served
 
         def finished(result: Finished | None, error: BaseException | None) -> None:
@@ -462,13 +517,17 @@ class Service:
                 self._fail(peer, number, "finish", error)
                 return
             others = _others(result.tid, served.changes.since(position))
-            is_sent = self._reply(peer, number, (result.tid, others))
-            if is_sent and others is not None:
+            try:
+                peer.reply(number, then(result.tid, others))
+            except LocalProtocolError:
+                # More than a frame holds: it comes over the stream.
+                others = None
+                peer.reply(number, then(result.tid, others))
+            if peer.is_there and others is not None:
                 # What this answer tells, the stream need not tell again.
                 _session(peer).stream.told_tid = served.changes.last_tid
 
         served.committer.finish(commit, finished)
-        return LATER
 
     def _abort(self, peer: Peer, number: int, transaction_id: bytes) -> object:
         commit = peer.transactions.commit
@@ -492,6 +551,13 @@ class Service:
 def _session(peer: Peer) -> Session:
     assert peer.session is not None
     return peer.session
+
+
+def _committed(
+    resolved: list[bytes], tid: bytes, others: list[Change] | None
+) -> tuple[str, bytes, list[bytes], list[Change] | None]:
+    """The answer to a vote and a finish in one."""
+    return "committed", tid, resolved, others
 
 
 def _others(tid: bytes, changes: list[Change] | None) -> list[Change] | None:

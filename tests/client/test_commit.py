@@ -829,6 +829,181 @@ def test_a_finish_that_failed_leaves_its_change_to_the_stream(server, storage, a
     assert told.log == [(T2, [A]), (T3, [B])]
 
 
+# Vote and finish in one
+
+
+@pytest.fixture
+def at_once(server: ScriptedServer) -> ScriptedServer:
+    """It commits everything as T2, without a vote of its own."""
+    server.answers["commit"] = ["committed", T2, [], []]
+    return server
+
+
+def committed(storage: ClientStorage, **records: bytes) -> TransactionMetaData:
+    transaction = begun(storage, **(records or {"a": b"data"}))
+    storage.commit_to_vote(transaction).vote_and_finish()
+    return transaction
+
+
+def test_where_nobody_else_takes_part_there_is_one_question(at_once, storage):
+    told = Told(storage)
+    transaction = committed(storage, a=b"new")
+    assert storage.position.tid == T1, "it is seen before it is told"
+    assert storage.tpc_finish(transaction, told.callback) == T2
+    assert told.log == [T2]
+    assert storage.position.tid == T2
+    assert storage.loadBefore(A, T3) == (b"new", T2, None)
+    assert at_once.asked("vote") == at_once.asked("finish") == []
+    (_number, _metadata, operations, position) = at_once.asked("commit")[0]
+    assert operations == [["store", A, T1, b"new"]]
+    assert position == T1
+    assert storage.tpc_transaction() is None
+
+
+def test_a_large_transaction_is_staged_before_that(at_once):
+    with storage_at(at_once, SMALL) as storage:
+        transaction = TransactionMetaData()
+        storage.tpc_begin(transaction)
+        for number in range(3):
+            storage.store(p64(number), T1, b"x" * 600, "", transaction)
+        storage.commit_to_vote(transaction).vote_and_finish()
+        assert peer_of(at_once, "commit").methods == ["stage", "stage", "commit"]
+        assert storage.tpc_finish(transaction) == T2
+
+
+def test_what_was_merged_then_is_told_and_not_kept(at_once, storage):
+    at_once.answers["commit"] = ["committed", T2, [A], []]
+    transaction = begun(storage, a=b"ours", b=b"other")
+    assert storage.commit_to_vote(transaction).vote_and_finish() == [A]
+    storage.tpc_finish(transaction)
+    assert storage.cache.load(A, T3) is None
+    assert storage.cache.load(B, T3) == (b"other", T2, None)
+
+
+def test_changes_that_come_between_the_phases_wait_for_the_second(at_once, storage):
+    at_once.answers["commit"] = ["committed", T3, [], [[T1, T2, [C], None]]]
+    told = Told(storage)
+    transaction = committed(storage)
+    (number, *_) = at_once.asked("commit")[0]
+    at_once.publish([T2, T3, [A], number], [T3, T4, [B], None])
+    storage.tpc_finish(transaction, told.callback)
+    wait_until(lambda: storage.lastTransaction() == T4, "the change after it")
+    assert told.log == [(T2, [C]), T3, (T4, [B])]
+
+
+def test_what_the_application_must_merge_is_voted_and_finished(at_once, storage):
+    at_once.answers["commit"] = ["conflicts", [conflict(A)]]
+    at_once.answers["resolve"] = ["voted", None, [A]]
+    transaction = begun(storage, a=counter(3))
+    assert storage.commit_to_vote(transaction).vote_and_finish() == [A]
+    # Nobody waits for it meanwhile: it is not being finished.
+    at_once.publish([T1, T2, [B], None])
+    wait_until(lambda: storage.lastTransaction() == T2, "the change of another")
+    at_once.answers["finish"] = [T3, []]
+    assert storage.tpc_finish(transaction) == T3
+    ((_number, resolutions),) = at_once.asked("resolve")
+    assert [(oid, value_of(data)) for oid, data in resolutions] == [(A, 7)]
+
+
+def test_what_cannot_be_merged_then_is_a_conflict(at_once, storage):
+    at_once.answers["commit"] = ["conflicts", [conflict(A, PCounter2)]]
+    with pytest.raises(ConflictError):
+        committed(storage, a=counter(3))
+    assert len(at_once.asked("abort")) == 1
+    assert storage.tpc_transaction() is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (ConflictError(oid=A, serials=(T2, T1)), ConflictError),
+        (StorageError("no room"), StorageError),
+        (StorageSystemError("the disk is gone"), CommitOutcomeUnknown),
+    ],
+)
+def test_a_refusal_leaves_the_position_free(at_once, storage, failure, error):
+    storage.cache.store(A, T1, None, b"wrong", T1)
+    at_once.answers["commit"] = failure
+    with pytest.raises(error):
+        committed(storage)
+    if error is ConflictError:
+        assert storage.cache.load(A, T2) is None
+    assert storage.tpc_transaction() is None
+    (number, *_) = at_once.asked("commit")[0]
+    at_once.publish([T1, T2, [A], number])
+    wait_until(lambda: storage.lastTransaction() == T2, "the change")
+
+
+def test_a_session_lost_before_that_has_committed_nothing(at_once):
+    with storage_at(at_once, wait_timeout=0.1) as storage:
+        transaction = begun(storage, a=b"data")
+        commit = storage.commit_to_vote(transaction)
+        at_once.die()
+        wait_until(lambda: not storage.is_connected(), "the end of the session")
+        with pytest.raises(ClientDisconnected) as caught:
+            commit.vote_and_finish()
+        nothing_was_committed(caught.value)
+        assert storage.tpc_transaction() is None
+
+
+def test_of_a_lost_answer_the_truth_is_told_and_what_was_merged_is_not_known(
+    at_once, storage
+):
+    at_once.answers["commit"] = Act.HANG_UP
+    at_once.answers["outcome"] = ["committed", T2]
+    told = Told(storage)
+    transaction = begun(storage, a=b"ours", b=b"other")
+    at_once.hello = lambda: {
+        "last_tid": T2,
+        "changes": [[T1, T2, [A, B], at_once.asked("commit")[0][0]]],
+    }
+    # Of each the server may have something else than what was sent.
+    assert sorted(storage.commit_to_vote(transaction).vote_and_finish()) == [A, B]
+    assert storage.tpc_finish(transaction, told.callback) == T2
+    assert told.log.count(T2) == 1
+    assert storage.cache.load(A, T3) is None
+    assert storage.lastTransaction() == T2
+    (number, tid_told, position) = at_once.asked("outcome")[0]
+    assert (number, tid_told, position) == (at_once.asked("commit")[0][0], None, T1)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error"),
+    [("not committed", ClientDisconnected), ("unknown", CommitOutcomeUnknown)],
+)
+def test_of_a_lost_answer_the_vote_tells_the_truth(at_once, storage, outcome, error):
+    at_once.answers["commit"] = Act.HANG_UP
+    at_once.answers["outcome"] = [outcome, None]
+    with pytest.raises(error):
+        committed(storage)
+    assert storage.tpc_transaction() is None
+
+
+def test_given_up_between_the_phases_it_is_somebody_elses_change(
+    at_once, storage, caplog
+):
+    at_once.answers["commit"] = ["committed", T3, [], [[T1, T2, [C], None]]]
+    told = Told(storage)
+    storage.tpc_abort(committed(storage))
+    assert told.log == [(T2, [C]), (T3, [A])]
+    assert storage.lastTransaction() == T3
+    assert storage.cache.load(A, T4) is None
+    assert f"committed as {T3.hex()}" in caplog.text
+    assert at_once.asked("abort") == []
+    assert storage.tpc_transaction() is None
+
+
+def test_given_up_when_the_answer_could_not_tell_all_the_stream_does(at_once, storage):
+    at_once.answers["commit"] = ["committed", T3, [], None]
+    told = Told(storage)
+    transaction = committed(storage)
+    (number, *_) = at_once.asked("commit")[0]
+    storage.tpc_abort(transaction)
+    at_once.publish([T1, T2, [C], None], [T2, T3, [A], number])
+    wait_until(lambda: storage.lastTransaction() == T3, "the stream")
+    assert told.log == [(T2, [C]), (T3, [A])]
+
+
 # Closing
 
 

@@ -1,4 +1,7 @@
-"""What a load costs: one send, one receive, no lock that others hold, nobody woken."""
+"""What a load costs: one send, one receive, no lock that others hold, nobody woken.
+
+And a commit: one of each, if nobody else takes part in it.
+"""
 
 import os
 import re
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transaction
 from ZODB import DB
 from ZODB.utils import p64, z64
 
@@ -112,6 +116,31 @@ def test_a_load_is_one_send_and_one_receive_and_takes_no_lock_of_the_connection(
 def endpoint(tmp_path: Path) -> Iterator[str]:
     with ServerProcess(tmp_path) as server:
         yield server.listening[0]
+
+
+@pytest.mark.parametrize(
+    ("is_own", "round_trips"), [(True, 1), (False, 2)], ids=["own", "of a manager"]
+)
+def test_a_commit_of_the_threads_own_transaction_is_one_round_trip(
+    endpoint, monkeypatch, nothing_left_behind, is_own, round_trips
+):
+    storage = ClientStorage(endpoint)
+    db = DB(storage)
+    manager = transaction.manager if is_own else transaction.TransactionManager()
+    root = db.open(manager).root()
+    root["count"] = 0
+    manager.commit()
+    session = storage.current_session
+    assert session is not None
+    (channel,) = session._pool.channels
+    counting: Any = Counting(channel._socket)
+    with monkeypatch.context() as patched:
+        patched.setattr(channel, "_socket", counting)
+        patched.setattr(channel, "_round_trip", RoundTrip(counting))
+        root["count"] = 1
+        manager.commit()
+    db.close()
+    assert counting.asked == {"sendall": round_trips, "recv": round_trips}
 
 
 def sleeps_of_others() -> int:

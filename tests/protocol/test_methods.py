@@ -226,7 +226,8 @@ def test_every_role_is_on_the_right_methods():
         role: {name for name, method in METHODS.items() if method.role is role}
         for role in (None, *AccessRole)
     }
-    transaction = {"stage", "blob_chunk", "vote", "resolve", "finish", "abort"}
+    steps = {"vote", "commit", "resolve", "finish", "abort"}
+    transaction = {"stage", "blob_chunk", *steps}
     reading = by_role.pop(AccessRole.READ)
     assert by_role == {
         None: {"ping"},
@@ -245,6 +246,7 @@ def test_an_operation_that_is_more_than_a_write_needs_more():
     assert roles_of_call("load", [ID, ID]) == set()
     assert roles_of_call("vote", [SIXTEEN, metadata, [store, store]]) == set()
     assert roles_of_call("vote", [SIXTEEN, metadata, [store, undo]]) == {"undo"}
+    assert roles_of_call("commit", [SIXTEEN, metadata, [undo], ID]) == {"undo"}
     assert roles_of_call("stage", [SIXTEEN, [store, undo, delete]]) == {"undo", "pack"}
     assert roles_of_call("stage", [SIXTEEN, [restore]]) == {"admin"}
 

@@ -175,16 +175,20 @@ async def test_a_method_is_for_those_who_have_its_role(method, roles):
 
 
 @every_role_set
-@pytest.mark.parametrize("method", ["vote", "stage"])
+@pytest.mark.parametrize("method", ["vote", "commit", "stage"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 async def test_an_operation_is_for_those_who_have_its_role(roles, method, operation):
     if WRITE not in roles:
         return
     server = server_for(roles)
-    metadata = [METADATA] if method == "vote" else []
-    channel = MemorySession(server.service).channel()
     operations = [["store", OID, number(1), b"data"], OPERATIONS[operation]]
-    answer = await called(server, channel, method, TRANSACTION, *metadata, operations)
+    arguments: dict[str, list[Any]] = {
+        "vote": [METADATA, operations],
+        "commit": [METADATA, operations, number(1)],
+        "stage": [operations],
+    }
+    channel = MemorySession(server.service).channel()
+    answer = await called(server, channel, method, TRANSACTION, *arguments[method])
     may = OPERATION_ROLES[operation] in roles
     assert is_forbidden(answer) is not may
     if not may:
@@ -198,8 +202,10 @@ async def test_a_tid_is_kept_for_those_who_administer(roles):
     server = server_for(roles)
     channel = MemorySession(server.service).channel()
     metadata = [b"", b"", b"", number(9), " "]
-    answer = await called(server, channel, "vote", TRANSACTION, metadata, [])
-    assert is_forbidden(answer) is (ADMIN not in roles)
+    arguments = [TRANSACTION, metadata, []]
+    for method, more in (("vote", []), ("commit", [number(1)])):
+        answer = await called(server, channel, method, *arguments, *more)
+        assert is_forbidden(answer) is (ADMIN not in roles)
 
 
 @every_role_set

@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "stage": [TRANSACTION, []],
     "blob_chunk": [TRANSACTION, 0, b"data"],
     "vote": [TRANSACTION, METADATA, []],
+    "commit": [TRANSACTION, METADATA, [], number(0)],
     "resolve": [TRANSACTION, []],
     "finish": [TRANSACTION, number(0)],
     "abort": [TRANSACTION],
@@ -672,6 +673,111 @@ async def test_a_disaster_is_told_to_the_one_who_finishes(server, channel):
     assert channel.failure(finish).name == "StorageSystemError"
     # What is there can still be read.
     assert channel.value(channel.ask("load", OID, LATEST))[0] == b"data"
+
+
+# Vote and finish in one
+
+
+async def test_a_transaction_is_committed_at_once(server, session, channel):
+    other = MemorySession(server.service)
+    for n in (5, 6):
+        channel.tell("stage", TRANSACTION, [["store", *new(n)]])
+    commit = channel.ask(
+        "commit", TRANSACTION, METADATA, [["store", *new(7)]], number(1)
+    )
+    await server.workers.work()
+    assert channel.value(commit) == ["committed", number(2), [], []]
+    oids = [number(n) for n in (5, 6, 7)]
+    change = [number(1), number(2), oids, TRANSACTION]
+    assert other.stream.received() == [Notice("changes", [[change]])]
+    # It was told with the answer.
+    assert not session.stream.received()
+    assert not server.committer.holders
+
+
+async def test_the_answer_brings_the_changes_since_before_the_vote(
+    server, session, channel
+):
+    blocker = MemorySession(server.service).channel()
+    blocker.ask("vote", transaction_id(2), METADATA, [["store", *new(5)]])
+    await server.workers.work()
+    store = ["store", *new(6)]
+    commit = channel.ask("commit", TRANSACTION, METADATA, [store], number(1))
+    await server.workers.work()
+    assert channel.answer(commit) is None
+    blocker.ask("finish", transaction_id(2), number(1))
+    await server.workers.work()
+    change = [number(1), number(2), [number(5)], transaction_id(2)]
+    assert channel.value(commit) == ["committed", number(3), [], [change]]
+
+
+async def test_more_changes_than_a_frame_holds_come_over_the_stream():
+    """They must not make a failure of what is committed."""
+    limits = replace(UNHURRIED, frame_bytes_max=64 * 1024, batch_bytes_max=1024)
+    server = ModelServer(limits=limits)
+    server.commit(OID, b"data")
+    session = MemorySession(server.service, limits)
+    channel = session.channel()
+    position = server.served.changes.last_tid
+    tids = [server.commit(number(n), b"") for n in range(2, 2000)]
+    session.stream.received()
+    commit = channel.ask("commit", TRANSACTION, METADATA, [], position)
+    await server.workers.work()
+    _committed, tid, _resolved, changes = channel.value(commit)
+    assert tid > tids[-1]
+    assert changes is None
+    assert [change[1] for change in session.stream.changes()][-1] == tid
+
+
+async def test_what_must_be_resolved_first_is_finished_later(server, channel):
+    server.database.unresolved = Unresolved([CONFLICT])
+    commit = channel.ask("commit", TRANSACTION, METADATA, [STORE], number(1))
+    await server.workers.work()
+    assert channel.value(commit) == ["conflicts", [list(CONFLICT)]]
+    resolve = channel.ask("resolve", TRANSACTION, [[OID, b"resolved"]])
+    await server.workers.work()
+    assert channel.value(resolve) == ["voted", number(2), [OID]]
+    finish = channel.ask("finish", TRANSACTION, number(1))
+    await server.workers.work()
+    assert channel.value(finish) == [number(2), []]
+
+
+async def test_what_does_not_get_a_vote_is_not_finished(server, channel):
+    store = ["store", OID, number(7), b"data"]
+    commit = channel.ask("commit", TRANSACTION, METADATA, [store], number(1))
+    await server.workers.work()
+    assert channel.failure(commit).name == ConflictError.__name__
+    assert server.served.changes.last_tid == number(1)
+    assert not server.committer.holders
+
+
+async def test_of_what_got_no_vote_nobody_need_ask_what_became(server, channel):
+    """A system's error would say so, if it came from the finish."""
+    server.database.finish_error = OSError("the disk is gone")
+    for n, failure in enumerate(("StorageSystemError", "StorageError"), 5):
+        commit = channel.ask(
+            "commit", transaction_id(n), METADATA, [["store", *new(n)]], number(1)
+        )
+        await server.workers.work()
+        assert channel.failure(commit).name == failure
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+async def test_a_channel_lost_meanwhile_leaves_all_or_nothing(
+    server, session, channel, steps
+):
+    channel.ask("commit", TRANSACTION, METADATA, [["store", *new(5)]], number(1))
+    for _ in range(steps):
+        await server.workers.write_step()
+    await channel.lose()
+    asking = session.channel()
+    outcome = asking.ask("outcome", TRANSACTION, None, number(1))
+    await server.workers.work()
+    # It has voted after the first step; from then on it is on its way to the disk.
+    assert asking.value(outcome) == (
+        ["committed", number(2)] if steps else ["not committed", None]
+    )
+    assert not server.committer.holders
 
 
 # What became of it

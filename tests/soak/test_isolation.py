@@ -26,6 +26,7 @@ MUST_HAPPEN = {
     "ReadConflictError",
     "TransactionTimeout in finish",
     "committed",
+    "committed at once",
     "cut when voting",
     "given up when voted",
     "merged",

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transaction
+from BTrees.Length import Length
 from transaction import TransactionManager
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
@@ -66,11 +68,15 @@ def in_background(proxy: Proxy) -> Iterator[Callable[..., Future[Any]]]:
 
 
 class Attempt:
-    """A transaction that writes `data` to new objects."""
+    """A transaction that writes `data` to new objects.
 
-    def __init__(self, storage: ClientStorage, data: bytes):
+    `is_alone`: it votes and finishes in one, as if nobody else took part in it.
+    """
+
+    def __init__(self, storage: ClientStorage, data: bytes, *, is_alone: bool = False):
         self.storage = storage
         self.data = data
+        self.is_alone = is_alone
         self.metadata = TransactionMetaData()
         self.oids = [storage.new_oid() for _ in range(OBJECTS)]
         # What tpc_finish called back with.
@@ -80,7 +86,10 @@ class Attempt:
         self.storage.tpc_begin(self.metadata)
         for oid in self.oids:
             self.storage.store(oid, z64, self.data, "", self.metadata)
-        self.storage.tpc_vote(self.metadata)
+        if self.is_alone:
+            self.storage.commit_to_vote(self.metadata).vote_and_finish()
+        else:
+            self.storage.tpc_vote(self.metadata)
 
     def finish(self) -> bytes:
         tid: bytes = self.storage.tpc_finish(self.metadata, self.told.append)
@@ -372,9 +381,15 @@ class StallingManager:
     tpc_begin = commit = tpc_finish = tpc_abort = abort
 
 
-@pytest.mark.parametrize("way", list(Direction), ids=lambda way: way.name.lower())
+every_way = pytest.mark.parametrize(
+    "way", list(Direction), ids=lambda way: way.name.lower()
+)
+
+
+@every_way
+@pytest.mark.parametrize("is_alone", [False, True], ids=["two_phases", "at_once"])
 def test_a_commit_cut_at_any_byte_is_told_truthfully(
-    server, proxy, storage, witness, way
+    server, proxy, storage, witness, way, is_alone
 ):
     """Cut after 0 bytes of a commit, after 1, after 2, ... until it passes.
 
@@ -384,7 +399,8 @@ def test_a_commit_cut_at_any_byte_is_told_truthfully(
     told = []
     for size in itertools.count():
         wait_until(lambda: can_commit(storage), "a session")
-        attempt = Attempt(storage, b"%s %d" % (way.name.encode(), size))
+        data = b"%s %d" % (way.name.encode(), size)
+        attempt = Attempt(storage, data, is_alone=is_alone)
         proxy.cut_after(size, way)
         try:
             attempt.commit()
@@ -395,20 +411,23 @@ def test_a_commit_cut_at_any_byte_is_told_truthfully(
         if proxy.is_cut_due():
             break
     proxy.restore()
-    assert {is_there for _attempt, is_there in told} == {True, False}
+    # Before the commit nothing is answered whose loss could prevent it.
+    is_sure = is_alone and way is Direction.TO_CLIENT
+    outcomes = {True} if is_sure else {True, False}
+    assert {is_there for _attempt, is_there in told} == outcomes
     for attempt, is_there in told:
         assert attempt.is_there(witness) is is_there, attempt.data
         assert len(attempt.told) == is_there
         assert attempt.is_there(storage) is is_there
     server.terminate()
-    data = FileStorage(str(server.data_path), read_only=True)
-    assert [attempt.is_there(data) for attempt, _ in told] == [
+    file = FileStorage(str(server.data_path), read_only=True)
+    assert [attempt.is_there(file) for attempt, _ in told] == [
         is_there for _, is_there in told
     ]
-    data.close()
+    file.close()
     committed = sum(is_there for _attempt, is_there in told)
     print_row(
-        f"cut at every byte {way.value}",
+        f"cut at every byte {way.value}{' at once' if is_alone else ''}",
         len(told) - 1,
         committed,
         0,
@@ -416,3 +435,48 @@ def test_a_commit_cut_at_any_byte_is_told_truthfully(
         2 * len(told),
         0,
     )
+
+
+@every_way
+def test_what_the_server_merged_is_seen_whatever_was_cut(proxy, storage, witness, way):
+    """Cut after 0 bytes of the thread's transaction, after 1, after 2, ...
+
+    It is alone in it, and another one has counted before: if the answer is lost, the
+    objects in memory are not what the server has made of them.
+    """
+    db = DB(storage)
+    caught_up = storage.lastTransaction()
+    wait_until(lambda: witness.lastTransaction() >= caught_up, "the root")
+    other_db = DB(witness)
+    root = db.open().root()
+    root["count"] = Length()
+    transaction.commit()
+    expected, outcomes = 0, set()
+    for size in itertools.count():
+        wait_until(lambda: can_commit(storage), "a session")
+        transaction.begin()
+        root["count"].change(1)
+        with other_db.transaction() as other:
+            other.root()["count"].change(1)
+        proxy.cut_after(size, way)
+        try:
+            transaction.commit()
+        except ClientDisconnected:
+            transaction.abort()
+            outcomes.add("not committed")
+            expected += 1
+        else:
+            outcomes.add("committed")
+            expected += 2
+        if is_over := proxy.is_cut_due():
+            proxy.restore()
+        wait_until(lambda: can_commit(storage), "the next session")
+        transaction.begin()
+        assert root["count"]() == expected, size
+        with other_db.transaction() as other:
+            assert other.root()["count"]() == expected, size
+        if is_over:
+            break
+    assert outcomes == {"committed", "not committed"}
+    db.close()
+    other_db.close()

@@ -89,7 +89,9 @@ class Worker:
             self._stop_path.touch()
 
     def _run(self) -> None:
-        manager = transaction.TransactionManager()
+        # In the thread's own transaction nobody else takes part, and it votes and
+        # finishes in one; of another's this is not known.
+        managers = [transaction.TransactionManager(), transaction.manager]
         journal_path = self._folder / f"{self.name}.journal"
         # Line buffered: what is told is on its way at once.
         with journal_path.open("a", buffering=1) as journal:
@@ -98,6 +100,7 @@ class Worker:
                 amount = self._random.randrange(1, TRANSFER_MAX)
                 if self._may_be_killed:
                     journal.write(f"{UNKNOWN} {key} {amount}\n")
+                manager = self._random.choice(managers)
                 outcome = self._attempt(manager, key, amount)
                 journal.write(f"{outcome} {key} {amount}\n")
                 self.counts[outcome] += 1

@@ -2,15 +2,17 @@
 
 A *raw* hand uses the storage interface, a *ZODB* hand a ZODB connection. Both do a
 transaction in steps that the test calls (begin, read, write, depend, vote, finish or
-abort); steps that may wait for the server run in a thread of the hand's pool and are
-futures. Objects are cells and counters, and their values numbers, whoever writes them.
+abort; vote and finish may be one). Steps that may wait for the server run in a thread
+of the hand's pool and are futures. Objects are cells and counters, and their values
+numbers, whoever writes them.
 """
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
+import transaction
 from BTrees.Length import Length
 from persistent import Persistent
 from transaction import TransactionManager
@@ -80,6 +82,14 @@ class TellingStorage(ClientStorage):
         return tid
 
 
+class AtOnce(NamedTuple):
+    """What became of a transaction that voted and finished in one."""
+
+    # None: a ZODB connection does not tell.
+    resolved: list[bytes] | None
+    tid: bytes
+
+
 class Hand:
     """What a raw and a ZODB hand have in common."""
 
@@ -126,6 +136,14 @@ class RawHand(Hand):
 
     def finish(self) -> "Future[bytes]":
         return self._pool.submit(self.storage.tpc_finish, self._metadata)
+
+    def commit_at_once(self) -> "Future[AtOnce]":
+        return self._pool.submit(self._commit_at_once)
+
+    def _commit_at_once(self) -> AtOnce:
+        commit = self.storage.commit_to_vote(self._metadata)
+        resolved = commit.vote_and_finish()
+        return AtOnce(resolved, self.storage.tpc_finish(self._metadata))
 
     def abort(self) -> "Future[None]":
         return self._pool.submit(self.storage.tpc_abort, self._metadata)
@@ -209,6 +227,12 @@ class ZodbHand(Hand):
         self._committing.add_done_callback(ended)
         return pause.voted
 
+    def commit_at_once(self) -> "Future[AtOnce]":
+        return self._pool.submit(self._commit_at_once)
+
+    def _commit_at_once(self) -> AtOnce:
+        return AtOnce(None, self._commit())
+
     def finish(self) -> "Future[bytes]":
         assert self._committing is not None
         self._pause.goes_on.set_result(True)
@@ -229,5 +253,7 @@ class ZodbHand(Hand):
         return self._pool.submit(ended)
 
     def _commit(self) -> bytes:
+        # It is the transaction of this thread: without a pause, nobody else is there.
+        transaction.manager.manager = self._manager
         self._manager.commit()
         return self.storage.finished[threading.get_ident()]

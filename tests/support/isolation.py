@@ -35,7 +35,16 @@ from zeolith.storage.disk import Disk
 from zeolith.storage.tids import tid_at
 
 from .gates import Gate
-from .hands import Cell, Hand, RawHand, Tally, TellingStorage, ZodbHand, value_in
+from .hands import (
+    AtOnce,
+    Cell,
+    Hand,
+    RawHand,
+    Tally,
+    TellingStorage,
+    ZodbHand,
+    value_in,
+)
 from .history import Committed, History, Refused, Revision
 from .inprocess import HeldStream, InProcessServer, serving
 from .waiting import wait_until
@@ -229,6 +238,8 @@ class Simulation:
             self._depend(actor, oid)
         elif chance < 0.73:
             self._abort(actor)
+        elif self._may_commit_at_once(actor) and self.random.random() < 0.3:
+            self._commit_at_once(actor)
         elif actor.written or actor.undoes:
             self._vote(actor)
 
@@ -332,6 +343,19 @@ class Simulation:
                 return pending.done() or waiting >= in_line
 
             wait_until(has_come, f"{actor} in the line", poll_interval_s=0.0005)
+
+    def _may_commit_at_once(self, actor: Actor) -> bool:
+        """Whether nothing can come between its vote and the end of its finish."""
+        if not actor.written or actor.is_cut or self.is_sync_slow:
+            return False
+        return not any(self._conflict(each, actor) for each in self.claims)
+
+    def _commit_at_once(self, actor: Actor) -> None:
+        self._note(actor, "votes and finishes")
+        actor.phase = Phase.VOTING
+        actor.finishes_after = self.history.last_tid
+        self.claims.append(actor)
+        actor.pending = actor.hand.commit_at_once()
 
     def _finish(self, actor: Actor) -> None:
         self._note(actor, "finishes")
@@ -546,7 +570,14 @@ class Simulation:
             actor.values = self._outcome(actor)
             self.is_undone_meanwhile |= bool(actor.undoes)
             self.seen["voted"] += 1
-            self._judge_resolved(actor)
+            result = actor.pending.result()
+            if isinstance(result, AtOnce):
+                self.seen["committed at once"] += 1
+                if result.resolved is not None:
+                    self._judge_resolved(actor, result.resolved)
+                self._judge_committed(actor, result.tid)
+            else:
+                self._judge_resolved(actor, result)
             return
         is_known = isinstance(error, ConflictError | UndoError) and bool(causes)
         if isinstance(error, UndoError) and self.packing is not None:
@@ -563,15 +594,14 @@ class Simulation:
         self._give_up_claim(actor)
         self._abort(actor)
 
-    def _judge_resolved(self, actor: Actor) -> None:
+    def _judge_resolved(self, actor: Actor, resolved: Any) -> None:
         """Both have changed it, and nothing is lost."""
         merged = {
             oid for oid in actor.written if actor.values[oid] != actor.written[oid]
         }
         self.seen["merged"] += len(merged)
         if isinstance(actor.hand, RawHand) and not actor.undoes:
-            assert actor.pending is not None
-            told = set(actor.pending.result())
+            told = set(resolved)
             changed = {
                 oid
                 for oid in actor.written
@@ -607,20 +637,23 @@ class Simulation:
         assert actor.pending is not None
         error = actor.pending.exception()
         self._note(actor, "has finished:", repr(error))
-        self._give_up_claim(actor)
         if error is None:
-            tid = actor.pending.result()
-            self._expect(not actor.is_timed_out, actor, "was timed out and committed")
-            self._expect(tid > actor.finishes_after, actor, "has an old tid")
-            self.history.append(tid, actor.values)
-            self.seen["undone" if actor.undoes else "committed"] += 1
-            actor.clear()
+            self._judge_committed(actor, actor.pending.result())
             return
+        self._give_up_claim(actor)
         is_lost = isinstance(error, ClientDisconnected) and actor.is_cut
         is_late = isinstance(error, TransactionTimeout) and actor.is_timed_out
         self._expect(is_lost or is_late, actor, f"could not finish: {error!r}")
         self.seen[f"{type(error).__name__} in finish"] += 1
         self._abort(actor)
+
+    def _judge_committed(self, actor: Actor, tid: bytes) -> None:
+        self._give_up_claim(actor)
+        self._expect(not actor.is_timed_out, actor, "was timed out and committed")
+        self._expect(tid > actor.finishes_after, actor, "has an old tid")
+        self.history.append(tid, actor.values)
+        self.seen["undone" if actor.undoes else "committed"] += 1
+        actor.clear()
 
     def _judge_abort(self, actor: Actor) -> None:
         assert actor.pending is not None
