@@ -255,7 +255,10 @@ class MemoryCache:
         entry = Entry(oid, tid, end, data)
         self._entries[entry] = None
         self._used_bytes += len(data) + ENTRY_BYTES
-        if is_newest and len(have) < REVISIONS_MAX:
+        if is_newest:
+            if len(have) == REVISIONS_MAX:
+                self._remove(have[-1])
+                have = have[:-1]
             self._by_oid[oid] = (entry, *have)
         else:
             self._by_oid[oid] = self._with(have, entry)
@@ -381,11 +384,11 @@ class MemoryCache:
             self._tids = sparse(tids)[::-1]
 
     def _remember(self, tid: bytes, oids: list[bytes]) -> None:
-        if len(self._recent) + len(oids) > RECENT_OIDS_MAX:
-            self._recent.clear()
+        recent, count = self._recent, len(oids)
+        if len(recent) + count > RECENT_OIDS_MAX:
+            recent.clear()
             self._recent_since = tid
-        if len(oids) <= RECENT_OIDS_MAX:
-            recent = self._recent
+        if count <= RECENT_OIDS_MAX:
             for oid in oids:
                 recent[oid] = tid
 

@@ -267,10 +267,12 @@ class Commit:
 
         try:
             position.finished(self._session, change, others, apply)
-        finally:
-            # Harmless after ``finished``. If the thread was interrupted before, nobody
-            # is left to apply the change, and all later ones would wait for that.
+        except BaseException:
+            # If the thread was interrupted before its turn, nobody is left to apply
+            # the change, and all later ones would wait for that. Else it is harmless.
             position.give_up(self.stores.id)
+            raise
+        finally:
             self.end()
         return change.tid
 

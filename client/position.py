@@ -61,6 +61,8 @@ class Position:
         # The lock is taken as it is: a condition's own ways to it are in Python.
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
+        # How many threads wait on it.
+        self._waiting = 0
         # None until the first session is adopted, unless there is something cached.
         self._tid = _tid_of_cache(cache)
         # The ZODB database that wants to hear of changes.
@@ -102,7 +104,7 @@ class Position:
             self._tid = _tid_of_cache(self._cache)
             if had_one and self._listener is not None:
                 self._listener.invalidateCache()
-            self._condition.notify_all()
+            self._wake()
 
     def register(self, listener: Any) -> None:
         """Tell ``listener`` (a ZODB database) of changes from now on."""
@@ -130,14 +132,14 @@ class Position:
                 if self._source is None:
                     self._source = self._last_source = source
                     self._start_afresh(last_tid)
-            self._condition.notify_all()
+            self._wake()
 
     def await_verification(self, source: Source) -> None:
         """Follow ``source``, but apply nothing: it cannot say what has changed."""
         with self._lock:
             self._begin_with(source)
             self._is_verifying = True
-            self._condition.notify_all()
+            self._wake()
 
     def verified(
         self, source: Source, through: bytes, stale: Collection[bytes] | None
@@ -155,7 +157,7 @@ class Position:
                     self._cache.verified(through, stale)
                     self._stand_at(through)
                 self._advance()
-                self._condition.notify_all()
+                self._wake()
 
     def cut_back(self, source: Source, tid: bytes) -> None:
         """``source`` was restored and has nothing of what came after ``tid``.
@@ -194,7 +196,7 @@ class Position:
                     # Nothing of it will ever be applied.
                     self._pending.clear()
                     self._is_verifying = False
-                self._condition.notify_all()
+                self._wake()
 
     def receive(self, source: Source, changes: Iterable[Change]) -> None:
         """Changes have come over a stream."""
@@ -202,7 +204,7 @@ class Position:
             if source is self._source:
                 self._merge(changes)
                 self._advance()
-                self._condition.notify_all()
+                self._wake()
 
     def catch_up(
         self, source: Source, last_tid: bytes, changes: Iterable[Change] | None
@@ -212,9 +214,9 @@ class Position:
             if source is self._source and changes is not None:
                 self._merge(changes)
                 self._advance()
-                self._condition.notify_all()
+                self._wake()
             while source is self._source and self._at() < last_tid:
-                self._condition.wait()
+                self._wait()
 
     def hold(self) -> bool:
         """Before a fork: nobody may be telling ZODB of a change and hold its locks.
@@ -231,6 +233,7 @@ class Position:
         """In a forked child: the locks may be held by threads that are not here."""
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
+        self._waiting = 0
         self._source = self._last_source = None
         self._pending = []
         self._is_verifying = False
@@ -253,7 +256,7 @@ class Position:
             self._finishing.discard(transaction)
             self._unanswered.discard(transaction)
             self._advance()
-            self._condition.notify_all()
+            self._wake()
 
     def finished(
         self,
@@ -287,7 +290,7 @@ class Position:
                     self._tid = change.tid
                 self._finishing.discard(change.transaction or b"")
                 self._advance()
-                self._condition.notify_all()
+                self._wake()
 
     def _wait_for_turn(
         self, source: Source, change: Change, others: Sequence[Change] | None
@@ -297,7 +300,7 @@ class Position:
         if others is not None and source is self._last_source:
             self._merge([*others, change])
         self._advance()
-        self._condition.notify_all()
+        self._wake()
         while self._at() < change.tid:
             pending = self._pending
             if (
@@ -311,10 +314,22 @@ class Position:
             is_pending = any(each.tid == change.tid for each in pending)
             if source is not self._source and not is_pending:
                 return False
-            self._condition.wait()
+            self._wait()
         return False
 
     # Under the lock
+
+    def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            self._condition.wait()
+        finally:
+            self._waiting -= 1
+
+    def _wake(self) -> None:
+        # Nearly always there is nobody, and to tell them takes a condition a while.
+        if self._waiting:
+            self._condition.notify_all()
 
     def _begin_with(self, source: Source) -> None:
         self._source = self._last_source = source
@@ -327,7 +342,7 @@ class Position:
 
     def _merge(self, changes: Iterable[Change]) -> None:
         at, pending = self._at(), self._pending
-        known = {change.tid for change in pending}
+        known = {change.tid for change in pending} if pending else ()
         pending += [
             change for change in changes if change.tid > at and change.tid not in known
         ]
@@ -339,10 +354,12 @@ class Position:
         if self._is_verifying:
             return
         pending = self._pending
+        if not pending:
+            return
         done = 0
+        at = self._at()
         for change in pending:
-            since, tid, _oids, transaction = change
-            at = self._at()
+            since, tid, oids, transaction = change
             if tid > at:
                 if since != at:
                     if self._unanswered and since > at:
@@ -353,7 +370,10 @@ class Position:
                     return
                 if transaction in self._finishing:
                     break
-                self._apply(change)
+                self._cache.apply(tid, oids)
+                if self._listener is not None:
+                    self._listener.invalidate(tid, oids)
+                self._tid = at = tid
             done += 1
         del pending[:done]
 
@@ -370,12 +390,6 @@ class Position:
             reason = f"the server's history goes on from {since}, without our {at}"
         logger.error("%s; the session is opened anew", reason)
         source.close(reason)
-
-    def _apply(self, change: Change) -> None:
-        self._cache.apply(change.tid, change.oids)
-        if self._listener is not None:
-            self._listener.invalidate(change.tid, change.oids)
-        self._tid = change.tid
 
     def _start_afresh(self, last_tid: bytes) -> None:
         before = self._at()

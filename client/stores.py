@@ -6,7 +6,7 @@ memory first and then an unnamed temporary file, so a transaction may be larger 
 memory. Belongs to the thread that commits.
 """
 
-import secrets
+import os
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -30,7 +30,7 @@ class Stores:
     """The operations of one transaction, and the id that the client chose for it."""
 
     def __init__(self, limits: Limits):
-        self.id = secrets.token_bytes(TRANSACTION_ID_BYTES)
+        self.id = os.urandom(TRANSACTION_ID_BYTES)
         # What is not spilled yet.
         self.operations: list[list[Any]] = []
         self.oids: set[bytes] = set()

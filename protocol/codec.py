@@ -32,6 +32,7 @@ _FIELDS: dict[type[Message], tuple[type, ...]] = {
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _DECODING = tuple((kind, _FIELDS[kind]) for kind in KINDS)
 _unpack = msgpack.unpackb
+_Packer = msgpack.Packer
 # The heads of arrays for which msgpack makes a list of thousands at once.
 _ARRAY_16, _ARRAY_32 = b"\xdc", b"\xdd"
 # As few elements take no memory worth speaking of, on all levels together; nor do as
@@ -54,7 +55,8 @@ def encode(message: Message) -> bytes:
     """
     # A packer of its own for each call: a shared one would have to be locked, and one
     # that failed keeps half a message.
-    return frame(msgpack.packb([_CODES[type(message)], *message], use_bin_type=True))
+    packer = _Packer(use_bin_type=True, buf_size=_SMALL_BYTES)
+    return frame(packer.pack([_CODES[type(message)], *message]))
 
 
 def decode(payload: bytes, items_max: int = -1) -> Message:
@@ -86,8 +88,12 @@ def decode(payload: bytes, items_max: int = -1) -> Message:
         raise RemoteProtocolError(f"there is no message of kind {code!r:.40}")
     kind, classes = _DECODING[code]
     del array[0]
-    # Compared at once; what an answer brings may be of any class, so it is looked at.
-    if tuple(map(type, array)) != classes:
+    # Compared at once; but what an answer brings may be of any class.
+    if kind is messages.Reply:
+        is_right = len(array) == 2 and type(array[0]) is int
+    else:
+        is_right = tuple(map(type, array)) == classes
+    if not is_right:
         _check_fields(kind, classes, array)
     return kind._make(array)
 

@@ -21,6 +21,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from operator import itemgetter
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +33,7 @@ from zeolith.protocol.limits import Limits
 from zeolith.server import blobs
 from zeolith.server.committer import Answer, Commit, Phase
 from zeolith.server.workers import Workers
-from zeolith.storage.blobs import name_in
+from zeolith.storage.blobs import NAMING_FILES
 
 if TYPE_CHECKING:
     from zeolith.server.peer import Peer
@@ -45,6 +46,7 @@ OPERATION_BYTES = 200
 # What a transaction keeps in memory when all of them keep much.
 SPARING_BYTES = 64 * 1024
 _LENGTH = Struct(">Q")
+_kind_of = itemgetter(0)
 
 Operations = Collection[list[Any]]
 
@@ -186,7 +188,7 @@ class Staged:
                 " bytes (transaction_bytes_max)"
             )
         if not self.names_blobs:
-            self.names_blobs = any(name_in(each) is not None for each in operations)
+            self.names_blobs = not NAMING_FILES.isdisjoint(map(_kind_of, operations))
         if self._error is not None:
             return
         try:
@@ -310,8 +312,12 @@ def vote(
 
     ``last`` are the operations that came with the vote.
     """
-    names_blobs = any(name_in(operation) is not None for operation in last)
+    names_blobs = not NAMING_FILES.isdisjoint(map(_kind_of, last))
     staged = peer.transactions.take(commit.transaction.id)
+    if staged is None and peer.upload is None and not names_blobs:
+        commit.transaction.operations = last
+        served.committer.vote(commit, answer)
+        return
     commit.answer = answer
 
     def sealed(operations: Operations, error: Exception | None) -> None:

@@ -37,6 +37,7 @@ _LOCK = "lock"
 _MARK = ".voted"
 # Operations that carry a blob, and where what names its file is in them.
 _NAME_AT = {"store_blob": 4, "store_shared_blob": 4, "restore_blob": 5}
+NAMING_FILES = frozenset(_NAME_AT)
 # A blob's record is its class and None: forty bytes. What is longer is not looked into.
 BLOB_RECORD_BYTES_MAX = 4096
 # For the names of files; next() is atomic.

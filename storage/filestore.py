@@ -345,6 +345,10 @@ class FileStore(AdaptedStorage):
         """What was committed, for a validation."""
         return _Committed(self, nowait)
 
+    def current_tid_nowait(self, oid: bytes) -> bytes | None:
+        """The tid of the current revision; None if there is none. On the loop only."""
+        return self._file.generation.current_tid_nowait(oid)  # type: ignore[union-attr]
+
     def see_oid(self, oid: bytes) -> None:
         """Give out no oid up to this one any more: a client has brought it."""
         with self._seen_lock:

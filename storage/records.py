@@ -190,6 +190,27 @@ class Generation:
                     tids[oid] = tid
         return tids
 
+    def current_tid_nowait(self, oid: bytes) -> bytes | None:
+        """The tid of the current revision of one object, None if there is none.
+
+        On the loop only. ``current_tids`` without its generality, for a commit of one
+        object is what there is most of.
+        """
+        position = self._find(oid)
+        if not position:
+            return None
+        if NOWAIT:
+            try:
+                have = os.preadv(self.fd, self._buffers, position, NOWAIT)
+            except OSError:
+                # See _pread.
+                raise WouldBlock from None
+            if have >= _HEADER_AND_PLACE:
+                known, tid, rest = _parse_tid(self._buffer)
+                if known == oid and rest != _REMOVED:
+                    return tid
+        return self.current_tids([oid], NOWAIT).get(oid)
+
     def record_at(self, position: int, oid: bytes) -> tuple[bytes | None, bytes]:
         """The data of the record of ``oid`` at ``position``, and that record's tid."""
         header, start = self._read(position, oid, 0)

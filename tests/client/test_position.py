@@ -927,6 +927,8 @@ class Clients(RuleBasedStateMachine):
         self.position = Position(self.cache)
         self.steps = Steps()
         self.position._condition = self.steps
+        # Those of the steps are not counted; somebody may always be there.
+        self.position._waiting = 1
         self.position.register(self)
         # The server: its log, and what it still knows of it.
         self.log: list[Change] = [change(Z64, T1)]

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from BTrees.Length import Length
 from BTrees.OOBTree import OOBucket
+from hypothesis import given
+from hypothesis import strategies as st
 from ZODB.FileStorage.FileStorage import FileStorageError, FileStorageQuotaError
 from ZODB.POSException import (
     ConflictError,
@@ -428,3 +430,69 @@ def test_the_disk_is_not_asked_for_room_that_is_there(database, monkeypatch):
     assert not asked
     large.vote({})
     assert asked == [large.file_bytes]
+
+
+# Few operations are voted on in a way of their own
+
+_oids = st.sampled_from([A, B, C, OID_MAX, b"\xff" * 8])
+_serials = st.sampled_from(["none", "old", "current", "other"])
+_records = st.sampled_from([b"", length(1), plain(2), plain("x" * 500)])
+_few = st.lists(
+    st.tuples(st.sampled_from(["store", "check"]), _oids, _serials, _records),
+    max_size=PLAIN_OPERATIONS_MIN,
+)
+_texts = st.sampled_from([b"", b"text", b"t" * 40_000, b"t" * 70_000])
+
+
+def vote_as_a_server_does(preparation: Preparation) -> Any:
+    try:
+        return preparation.vote_nowait()
+    except WouldBlock:
+        return preparation.vote({})
+
+
+def outcome_of(way: Any, preparation: Preparation) -> Any:
+    """What a vote comes to, and what it leaves."""
+    try:
+        result = way(preparation)
+    except Exception as error:
+        result = type(error), str(error)
+    told = [result]
+    if isinstance(result, Voted):
+        told += [
+            preparation.file_bytes,
+            preparation._last_at,
+            list(preparation.written),
+            list(preparation.records()),
+            preparation._has_room,
+        ]
+    preparation.end()
+    return told
+
+
+@given(_few, _texts, _texts)
+def test_few_are_voted_on_as_many_are(tmp_path_factory, few, user, description):
+    database = FileStore("main", str(tmp_path_factory.mktemp("few") / "Data.fs"))
+    try:
+        database.room.make(1, 0)
+        database.room.give_back(1)
+        old = committed(database, store(A, length(0)), store(B, plain(0)))
+        new = committed(
+            database, store(A, length(5), old), store(B, plain(1), old), *others(2)
+        )
+        tids = {"none": Z64, "old": old, "current": new, "other": number(1)}
+        operations = [
+            [name, oid, tids[serial], *([data] if name == "store" else [])]
+            for name, oid, serial, data in few
+        ]
+        texts = {"user": user, "description": description}
+        seen = database._seen_oid
+        here, there = (
+            outcome_of(way, prepared(database, *operations, **texts))
+            for way in (vote_as_a_server_does, vote)
+        )
+        assert here == there
+        assert database.room._taken_bytes == 0
+        assert database._seen_oid >= seen
+    finally:
+        database.close()

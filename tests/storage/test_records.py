@@ -111,6 +111,9 @@ def test_any_history_reads_as_file_storage_reads_it(tmp_path_factory, history):
         there = {oid for oid in OIDS if type(outcome(storage.getTid, oid)) is bytes}
         current = generation.current_tids([*OIDS, MISSING])
         assert current == {oid: storage.getTid(oid) for oid in there}
+        for oid in (*OIDS, MISSING):
+            with suppress(WouldBlock):
+                assert generation.current_tid_nowait(oid) == current.get(oid)
         generation.close()
     finally:
         storage.close()
@@ -240,6 +243,8 @@ def test_tids_of_what_is_not_in_memory_would_block(make, page_cache):
     page_cache(answer)
     with pytest.raises(WouldBlock):
         generation.current_tids([number(1), number(2)], FLAG)
+    with pytest.raises(WouldBlock):
+        generation.current_tid_nowait(number(1))
 
 
 def test_tids_are_found_however_short_the_reads_are(make, page_cache):
@@ -247,6 +252,7 @@ def test_tids_are_found_however_short_the_reads_are(make, page_cache):
     page_cache(lambda _position, _size: 7)
     oids = [number(each) for each in (1, 2, 3)]
     assert generation.current_tids(oids, FLAG) == dict.fromkeys(oids, tid)
+    assert generation.current_tid_nowait(number(1)) == tid
 
 
 @pytest.mark.parametrize("oids", [[1], [1, 2]])
@@ -255,6 +261,8 @@ def test_an_index_that_points_elsewhere_is_noticed(make, storage, oids):
     storage._index[number(1)] += 1
     with pytest.raises(CorruptedDataError):
         generation.current_tids(map(number, oids))
+    with pytest.raises(CorruptedDataError):
+        generation.current_tid_nowait(number(1))
 
 
 @pytest.mark.parametrize("cut_bytes", [20, 150])
