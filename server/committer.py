@@ -125,8 +125,8 @@ class Committer:
         self._is_appending = False
         self._broken: BrokenDatabase | None = None
         self._is_stopping = False
-        self._idle: asyncio.Event = asyncio.Event()
-        self._idle.set()
+        # Set when nobody is there any more; only who stops looks at it.
+        self._is_idle = asyncio.Event()
 
     # What channels ask for
 
@@ -139,7 +139,6 @@ class Committer:
         if self._is_stopping:
             self.abandon(commit, ShuttingDown("the server is stopping"), None)
             return
-        self._idle.clear()
         self._commits[commit] = None
         transaction = commit.transaction
         operations = transaction.operations
@@ -235,8 +234,10 @@ class Committer:
         # The last first: or the end of one would let the next one vote.
         for commit in reversed(self._locks.waiting):
             self.abandon(commit, ShuttingDown("the server is stopping"), None)
+        if not self._commits:
+            self._is_idle.set()
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(self._is_idle.wait(), timeout_s)
         except TimeoutError:
             for commit in tuple(self._commits):
                 logger.warning(
@@ -247,7 +248,7 @@ class Committer:
                 self.abandon(commit, ShuttingDown("the server is stopping"), None)
             # It may sit in a thread; then the thread is waited for later.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), timeout_s)
+                await asyncio.wait_for(self._is_idle.wait(), timeout_s)
 
     # What status asks for
 
@@ -341,8 +342,11 @@ class Committer:
             self._served.counters.conflicts_resolved += len(result.resolved)
         else:
             commit.phase = Phase.RESOLVING
-        commit.patience.begins(asyncio.get_running_loop().time())
+        phase = commit.phase
         self._answer(commit, result, None)
+        # Unless whoever was answered has gone on at once.
+        if commit.phase is phase:
+            commit.patience.begins(asyncio.get_running_loop().time())
 
     def _refuse(self, commit: Commit, error: BaseException) -> None:
         """The vote has failed, and left nothing behind."""
@@ -502,8 +506,8 @@ class Committer:
         commit.prepared, commit.claim = None, ALONE
         self._commits.pop(commit, None)
         self._ready.extend(self._locks.leave(commit))
-        if not self._commits:
-            self._idle.set()
+        if self._is_stopping and not self._commits:
+            self._is_idle.set()
         for ended in commit.when_ended:
             ended()
         commit.when_ended.clear()

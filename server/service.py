@@ -516,7 +516,7 @@ class Service:
                 assert error is not None
                 self._fail(peer, number, "finish", error)
                 return
-            others = _others(result.tid, served.changes.since(position))
+            others = served.changes.others_since(position, result.tid)
             try:
                 peer.reply(number, then(result.tid, others))
             except LocalProtocolError:
@@ -558,14 +558,6 @@ def _committed(
 ) -> tuple[str, bytes, list[bytes], list[Change] | None]:
     """The answer to a vote and a finish in one."""
     return "committed", tid, resolved, others
-
-
-def _others(tid: bytes, changes: list[Change] | None) -> list[Change] | None:
-    """``changes`` without that of ``tid``; None if not all of them are there."""
-    if changes is None:
-        return None
-    others = [change for change in changes if change.tid != tid]
-    return others if len(others) < len(changes) else None
 
 
 def _outcome(

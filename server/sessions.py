@@ -101,10 +101,13 @@ class ChannelTransactions:
 
     def take(self, transaction_id: bytes) -> Staged | None:
         """What was staged for ``transaction_id``, for its vote; the caller's now."""
-        if self._staged is None or self._staged.transaction_id != transaction_id:
+        staged = self._staged
+        if staged is None:
+            return None
+        if staged.transaction_id != transaction_id:
             self.drop()
             return None
-        staged, self._staged = self._staged, None
+        self._staged = None
         return staged
 
     def drop(self) -> None:

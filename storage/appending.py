@@ -34,7 +34,6 @@ from ZODB.FileStorage.format import DATA_HDR, DATA_HDR_LEN, TRANS_HDR
 
 from zeolith.storage import blobs
 from zeolith.storage.database import BrokenDatabase, Finished, NotCommitted
-from zeolith.storage.disk import Disk
 from zeolith.storage.preparing import Preparation
 from zeolith.storage.recent import RecentIds
 from zeolith.storage.tids import next_tid
@@ -79,11 +78,12 @@ class Appender:
             members: list[_Member] = []
             for preparation in group:
                 tid = next_tid(time.time(), tid)
-                try:
-                    self._place_blobs(tid, preparation)
-                except Exception as error:  # noqa: BLE001 - it is this one's outcome
-                    outcomes.append(error)
-                    continue
+                if preparation.transaction.blobs:
+                    try:
+                        self._place_blobs(tid, preparation)
+                    except Exception as error:  # noqa: BLE001 - it is this one's outcome
+                        outcomes.append(error)
+                        continue
                 members.append((tid, preparation))
                 outcomes.append(Finished(tid, list(preparation.written)))
             if not members:
@@ -99,7 +99,8 @@ class Appender:
     def _append(self, members: list[_Member]) -> None:
         file = self._file
         try:
-            blobs.sync_stored(file)
+            if file.dirty_oids:
+                blobs.sync_stored(file)
             self._recent.note([(tid, each.transaction.id) for tid, each in members])
             places, end = self._write(members)
         except OSError as error:
@@ -194,32 +195,27 @@ class Appender:
     # The disk
 
     @property
-    def _disk(self) -> Disk:
-        disk: Disk = self._file.disk
-        return disk
-
-    @property
     def _fd(self) -> int:
         fd: int = self._file._file.fileno()
         return fd
 
     def _put(self, data: bytes, position: int) -> None:
         """Write ``data`` with one call; raises _Short, OSError."""
-        if self._disk.write(self._fd, [data], position) != len(data):
+        if self._file.disk.write(self._fd, [data], position) != len(data):
             raise _Short
 
     def _put_all(self, data: bytes, position: int) -> int:
         """Write all of ``data``; a disk nearly full says so at the second call."""
         rest = memoryview(data)
         while rest:
-            written = self._disk.write(self._fd, [rest], position)
+            written = self._file.disk.write(self._fd, [rest], position)
             rest = rest[written:]
             position += written
         return len(data)
 
     def _sync(self) -> None:
         try:
-            self._disk.sync(self._fd)
+            self._file.disk.sync(self._fd)
         except OSError as error:
             # The kernel may have dropped what it could not write, and say so once.
             raise _broken(error) from error
@@ -241,8 +237,8 @@ class Appender:
         Or a crash might mix it with what is written there next.
         """
         try:
-            self._disk.truncate(self._fd, end)
-            self._disk.sync(self._fd)
+            self._file.disk.truncate(self._fd, end)
+            self._file.disk.sync(self._fd)
         except OSError as error:
             raise _broken(error) from error
         self._file.forget_tail()
@@ -273,7 +269,8 @@ class Appender:
     @staticmethod
     def _unmark(members: list[_Member]) -> None:
         for _tid, preparation in members:
-            blobs.unmark(preparation.marks)
+            if preparation.marks:
+                blobs.unmark(preparation.marks)
 
 
 def _pieces(parts: Iterator[bytes]) -> Iterator[bytes]:

@@ -92,6 +92,17 @@ class Changes:
             return None
         return [changes[index] for index in range(start, len(changes))]
 
+    def others_since(self, position: bytes, tid: bytes) -> list[Change] | None:
+        """As ``since``, but without the change ``tid``; None if that is not there."""
+        if self._changes and self._changes[-1][:2] == (position, tid):
+            # Nearly always nobody else was there meanwhile.
+            return []
+        changes = self.since(position)
+        if changes is None:
+            return None
+        others = [change for change in changes if change.tid != tid]
+        return others if len(others) < len(changes) else None
+
     @property
     def begins(self) -> bytes:
         """The oldest position from which all changes are in the list."""

@@ -142,9 +142,10 @@ class _DataFile(IndexedFile):
             self._ltid = tid
             self._ts = TimeStamp(tid)
             self.is_end_clean = True
-            if places:
-                self.set_max_oid(max(self._oid, max(places)))
-            self._blob_tpc_finish()
+            if places and (last := max(places)) > self._oid:
+                self.set_max_oid(last)
+            if self.dirty_oids:
+                self._blob_tpc_finish()
 
     def forget_tail(self) -> None:
         """What was behind the last transaction was cut off, and is in no buffer."""

@@ -15,16 +15,16 @@ Invariants:
    for nobody else: ``leave`` returns them, and there is no claim that waits for nobody.
 """
 
-from collections.abc import Collection
+from collections.abc import Set
 from typing import Any, Generic, NamedTuple, TypeVar
 
 
 class Claim(NamedTuple):
     """What a transaction needs to itself, from vote to finish."""
 
-    writes: Collection[bytes] = frozenset()
+    writes: Set[bytes] = frozenset()
     # Nobody may write these, but others may depend on them, too.
-    depends_on: Collection[bytes] = frozenset()
+    depends_on: Set[bytes] = frozenset()
     is_alone: bool = False
 
 
@@ -42,8 +42,7 @@ class _Place(Generic[Holder]):
     def __init__(self, holder: Holder, claim: Claim):
         self.holder = holder
         # Sets: the smaller one is walked through when two are compared.
-        self.writes = _as_set(claim.writes)
-        self.depends_on = _as_set(claim.depends_on)
+        self.writes, self.depends_on = claim.writes, claim.depends_on
         self.is_alone = claim.is_alone
         # How many it waits for, and who waits for it.
         self.waits_for = 0
@@ -100,6 +99,8 @@ class Locks(Generic[Holder]):
         place = self._places.pop(holder, None)
         if place is None:
             return []
+        if not place.behind:
+            return []
         for later in place.behind:
             later.waits_for -= 1
         return [
@@ -108,7 +109,3 @@ class Locks(Generic[Holder]):
             # Some of them may have left before.
             if later.is_free and self._places.get(later.holder) is later
         ]
-
-
-def _as_set(oids: Collection[bytes]) -> set[bytes] | frozenset[bytes]:
-    return oids if isinstance(oids, set | frozenset) else frozenset(oids)

@@ -66,6 +66,18 @@ def test_what_happened_since_is_all_of_it_or_nobody_knows(history, position):
         assert since is None
 
 
+@given(histories, st.integers(0, 200), st.integers(0, 200))
+def test_the_others_are_all_but_one_that_is_there(history, position, tid):
+    changes = Changes(number(10))
+    changes.extend(follow(history))
+    since = changes.since(number(position))
+    others = changes.others_since(number(position), number(tid))
+    if since is None or number(tid) not in {each.tid for each in since}:
+        assert others is None
+    else:
+        assert others == [each for each in since if each.tid != number(tid)]
+
+
 @given(histories, st.integers(0, 8), st.integers(0, 20))
 def test_only_so_much_is_remembered_and_that_without_gaps(
     history, changes_max, oids_max
