@@ -87,6 +87,8 @@ class Commit:
         tid: bytes | None,
         status: str,
     ):
+        # Who it is to those who call.
+        self.transaction = metadata
         self._storage = storage
         self._session = session
         self._metadata = [
@@ -162,7 +164,7 @@ class Commit:
         ``finish`` asks nobody. Raises what either of them does.
         """
         self._refuse_if_lost()
-        self._step(self._send_spilled)
+        self._step(self._send_spilled if self.stores.is_spilled else self._take_channel)
         operations = self.stores.operations
         return self._resolve_all(
             self._ask_to_finish("commit", self._metadata, operations)

@@ -275,9 +275,10 @@ class Position:
         The next session then brings the change like anybody's.
         """
         with self._lock:
-            is_in_place = self._wait_for_turn(source, change, others)
+            is_in_place = self._is_next(source, change, others) or self._wait_for_turn(
+                source, change, others
+            )
             if is_in_place:
-                del self._pending[0]
                 self._cache.apply(change.tid, change.oids)
             elif self._at() < change.tid and self._listener is not None:
                 self._listener.invalidateCache()
@@ -289,8 +290,24 @@ class Position:
                 if is_in_place:
                     self._tid = change.tid
                 self._finishing.discard(change.transaction or b"")
-                self._advance()
+                if self._pending:
+                    self._advance()
                 self._wake()
+
+    def _is_next(
+        self, source: Source, change: Change, others: Sequence[Change] | None
+    ) -> bool:
+        """Whether ``change`` has nothing before it, and nobody waits: most often."""
+        if (
+            others == []
+            and not self._pending
+            and source is self._last_source
+            and change.since == self._tid
+            and not self._is_verifying
+        ):
+            self._unanswered.discard(change.transaction or b"")
+            return True
+        return False
 
     def _wait_for_turn(
         self, source: Source, change: Change, others: Sequence[Change] | None
@@ -309,6 +326,7 @@ class Position:
                 # Or something is missing that another answer will bring.
                 and pending[0].since == self._at()
             ):
+                del pending[0]
                 return True
             # What is pending waits for nothing but threads that finish.
             is_pending = any(each.tid == change.tid for each in pending)

@@ -452,11 +452,13 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         self, transaction: Any, tid: bytes | None = None, status: str = " "
     ) -> None:
         """Begin; nothing is sent before the vote."""
-        if self.isReadOnly():
+        session = self._connector.current
+        if self._is_read_only or (session is not None and session.is_read_only):
             raise ReadOnlyError("the storage is read-only")
         if transaction in self._commits:
             raise StorageTransactionError("Duplicate tpc_begin for one transaction")
-        session = self._connector.session(self._wait_timeout_s)
+        if session is None:
+            session = self._connector.session(self._wait_timeout_s)
         self._commits[transaction] = Commit(self, session, transaction, tid, status)
 
     def store(
@@ -541,9 +543,8 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
 
     def forget_commit(self, commit: Commit) -> None:
         """``commit`` has ended."""
-        for transaction, each in tuple(self._commits.items()):
-            if each is commit:
-                self._commits.pop(transaction, None)
+        if self._commits.get(commit.transaction) is commit:
+            self._commits.pop(commit.transaction, None)
 
     def _commit_of(self, transaction: Any) -> Commit:
         commit = self._commits.get(transaction)
