@@ -417,6 +417,9 @@ class Commit:
 
     def end(self) -> None:
         """Give back what the transaction holds; may be called again."""
+        if self.phase is Phase.FINISHING:
+            # Or all later changes would wait for a thread that was interrupted.
+            self._storage.position.give_up(self.stores.id)
         self.phase = Phase.ENDED
         channel, self._channel = self._channel, None
         if channel is not None:

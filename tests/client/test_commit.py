@@ -5,6 +5,7 @@ import threading
 from base64 import encodebytes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -991,6 +992,31 @@ def test_given_up_between_the_phases_it_is_somebody_elses_change(
     assert f"committed as {T3.hex()}" in caplog.text
     assert at_once.asked("abort") == []
     assert storage.tpc_transaction() is None
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["at once", "two phases"])
+def test_interrupted_just_after_the_answer_it_holds_nobody_up(
+    at_once, storage, monkeypatch, is_alone
+):
+    def interrupt(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    transaction = begun(storage, a=b"data")
+    commit = storage.commit_to_vote(transaction)
+    if not is_alone:
+        commit.vote()
+    finish = commit.vote_and_finish if is_alone else partial(commit.finish, print)
+    monkeypatch.setattr("zeolith.client.commit._Committed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finish()
+    storage.tpc_abort(transaction)
+    assert storage.tpc_transaction() is None
+    number = at_once.asked("commit" if is_alone else "finish")[0][0]
+    # The stream was spared it, and brings the next one: a gap, and a new session.
+    after = [T2, T3, [B], None]
+    at_once.hello = {"last_tid": T3, "changes": [[T1, T2, [A], number], after]}
+    at_once.publish(after)
+    wait_until(lambda: storage.lastTransaction() == T3, "the next session")
 
 
 def test_given_up_when_the_answer_could_not_tell_all_the_stream_does(at_once, storage):
