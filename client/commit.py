@@ -270,8 +270,10 @@ class Commit:
         try:
             position.finished(self._session, change, others, apply)
         except BaseException:
-            # If the thread was interrupted before its turn, nobody is left to apply
-            # the change, and all later ones would wait for that. Else it is harmless.
+            if (position.tid_now or b"") < change.tid:
+                # The thread was interrupted before it had applied the change.
+                self._forgo_answer("an answer was given up before its turn")
+            # Nobody is left to apply it, and all later ones would wait for that.
             position.give_up(self.stores.id)
             raise
         finally:
@@ -293,6 +295,7 @@ class Commit:
         history = self._storage.cache.history
         self.phase = Phase.FINISHING
         sent_at = position.begin_finish(self.stores.id)
+        answer = None
         try:
             answer = self._call(method, *args, sent_at)
             if answer[0] == "conflicts":
@@ -303,36 +306,44 @@ class Commit:
             else:
                 tid, others = answer
             changes = None if others is None else list(map(Change._make, others))
+            self._note_committed(tid, changes, sent_at, history)
         except ChannelLost as error:
             cause = self._session.lost(error)
             self._forgo_answer(str(cause))
             position.give_up(self.stores.id)
-            tid, changes = self._ask_for_outcome(sent_at, cause), None
+            tid = self._ask_for_outcome(sent_at, cause)
             if method == "commit":
                 # What the server has merged, nobody tells any more.
                 self.resolved = list(self.stores.oids)
+            self._note_committed(tid, None, sent_at, history)
         except StorageSystemError as error:
             position.give_up(self.stores.id)
             self.end()
             raise CommitOutcomeUnknown(str(error)) from error
         except BaseException as error:
             channel = self._channel
-            if channel is None or channel.is_busy or channel.is_lost:
+            is_refused = isinstance(error, Exception) and answer is None
+            if not is_refused or channel is None or channel.is_busy or channel.is_lost:
                 # The thread was interrupted.
                 self._forgo_answer(f"an answer was given up: {error!r}")
             position.give_up(self.stores.id)
             self._refused(error)
             raise
+        return []
+
+    def _note_committed(
+        self, tid: bytes, changes: list[Change] | None, sent_at: bytes, history: int
+    ) -> None:
+        """The server has committed; ``finish`` lets it be seen."""
         before = [each.tid for each in changes or () if each.tid < tid]
         since = before[-1] if before else sent_at
         oids = list({*self.stores.oids, *self.resolved})
         change = Change(since, tid, oids, self.stores.id)
         self._committed = _Committed(change, changes, history)
         self.phase = Phase.COMMITTED
-        return []
 
     def _forgo_answer(self, reason: str) -> None:
-        """The answer to finish will not come, nor what it tells.
+        """The answer to finish will not come, or is not heeded, nor what it tells.
 
         The stream may have been spared that, so a new session has to bring it.
         """

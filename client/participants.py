@@ -11,7 +11,6 @@ at. Called by the thread that commits, in its vote.
 from typing import Any
 
 import transaction
-from transaction.interfaces import NoTransaction
 from ZODB.Connection import Connection
 
 
@@ -20,12 +19,11 @@ def is_alone(storage: Any, metadata: Any) -> bool:
 
     ``metadata`` is what a ZODB connection began it with. False if that is not known:
     for transactions of other managers than ``transaction.manager``, and where a wrapper
-    of ``storage`` votes or finishes itself.
+    of ``storage``, or a class of connections, votes or finishes itself.
     """
-    try:
-        current = transaction.get()
-    except NoTransaction:
-        return False
+    # Not by ``transaction.get()``, which would begin one.
+    manager = getattr(transaction.manager, "manager", None)
+    current: Any = getattr(manager, "_txn", None)
     participants: list[Any] = getattr(current, "_resources", [])
     if len(participants) != 1:
         return False
@@ -35,7 +33,10 @@ def is_alone(storage: Any, metadata: Any) -> bool:
     except KeyError:
         # It is not this transaction that is being committed.
         return False
-    if not (is_its_own and isinstance(connection, Connection)):
+    if not is_its_own or any(
+        getattr(type(connection), phase, None) is not getattr(Connection, phase)
+        for phase in ("tpc_vote", "tpc_finish")
+    ):
         return False
     outermost = connection.db().storage
     return bool(

@@ -283,7 +283,9 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
         # alone. The server aborts what it loses sight of.
         self._connector.close()
         for commit in tuple(self._commits.values()):
-            commit.abort()
+            if commit.phase in (Phase.BEGUN, Phase.VOTED):
+                commit.abort()
+            # Whatever became of the others, only their threads know.
         if self.blobs is not None:
             self.blobs.close()
         if self._warm_up is not None:

@@ -29,7 +29,9 @@ Invariants:
    finished is never aborted.
 4. A database that tells its own commits through ``follow`` (a relay's) has them
    appended and announced there (server.relay), before the finish is answered.
-5. After a disaster in finish nothing is written any more: every vote gets the error.
+5. A transaction of which its client was told that it is not here does not vote when it
+   comes at last: it may have been on its way, and a vote may be finished at once.
+6. After a disaster in finish nothing is written any more: every vote gets the error.
 """
 
 import asyncio
@@ -65,8 +67,11 @@ logger = logging.getLogger(__name__)
 
 # What more operations claim is found out in a thread: a tenth of a microsecond each.
 CLAIMED_NOWAIT_MAX = 1000
+# So many transactions are remembered that were given up before they had come.
+GIVEN_UP_MAX = 10_000
 
 _ENDED = StorageTransactionError("the transaction has ended")
+_GIVEN_UP = StorageTransactionError("its client gave the transaction up")
 
 # Called once with a value, or with an error.
 Answer = Callable[[Any, BaseException | None], None]
@@ -124,6 +129,8 @@ class Committer:
         self._finishing: list[Commit] = []
         self._is_appending = False
         self._broken: BrokenDatabase | None = None
+        # Their ids, the oldest first.
+        self._given_up: dict[bytes, None] = {}
         self._is_stopping = False
         # Set when nobody is there any more; only who stops looks at it.
         self._is_idle = asyncio.Event()
@@ -138,6 +145,9 @@ class Committer:
             return
         if self._is_stopping:
             self.abandon(commit, ShuttingDown("the server is stopping"), None)
+            return
+        if commit.transaction.id in self._given_up:
+            self.abandon(commit, _GIVEN_UP, None)
             return
         self._commits[commit] = None
         transaction = commit.transaction
@@ -197,14 +207,17 @@ class Committer:
     def settle(self, transaction_id: bytes, settled: Callable[[], None]) -> None:
         """Call ``settled`` once ``transaction_id`` is neither here nor there.
 
-        Its client has lost the channel: what is not being finished yet never will be.
+        Its client has lost the channel: what is not being finished yet never will be,
+        even if it is only on its way to us now.
         """
         for commit in self._commits:
             if commit.transaction.id == transaction_id:
                 commit.when_ended.append(settled)
-                reason = StorageTransactionError("its client gave the transaction up")
-                self.abandon(commit, reason, None)
+                self.abandon(commit, _GIVEN_UP, None)
                 return
+        self._given_up[transaction_id] = None
+        if len(self._given_up) > GIVEN_UP_MAX:
+            del self._given_up[next(iter(self._given_up))]
         settled()
 
     # What the clock asks for

@@ -5,7 +5,6 @@ import threading
 from base64 import encodebytes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -995,28 +994,39 @@ def test_given_up_between_the_phases_it_is_somebody_elses_change(
 
 
 @pytest.mark.parametrize("is_alone", [True, False], ids=["at once", "two phases"])
-def test_interrupted_just_after_the_answer_it_holds_nobody_up(
-    at_once, storage, monkeypatch, is_alone
+@pytest.mark.parametrize("place", ["behind the answer", "before its turn"])
+def test_interrupted_after_the_answer_the_next_session_brings_it(
+    at_once, storage, monkeypatch, is_alone, place
 ):
+    """The stream was spared it; if nobody else commits, nothing else would bring it."""
+
     def interrupt(*_args: Any) -> None:
+        monkeypatch.undo()
         raise KeyboardInterrupt
 
+    told = Told(storage)
     transaction = begun(storage, a=b"data")
     commit = storage.commit_to_vote(transaction)
-    if not is_alone:
-        commit.vote()
-    finish = commit.vote_and_finish if is_alone else partial(commit.finish, print)
-    monkeypatch.setattr("zeolith.client.commit._Committed", interrupt)
+    if place == "behind the answer":
+        monkeypatch.setattr("zeolith.client.commit._Committed", interrupt)
+    else:
+        monkeypatch.setattr(storage.cache, "apply", interrupt)
+    asked = "commit" if is_alone else "finish"
+    at_once.hello = lambda: {
+        "last_tid": T2,
+        "changes": [[T1, T2, [A], at_once.asked(asked)[0][0]]],
+    }
+
+    def go() -> None:
+        (commit.vote_and_finish if is_alone else commit.vote)()
+        commit.finish(told.callback)
+
     with pytest.raises(KeyboardInterrupt):
-        finish()
+        go()
     storage.tpc_abort(transaction)
     assert storage.tpc_transaction() is None
-    number = at_once.asked("commit" if is_alone else "finish")[0][0]
-    # The stream was spared it, and brings the next one: a gap, and a new session.
-    after = [T2, T3, [B], None]
-    at_once.hello = {"last_tid": T3, "changes": [[T1, T2, [A], number], after]}
-    at_once.publish(after)
-    wait_until(lambda: storage.lastTransaction() == T3, "the next session")
+    wait_until(lambda: storage.position.tid == T2, "the next session")
+    assert told.log == [(T2, [A])]
 
 
 def test_given_up_when_the_answer_could_not_tell_all_the_stream_does(at_once, storage):
@@ -1039,6 +1049,19 @@ def test_closing_aborts_what_was_begun(server, storage):
     wait_until(lambda: not server.peers, "the end of the channel")
     assert storage.tpc_transaction() is None
     storage.tpc_abort(transaction)
+
+
+@pytest.mark.parametrize("is_cached", [False, True], ids=["in memory", "on disk"])
+def test_what_is_committed_when_the_storage_is_closed_is_told_as_that(
+    at_once, tmp_path, is_cached
+):
+    with storage_at(at_once, cache=str(tmp_path) if is_cached else None) as storage:
+        told = Told(storage)
+        transaction = committed(storage)
+        storage.close()
+        assert storage.tpc_finish(transaction, told.callback) == T2
+        assert told.log == [T2]
+        assert storage.tpc_transaction() is None
 
 
 @pytest.mark.parametrize("method", ["vote", "finish"])

@@ -9,6 +9,7 @@ import pytest
 import transaction
 from transaction import TransactionManager
 from zc.zlibstorage import ZlibStorage
+from ZODB.Connection import Connection
 from ZODB.DB import DB
 from ZODB.MappingStorage import MappingStorage
 
@@ -191,6 +192,40 @@ def test_beside_a_wrapper_that_decides_nobody_is_alone(storage, wrapper):
         changed(db)
         transaction.commit()
     assert storage.judgements == [False]
+
+
+class Refusing(Connection):
+    """A connection with a vote of its own, behind that of the storage."""
+
+    def tpc_vote(self, of: Any) -> None:
+        super().tpc_vote(of)
+        if self.root().get("count"):
+            raise ValueError("it is refused")
+
+
+def test_a_connection_that_votes_itself_is_not_alone(storage, monkeypatch):
+    monkeypatch.setattr(DB, "klass", Refusing)
+    with opened(storage) as db:
+        storage.judgements.clear()
+        changed(db)
+        with pytest.raises(ValueError, match="refused"):
+            transaction.commit()
+    assert storage.judgements == [False]
+
+
+def test_to_look_begins_no_transaction(storage, db):
+    found = []
+
+    def commit() -> None:
+        manager = TransactionManager()
+        changed(db, manager)
+        manager.commit()
+        found.append(transaction.manager.manager._txn)
+
+    thread = threading.Thread(target=commit)
+    thread.start()
+    thread.join()
+    assert found == [None]
 
 
 def test_a_storage_without_a_database_is_not_alone(storage):

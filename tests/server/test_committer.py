@@ -6,6 +6,7 @@ import pytest
 from ZODB.POSException import ConflictError, StorageSystemError, StorageTransactionError
 
 from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
+from zeolith.server import committer
 from zeolith.server.committer import Commit, Phase
 from zeolith.storage.database import (
     BrokenDatabase,
@@ -600,3 +601,10 @@ async def test_an_own_commit_is_appended_where_it_is_told(server):
     assert isinstance(client.answers[-1], Finished)
     assert server.served.changes.last_tid == before
     assert server.served.counters.commits == 1
+
+
+async def test_only_so_many_are_remembered_that_never_came(server, monkeypatch):
+    monkeypatch.setattr(committer, "GIVEN_UP_MAX", 2)
+    for number_of_it in (1, 2, 3):
+        server.committer.settle(transaction_id(number_of_it), lambda: None)
+    assert list(server.committer._given_up) == [transaction_id(2), transaction_id(3)]

@@ -762,6 +762,24 @@ async def test_of_what_got_no_vote_nobody_need_ask_what_became(server, channel):
         assert channel.failure(commit).name == failure
 
 
+@pytest.mark.parametrize("method", ["vote", "commit"])
+async def test_what_comes_after_its_client_was_told_that_it_is_not_there_is_refused(
+    server, session, channel, method
+):
+    asking = session.channel()
+    outcome = asking.ask("outcome", TRANSACTION, None, number(1))
+    assert asking.value(outcome) == ["not committed", None]
+    arguments = [TRANSACTION, METADATA, [["store", *new(5)]], number(1)]
+    late = channel.ask(method, *arguments[: 3 if method == "vote" else 4])
+    await server.workers.work()
+    assert channel.failure(late).name == "StorageTransactionError"
+    assert server.served.changes.last_tid == number(1)
+    # Others are not meant.
+    other = channel.ask("commit", transaction_id(2), *arguments[1:])
+    await server.workers.work()
+    assert channel.value(other)[0] == "committed"
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 async def test_a_channel_lost_meanwhile_leaves_all_or_nothing(
     server, session, channel, steps

@@ -178,14 +178,18 @@ def test_a_finish_that_never_arrived_is_told_as_not_committed(
     assert_in_file(server, attempt, False)
 
 
+@pytest.mark.parametrize("is_alone", [False, True], ids=["two_phases", "at_once"])
 def test_a_finish_that_arrives_too_late_commits_nothing(
-    server, proxy, storage, witness, in_background
+    server, proxy, storage, witness, in_background, is_alone
 ):
     """The client was told that it is not committed; that stays true."""
-    attempt = Attempt(storage, b"late")
-    attempt.vote()
+    # There is a channel, and nothing of it is stalled on its way to the server.
+    assert can_commit(storage)
+    attempt = Attempt(storage, b"late", is_alone=is_alone)
+    if not is_alone:
+        attempt.vote()
     proxy.stall(Direction.TO_SERVER)
-    finishing = in_background(attempt.finish)
+    finishing = in_background(attempt.commit if is_alone else attempt.finish)
     wait_until(lambda: proxy.held_back(Direction.TO_SERVER), "the finish")
     storage.new_addr(server.address)
     proxy.cut_clients()
