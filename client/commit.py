@@ -164,7 +164,7 @@ class Commit:
         ``finish`` asks nobody. Raises what either of them does.
         """
         self._refuse_if_lost()
-        self._step(self._send_spilled if self.stores.is_spilled else self._take_channel)
+        self._step(self._send_spilled)
         operations = self.stores.operations
         return self._resolve_all(
             self._ask_to_finish("commit", self._metadata, operations)
@@ -299,7 +299,9 @@ class Commit:
         try:
             answer = self._call(method, *args, sent_at)
             if answer[0] == "conflicts":
+                # As after a vote: nothing of it is being finished.
                 position.give_up(self.stores.id)
+                self.phase = Phase.BEGUN
                 return self._heard(answer)
             if method == "commit":
                 _committed, tid, self.resolved, others = answer
@@ -317,7 +319,6 @@ class Commit:
                 self.resolved = list(self.stores.oids)
             self._note_committed(tid, None, sent_at, history)
         except StorageSystemError as error:
-            position.give_up(self.stores.id)
             self.end()
             raise CommitOutcomeUnknown(str(error)) from error
         except BaseException as error:

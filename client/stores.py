@@ -122,11 +122,6 @@ class Stores:
         """Undo what transaction ``tid`` did."""
         self._add(["undo", tid], 0)
 
-    @property
-    def is_spilled(self) -> bool:
-        """Whether there is something to be sent before the vote."""
-        return self._spill is not None
-
     def spilled(self) -> Iterator[bytes]:
         """The spilled messages, as bytes to be sent in this order."""
         if self._spill is not None:

@@ -97,9 +97,7 @@ class Locks(Generic[Holder]):
         twice, or without having requested, changes nothing.
         """
         place = self._places.pop(holder, None)
-        if place is None:
-            return []
-        if not place.behind:
+        if place is None or not place.behind:
             return []
         for later in place.behind:
             later.waits_for -= 1
