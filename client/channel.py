@@ -66,6 +66,18 @@ def shut_down(sock: socket.socket) -> None:
             raise
 
 
+def value_of(answer: Reply | Failure) -> Any:
+    """What was answered; raises what the server raised."""
+    if type(answer) is Reply:
+        return answer.value
+    assert isinstance(answer, Failure)
+    error = errors.error_of(answer.name, answer.attributes, answer.text)
+    if isinstance(error, errors.Unavailable):
+        # To the application it is the same whose server is away.
+        raise ClientDisconnected(str(error))
+    raise error
+
+
 class Channel:
     """A socket for calls; its owner is the thread that borrowed it."""
 
@@ -137,6 +149,60 @@ class Channel:
                 for reply in self._replies():
                     came[reply.id] = reply.value
             yield came.pop(expected.popleft())
+
+    def requests(
+        self, method: str, calls: Iterable[Sequence[Any]]
+    ) -> tuple[bytes, list[int]]:
+        """What asks for ``method`` for each of ``calls``, and their numbers.
+
+        It is to be sent by ``exchange``. Raises as ``call`` does.
+        """
+        requests, numbers = [], []
+        for args in calls:
+            requests.append(self._request(method, args))
+            numbers.append(self._connection.last_request)
+        return b"".join(requests), numbers
+
+    def exchange(self, requests: bytes) -> tuple[list[Reply | Failure], float, float]:
+        """Send ``requests``; the answers that came first, and how long they took.
+
+        In seconds, without and then only what it took to get the interpreter back, as
+        far as that is known. Raises ChannelLost; what the server raised is an answer.
+        """
+        began_s = _monotonic()
+        try:
+            received = self._round_trip(requests, True)
+        except OSError as error:
+            raise self._lost(error) from error
+        regained_s = self._round_trip.regained_s
+        took_s = _monotonic() - began_s - regained_s
+        return self._answers_in(received), took_s, regained_s
+
+    def more_answers(self) -> list[Reply | Failure]:
+        """What comes next, which may be nothing; raises ChannelLost."""
+        if self._connection.is_closed:
+            raise self._lost(self._connection.error)
+        try:
+            received = self._socket.recv(RECEIVE_BYTES)
+        except OSError as error:
+            raise self._lost(error) from error
+        return self._answers_in(received)
+
+    def _answers_in(self, received: bytes) -> list[Reply | Failure]:
+        connection = self._connection
+        now = _monotonic()
+        answers: list[Reply | Failure] = []
+        start = 0
+        # One by one, for that is the short way of the answer to a load.
+        while start < len(received) and not connection.is_closed:
+            end = connection.frame_end(received, start)
+            for message in connection.receive_data(received[start:end], now):
+                if isinstance(message, Reply | Failure):
+                    answers.append(message)
+            start = end
+        if not answers and (connection.is_closed or not received):
+            raise self._lost(connection.error)
+        return answers
 
     def ask(self, method: str, *args: Any) -> None:
         """Ask for ``method`` without waiting; ``answer`` must follow."""
@@ -216,11 +282,7 @@ class Channel:
 
     def _look_at(self, message: Message) -> None:
         if isinstance(message, Failure):
-            error = errors.error_of(message.name, message.attributes, message.text)
-            if isinstance(error, errors.Unavailable):
-                # To the application it is the same whose server is away.
-                raise ClientDisconnected(str(error))
-            raise error
+            value_of(message)
 
     def _lost(self, error: Exception | None) -> Exception:
         """The error for whoever called: the channel is of no more use."""

@@ -124,14 +124,29 @@ class Trial:
 class RoundTrip:
     """Round trips on ``sock``; call it with what is to be sent."""
 
-    __slots__ = ("_dear", "_exchange", "_found", "_look", "_socket", "_watch")
+    __slots__ = (
+        "_dear",
+        "_exchange",
+        "_found",
+        "_look",
+        "_regain_ns",
+        "_socket",
+        "_watch",
+    )
 
     def __init__(self, sock: socket.socket, exchange: Exchange | None = None):
         self._socket = sock
         self._exchange = exchange or exchange_for(sock)
         # How often it was dear in a row, and how many answers were found meanwhile.
         self._dear = self._found = 0
+        # What the last one took to get it back; negative as in Exchange.
+        self._regain_ns = -1
         self._look, self._watch = Trial(), Trial()
+
+    @property
+    def regained_s(self) -> float:
+        """What it took to get the interpreter back; 0 if it was not let go of."""
+        return max(self._regain_ns, 0) / 1e9
 
     def __call__(self, data: bytes, is_quick: bool = False) -> bytes:
         """What came after ``data`` was sent; nothing if the peer has ended.
@@ -148,6 +163,7 @@ class RoundTrip:
         received, regain_ns, is_late = self._exchange(
             self._socket, data, look_ns, watch_ns
         )
+        self._regain_ns = regain_ns
         if watch_ns:
             self._watch.ended(is_late)
         if regain_ns >= 0:

@@ -14,6 +14,7 @@ from typing import Any
 
 from zeolith.client.changes import Change
 from zeolith.client.channel import Channel, is_silence, limit_silence, shut_down
+from zeolith.client.crowd import CROWD_MIN, PAUSE_MAX_S, PAUSE_MIN_S, Crowd
 from zeolith.client.dial import Reached, dial_channel, has_no_place, has_none_left
 from zeolith.client.errors import ChannelLost, ChannelRefused
 from zeolith.client.pool import Pool
@@ -27,6 +28,8 @@ from zeolith.protocol.messages import Message, Notice
 from zeolith.protocol.roles import AccessRole
 
 logger = logging.getLogger(__name__)
+
+clock = time.monotonic
 
 
 class Session:
@@ -64,6 +67,10 @@ class Session:
         self._pool = Pool(self._dial_channel, limits)
         # For the hot path.
         self._idle, self._waiting = self._pool.idle, self._pool.waiting
+        self._channels = self._pool.channels
+        # Those who load together now; any thread, and the last one to change it wins.
+        self._crowd: Crowd | None = None
+        self._no_crowd_before = self._crowd_pause_s = 0.0
         limit_silence(self._stream, limits.heartbeat_interval_s / 2)
 
     @property
@@ -95,6 +102,40 @@ class Session:
         if not (channel.is_lost or channel.is_busy):
             self.has_answered = True
         self._pool.give_back(channel)
+
+    def load(self, oid: bytes, before: bytes) -> Any:
+        """A load, together with those of other threads if there are many."""
+        crowd = self._crowd
+        if crowd is None:
+            if len(self._channels) - len(self._idle) < CROWD_MIN:
+                return self.call("load", oid, before)
+            crowd = self._gather()
+            if crowd is None:
+                return self.call("load", oid, before)
+        return crowd.load(oid, before)
+
+    def take(self) -> Channel:
+        """A channel for one round trip; raises ChannelLost."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._pool.take()
+
+    def disperse(self, crowd: Crowd, did_good: bool) -> None:
+        """Nobody joins ``crowd`` any more, nor soon another if this one did no good."""
+        if self._crowd is crowd:
+            pause_s = self._crowd_pause_s
+            self._crowd_pause_s = (
+                0 if did_good else min(max(2 * pause_s, PAUSE_MIN_S), PAUSE_MAX_S)
+            )
+            self._no_crowd_before = clock() + self._crowd_pause_s
+            self._crowd = None
+
+    def _gather(self) -> Crowd | None:
+        if clock() < self._no_crowd_before:
+            return None
+        self._crowd = crowd = Crowd(self)
+        return crowd
 
     def call(self, method: str, *args: Any) -> Any:
         """One call on any channel; see Channel.call."""

@@ -14,11 +14,7 @@ from typing import Any
 
 from ZODB import interfaces
 from ZODB.ConflictResolution import ConflictResolvingStorage
-from ZODB.POSException import (
-    POSKeyError,
-    ReadOnlyError,
-    StorageTransactionError,
-)
+from ZODB.POSException import POSKeyError, ReadOnlyError, StorageTransactionError
 from zope.interface import implementer
 
 from zeolith.client import forks, iteration, loading, packing, uploads
@@ -383,13 +379,19 @@ class ClientStorage(uploads.BlobMethods, LogMethods, ConflictResolvingStorage):
             if found is not None:
                 return found
         history = self.cache.history
-        data, start, end, as_of = self.call("load", oid, tid)
+        data, start, end, as_of = self._load(oid, tid)
         if data is None:
             return None
         self.cache.store(oid, start, end, data, as_of, history)
         if ahead is not None:
             ahead.loaded(oid, data)
         return data, start, end
+
+    def _load(self, oid: bytes, tid: bytes) -> Any:
+        try:
+            return self._connector.session(self._wait_timeout_s).load(oid, tid)
+        except ChannelLost as error:
+            return self._again(lambda session: session.load(oid, tid), error)
 
     def load(self, oid: bytes, version: str = "") -> tuple[bytes, bytes]:
         """The current record and its tid."""

@@ -9,7 +9,7 @@ import pytest
 from ZODB.POSException import POSKeyError, ReadOnlyError
 from ZODB.utils import p64
 
-from zeolith.client.channel import Channel, limit_silence, shut_down
+from zeolith.client.channel import Channel, limit_silence, shut_down, value_of
 from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.protocol.codec import encode
 from zeolith.protocol.connection import HEARTBEAT, Connection, Role
@@ -470,3 +470,91 @@ def test_a_goodbye_among_the_answers_is_the_reason(ends):
     assert next(answers) == 1
     with pytest.raises(ChannelLost, match="stopping"):
         next(answers)
+
+
+# Calls that are asked for together
+
+
+def failing(number: int) -> bytes:
+    return encode(Failure(number, "POSKeyError", {"oid": OID}, ""))
+
+
+def test_several_calls_are_one_send_and_one_receive(ends):
+    requests, numbers = ends.channel.requests("load", [(OID, TID), (TID, TID)])
+    assert numbers == [1, 2]
+    ends.far.sendall(
+        b"".join(encode(Reply(number, [b"data", TID, None, TID])) for number in (2, 1))
+    )
+    sent, rcvd = ends.socket.sent, ends.socket.rcvd
+    answers, took_s, regained_s = ends.channel.exchange(requests)
+    assert [answer.id for answer in answers] == [2, 1]
+    assert [value_of(answer)[0] for answer in answers] == [b"data"] * 2
+    assert took_s >= 0
+    assert regained_s == 0, "it is not known"
+    assert (ends.socket.sent, ends.socket.rcvd) == (sent + 1, rcvd + 1)
+    assert not ends.channel.is_busy
+    assert [request[1:] for request in ends.requests()] == [
+        ("load", [OID, TID]),
+        ("load", [TID, TID]),
+    ]
+
+
+def test_answers_that_come_in_pieces_are_put_together(ends):
+    answer = [b"data", TID, None, TID]
+    cut = bytes_of_all = 0
+    while cut <= bytes_of_all:
+        cut += 1
+        requests, numbers = ends.channel.requests("load", [(OID, TID)] * 3)
+        whole = b"".join(encode(Reply(number, answer)) for number in numbers)
+        bytes_of_all = len(whole)
+        ends.far.sendall(whole[:cut])
+        answers = ends.channel.exchange(requests)[0]
+        ends.far.sendall(whole[cut:])
+        while len(answers) < 3:
+            answers += ends.channel.more_answers()
+        assert [value_of(each) for each in answers] == [answer] * 3
+        assert not ends.channel.is_busy
+        assert len(ends.requests()) == 3
+
+
+def test_a_failure_is_one_of_the_answers(ends):
+    requests, _numbers = ends.channel.requests("load", [(OID, TID)] * 2)
+    ends.far.sendall(failing(1) + encode(Reply(2, [b"data", TID, None, TID])))
+    failed, answered = ends.channel.exchange(requests)[0]
+    with pytest.raises(POSKeyError):
+        value_of(failed)
+    assert value_of(answered)[0] == b"data"
+
+
+def test_answers_before_the_end_count(ends):
+    requests, _numbers = ends.channel.requests("load", [(OID, TID)] * 2)
+    goodbye = encode(Goodbye("stopping", "the server stops"))
+    ends.far.sendall(encode(Reply(1, [b"data", TID, None, TID])) + goodbye)
+    (answer,) = ends.channel.exchange(requests)[0]
+    assert value_of(answer)[0] == b"data"
+    with pytest.raises(ChannelLost, match="the server stops"):
+        ends.channel.more_answers()
+
+
+def test_an_end_without_an_answer_is_an_error(ends):
+    requests, _numbers = ends.channel.requests("load", [(OID, TID)])
+    shut_down(ends.far)
+    with pytest.raises(ChannelLost):
+        ends.channel.exchange(requests)
+    assert ends.channel.is_lost
+
+
+def test_a_silent_server_is_lost_in_the_middle_of_the_answers(impatient):
+    requests, _numbers = impatient.channel.requests("load", [(OID, TID)] * 2)
+    impatient.answer([b"data", TID, None, TID])
+    impatient.channel.exchange(requests)
+    with pytest.raises(ChannelLost, match="silent"):
+        impatient.channel.more_answers()
+
+
+def test_a_heartbeat_is_no_answer(ends):
+    requests, _numbers = ends.channel.requests("load", [(OID, TID)])
+    ends.far.sendall(HEARTBEAT)
+    assert ends.channel.exchange(requests)[0] == []
+    ends.answer([b"data", TID, None, TID])
+    assert len(ends.channel.more_answers()) == 1

@@ -399,6 +399,13 @@ def test_as_long_as_it_is_cheap_to_let_go_nobody_looks(exchanges, trip):
     assert not any(looked(exchanges, trip, *regains_ns))
 
 
+def test_what_it_took_to_get_the_interpreter_back_is_told(exchanges, trip):
+    for regain_ns, regained_s in ((DEAR, DEAR / 1e9), (FOUND, 0.0)):
+        exchanges.regain_ns = regain_ns
+        trip(REQUEST)
+        assert trip.regained_s == regained_s
+
+
 def test_once_it_was_dear_twice_answers_are_looked_for(exchanges, trip):
     assert looked(exchanges, trip, DEAR, DEAR, FOUND, FOUND) == [
         False,

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from ZODB.POSException import POSKeyError
-from ZODB.utils import p64
+from ZODB.utils import p64, u64
 
+from zeolith.client import crowd as crowd_module
 from zeolith.client import dial as dial_module
+from zeolith.client import session as session_module
 from zeolith.client.cache import MemoryCache
 from zeolith.client.changes import Change
 from zeolith.client.channel import Channel
+from zeolith.client.crowd import CROWD_MIN, PAUSE_MAX_S, PAUSE_MIN_S
 from zeolith.client.dial import Wish, dial
 from zeolith.client.errors import ChannelLost
 from zeolith.client.position import Position
@@ -145,6 +148,88 @@ def test_more_threads_than_there_may_be_channels_take_turns(server):
         go_on.set()
         assert [each.result() for each in calling] == [b"pong"] * 6
         assert len(server.hellos) <= 4
+
+
+def loaded(number: int) -> list[Any]:
+    return [b"data of %d" % number, tid(1), None, tid(1)]
+
+
+def load_all(server: ScriptedServer, session: Session, *numbers: int) -> list[Any]:
+    """Threads that load these objects, one after the other."""
+    loading = []
+    for number in numbers:
+        loading.append(Background(session.load, p64(number), tid(9)))
+        server.wait_for("load", times=number)
+    return loading
+
+
+def test_a_few_threads_load_on_a_channel_each(server, session):
+    go_on = threading.Event()
+    server.answers["load"] = lambda oid, _before: Held(go_on, loaded(u64(oid)))
+    loading = load_all(server, session, *range(1, CROWD_MIN + 1))
+    assert len(server.channels()) == CROWD_MIN
+    go_on.set()
+    assert [each.result() for each in loading] == [
+        loaded(number) for number in range(1, CROWD_MIN + 1)
+    ]
+    assert session._crowd is None
+
+
+def test_many_threads_load_together(server, session, monkeypatch):
+    monkeypatch.setattr(crowd_module, "PATIENCE_S", 30)
+    go_on = threading.Event()
+    server.answers["load"] = lambda oid, _before: Held(go_on, loaded(u64(oid)))
+    loading = load_all(server, session, *range(1, CROWD_MIN + 2))
+    crowd = session._crowd
+    assert crowd is not None, "it has one member, which leads"
+    more = range(CROWD_MIN + 2, CROWD_MIN + 12)
+    loading += [Background(session.load, p64(number), tid(9)) for number in more]
+    wait_until(lambda: len(crowd._waiting) == 10, "ten who wait")
+    assert len(server.channels()) == CROWD_MIN + 1
+    go_on.set()
+    assert [each.result() for each in loading] == [
+        loaded(number) for number in range(1, CROWD_MIN + 12)
+    ]
+    assert len(server.channels()) == CROWD_MIN + 1
+    assert session.has_answered
+
+
+def test_a_crowd_ends_with_its_session(server, session, monkeypatch):
+    monkeypatch.setattr(crowd_module, "PATIENCE_S", 30)
+    server.answers["load"] = Act.SILENCE
+    loading = load_all(server, session, *range(1, CROWD_MIN + 2))
+    crowd = session._crowd
+    assert crowd is not None
+    loading += [Background(session.load, OID, tid(9)) for _ in range(3)]
+    wait_until(lambda: len(crowd._waiting) == 3, "three who wait")
+    session.close("enough")
+    for each in loading:
+        error = each.error()
+        assert isinstance(error, ChannelLost)
+        assert str(error) == "enough"
+
+
+def test_after_a_crowd_that_did_no_good_there_is_none_for_a_while(session, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(session_module, "clock", lambda: now)
+    pauses = []
+    for _ in range(12):
+        session.disperse(session._gather(), False)
+        assert session._crowd is None
+        began = now
+        while session._gather() is None:
+            now += PAUSE_MIN_S / 2
+        pauses.append(now - began)
+    expected = [min(PAUSE_MIN_S * 2**times, PAUSE_MAX_S) for times in range(12)]
+    assert pauses == pytest.approx(expected, abs=PAUSE_MIN_S)
+    session.disperse(session._crowd, True)
+    assert session._gather() is not None
+
+
+def test_only_the_crowd_that_there_is_can_disperse(session):
+    first, second = session._gather(), session._gather()
+    session.disperse(first, False)
+    assert session._crowd is second
 
 
 def test_those_who_wait_for_a_channel_are_told_of_the_end(server):

@@ -70,6 +70,11 @@ class Background:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the call has returned or raised."""
+        return not self._thread.is_alive()
+
     def returns_soon(self) -> bool:
         """Whether the call returns within a moment.
 
