@@ -35,9 +35,9 @@ from zeolith.storage.tids import following
 # How often changes are announced while others are on their way to the disk; one that a
 # follower was told a moment ago lets it wait for the next time.
 ANNOUNCE_WAIT_S = 0.005
-# So many followers are a crowd, and this is how long it waits.
-CROWD = 50
-CROWD_WAIT_S = 0.001
+# More followers than this are many, and this is how long they wait.
+MANY = 50
+MANY_WAIT_S = 0.001
 
 _since = attrgetter("since")
 
@@ -183,15 +183,15 @@ class Served:
         The bytes are the same for everybody. ``more_soon``: others are on their way to
         the disk. Then all are told together, for to hear of one change takes a client
         as long as to hear of many; and whoever commits itself hears of them with its
-        answers. But nobody later than after twice ANNOUNCE_WAIT_S. A crowd is told a
-        moment later in any case: once it wakes, whoever committed has to wait for a
+        answers. But nobody later than after twice ANNOUNCE_WAIT_S. Many are told a
+        moment later in any case: once they wake, whoever committed has to wait for a
         processor.
         """
         self._unannounced += changes
         if more_soon:
             self._announce_in(ANNOUNCE_WAIT_S, self._announce_overdue)
-        elif len(self.followers) > CROWD:
-            self._announce_in(CROWD_WAIT_S, self._announce_all)
+        elif len(self.followers) > MANY:
+            self._announce_in(MANY_WAIT_S, self._announce_all)
         else:
             self._announce_all()
 

@@ -419,20 +419,18 @@ async def test_changes_are_told_with_those_after_which_none_come_soon(served):
     assert served._announcing is None
 
 
-async def test_a_crowd_is_told_when_the_committer_has_had_its_answer(
-    served, monkeypatch
-):
-    monkeypatch.setattr(served_module, "CROWD_WAIT_S", 0)
-    crowd = [Listener() for _ in range(served_module.CROWD + 1)]
-    for each in crowd[1:]:
+async def test_many_are_told_when_the_committer_has_had_its_answer(served, monkeypatch):
+    monkeypatch.setattr(served_module, "MANY_WAIT_S", 0)
+    many = [Listener() for _ in range(served_module.MANY + 1)]
+    for each in many[1:]:
         served.follow(each)
     served.announce([served.append(number(6), [], None)])
-    assert tids_of(crowd[1]) == [[number(6)]]
-    served.follow(crowd[0])
+    assert tids_of(many[1]) == [[number(6)]]
+    served.follow(many[0])
     served.announce([served.append(number(7), [], None)], more_soon=True)
     waiting = served._announcing
     served.announce([served.append(number(8), [], None)])
-    assert len(crowd[1].sent) == 1
+    assert len(many[1].sent) == 1
     # Sooner than five milliseconds; and what comes then does not put it off.
     assert served._announcing is not waiting
     waiting = served._announcing
@@ -440,9 +438,9 @@ async def test_a_crowd_is_told_when_the_committer_has_had_its_answer(
     assert served._announcing is waiting
     await asyncio.sleep(0.001)
     told = [number(7), number(8), number(9)]
-    assert all(tids_of(each)[-1] == told for each in crowd)
+    assert all(tids_of(each)[-1] == told for each in many)
     await asyncio.sleep(served_module.ANNOUNCE_WAIT_S)
-    assert len(crowd[1].sent) == 2
+    assert len(many[1].sent) == 2
 
 
 async def test_who_comes_while_changes_wait_misses_none(served):
