@@ -4,7 +4,9 @@ A trial is one run of a crew against one peer; it yields the figures of one or m
 rows, so that a row that is another view of the same run costs nothing.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -266,14 +268,29 @@ def _commit_hot(running: Running, scale: Scale) -> tuple[float, ...]:
     return (_rate(found.work),)
 
 
+@contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe, which processes inherit that are forked meanwhile."""
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 def _commit_heard(running: Running, scale: Scale) -> tuple[float, ...]:
-    found = crews.measure(
-        running,
-        workloads.commit_and_hear,
-        members=1 + LISTENING_PROCESSES,
-        commits=scale.commits_heard,
-        listeners=LISTENERS // LISTENING_PROCESSES,
-    )
+    with pipe() as (told_fd, tell_fd):
+        found = crews.measure(
+            running,
+            workloads.commit_and_hear,
+            members=1 + LISTENING_PROCESSES,
+            commits=scale.commits_heard,
+            listening=LISTENING_PROCESSES,
+            listeners=LISTENERS // LISTENING_PROCESSES,
+            told_fd=told_fd,
+            tell_fd=tell_fd,
+        )
     committer, *listening = found.works
     heard = [each for work in listening for each in work.moments]
     return (

@@ -15,6 +15,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,8 +35,6 @@ from .servers import Endpoint
 # What is rung when a committer has done all it had to; the item of that number.
 BELL = 0
 HEARING_S = 120
-# Between two commits that others must hear of: one is over before the next begins.
-PAUSE_S = 0.05
 # The hot tree: some buckets, and keys enough to find a new one at once.
 HOT_KEYS = 1000
 KEY_MAX = 2**31 - 1
@@ -327,13 +326,27 @@ def commit_to_hot_tree(endpoint: Endpoint, share: int, commits: int) -> Workload
 
 
 def commit_and_hear(
-    endpoint: Endpoint, share: int, commits: int, listeners: int
+    endpoint: Endpoint,
+    share: int,
+    commits: int,
+    listening: int,
+    listeners: int,
+    told_fd: int,
+    tell_fd: int,
 ) -> Workload:
-    """Share 0 commits; every other one has storages that hear of it."""
-    return (_hear if share else _announce)(endpoint, commits, listeners)
+    """Share 0 commits; every other one, ``listening``, has storages that hear of it.
+
+    It commits again when all have heard. They say so in a pipe, with a byte of each
+    process.
+    """
+    if share:
+        return _hear(endpoint, listeners, tell_fd)
+    return _announce(endpoint, commits, listening, told_fd)
 
 
-def _announce(endpoint: Endpoint, commits: int, _listeners: int) -> Workload:
+def _announce(
+    endpoint: Endpoint, commits: int, listening: int, told_fd: int
+) -> Workload:
     db = open_db(endpoint)
     bell, *items = dataset.shelf(db.open(), BELL)
     began: list[Moment] = []
@@ -349,22 +362,24 @@ def _announce(endpoint: Endpoint, commits: int, _listeners: int) -> Workload:
     yield None
     started_s = time.monotonic()
     for _ in range(commits):
-        time.sleep(PAUSE_S)
         before_s = time.monotonic()
         commit(items[0])
         latencies_s.append(time.monotonic() - before_s)
         began.append((items[0]._p_serial, before_s))
-    time.sleep(PAUSE_S)
+        missing = listening
+        while missing:
+            missing -= len(os.read(told_fd, missing))
     commit(bell)
     yield Work(latencies_s, commits, started_s, time.monotonic(), [began])
     db.close()
 
 
-def _hear(endpoint: Endpoint, _commits: int, listeners: int) -> Workload:
+def _hear(endpoint: Endpoint, listeners: int, tell_fd: int) -> Workload:
     db = open_db(endpoint)
     bell = dataset.shelf(db.open(), BELL)[0]._p_oid
     db.close()
-    crew = [_Listener(endpoint.open(), bell) for _ in range(listeners)]
+    audience = _Audience(listeners, tell_fd)
+    crew = [_Listener(endpoint.open(), bell, audience) for _ in range(listeners)]
     yield None
     started_s = time.monotonic()
     for each in crew:
@@ -376,13 +391,32 @@ def _hear(endpoint: Endpoint, _commits: int, listeners: int) -> Workload:
         each.close()
 
 
+class _Audience:
+    """The listeners of a process, of whom the last one to hear says so in a pipe."""
+
+    def __init__(self, size: int, tell_fd: int) -> None:
+        self._size = size
+        self._tell_fd = tell_fd
+        self._lock = threading.Lock()
+        self._heard: Counter[bytes] = Counter()
+
+    def heard(self, transaction_id: bytes) -> None:
+        """One of them has, in whatever thread."""
+        with self._lock:
+            self._heard[transaction_id] += 1
+            is_last = self._heard[transaction_id] == self._size
+        if is_last:
+            os.write(self._tell_fd, b".")
+
+
 class _Listener(MVCCAdapter):
     """What stands between a storage and the ZODB connections of its database."""
 
-    def __init__(self, storage: Any, bell: bytes) -> None:
+    def __init__(self, storage: Any, bell: bytes, audience: _Audience) -> None:
         self.heard: list[Moment] = []
         self.has_heard_bell = threading.Event()
         self._bell = bell
+        self._audience = audience
         super().__init__(storage)
         self.new_instance()
 
@@ -392,6 +426,8 @@ class _Listener(MVCCAdapter):
         self.heard.append((transaction_id, time.monotonic()))
         if self._bell in oids:
             self.has_heard_bell.set()
+        else:
+            self._audience.heard(transaction_id)
 
 
 def stay_idle(endpoint: Endpoint, share: int, clients: int) -> Workload:
