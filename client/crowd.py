@@ -26,6 +26,7 @@ then a round trip looks for its answer without letting go, and who waits here ca
 
 import threading
 from collections import deque
+from itertools import islice
 from typing import Any, Protocol
 
 from zeolith.client.channel import Channel, value_of
@@ -39,13 +40,14 @@ CROWD_MIN = 8
 LAST_COUNTS = 0.1
 # when fewer than this are asked for at once, it is no crowd any more;
 TOGETHER_MIN = 2.0
-# when the answers take longer than this, they are slow;
-SLOW_S = 0.002
+# when they take longer than this for each of them, they are slow: so long takes a load
+# if all load alone, for then they wait for a server far away at the same time;
+SLOW_S = 0.00012
 # when it takes longer than this to get the interpreter back, it is dear: whoever
 # computes has it for 5 ms (``sys.getswitchinterval()``), and those who load for less.
 DEAR_S = 0.002
-# Whatever takes longer than this is chance, once.
-CHANCE_S = 0.01
+# But so many times as long is as bad as it gets, for once is chance.
+WORST_TIMES = 2
 # One server's answer to so many takes less than a millisecond.
 TOGETHER_MAX = 100
 # Who has to wait for longer than this, until somebody asks for it, asks alone. Who has
@@ -114,11 +116,12 @@ class _Member:
 class _Batch:
     """What is asked for together; touched by the member that receives it."""
 
-    __slots__ = ("channel", "members", "open")
+    __slots__ = ("channel", "members", "open", "receiver")
 
-    def __init__(self, channel: Channel):
-        self.channel = channel
-        self.members: list[_Member] = []
+    def __init__(self, leader: _Member):
+        self.receiver: _Member | None = leader
+        self.members = [leader]
+        self.channel: Channel | None = None
         # Those that have no answer yet, by the number of the request.
         self.open: dict[int, _Member] = {}
 
@@ -128,14 +131,15 @@ class Crowd:
 
     def __init__(self, host: Host):
         self._host = host
-        self._lock = threading.Lock()
+        # A signal's handler may load where its thread has the lock.
+        self._lock = threading.RLock()
         self._is_led = False
         # First come, first served.
         self._waiting: deque[_Member] = deque()
-        # Of what was asked for together: how much, how long it took, and how long it
-        # took then to get the interpreter back, on average; and how often.
-        self._together = 2 * TOGETHER_MIN
-        self._took_s = self._regained_s = 0.0
+        # What was asked for together, on average, and how often; how long it took, and
+        # how long to get the interpreter back, as a part of what is too long.
+        self._together = float(CROWD_MIN)
+        self._slow = self._dear = 0.0
         self._times = 0
         self._impatient = 0
 
@@ -183,12 +187,12 @@ class Crowd:
             self._host.disperse(self, False)
 
     def _lead(self, member: _Member) -> None:
-        channel = self._host.take()
-        batch = _Batch(channel)
+        batch = member.batch = _Batch(member)
+        channel = batch.channel = self._host.take()
         with self._lock:
-            member.batch = batch
-            count = min(len(self._waiting), TOGETHER_MAX - 1)
-            batch.members = [member, *(self._waiting.popleft() for _ in range(count))]
+            batch.members += islice(self._waiting, TOGETHER_MAX - 1)
+            for _ in batch.members[1:]:
+                self._waiting.popleft()
         loads = [each.load for each in batch.members]
         requests, numbers = channel.requests("load", loads)
         batch.open = dict(zip(numbers, batch.members, strict=True))
@@ -201,19 +205,27 @@ class Crowd:
     def _receive(self, member: _Member, batch: _Batch) -> None:
         """Tell what comes until the own answer has come; the rest is for an heir."""
         channel = batch.channel
+        assert channel is not None
         while member.answer is None:
             self._tell(channel.more_answers(), batch, member)
         with self._lock:
             heir = next(
                 (each for each in batch.open.values() if not each.is_gone), None
             )
-            if heir is not None:
-                heir.batch = batch
-                heir.wake()
+            # From here on the channel is the heir's, or nobody's.
+            batch.receiver = heir
+            self._wake_receiver(batch)
             member.batch = None
         if heir is None:
             # It is closed if there is an answer to come for which nobody waits.
             self._host.give_back(channel)
+
+    @staticmethod
+    def _wake_receiver(batch: _Batch) -> None:
+        receiver = batch.receiver
+        if receiver is not None:
+            receiver.batch = batch
+            receiver.wake()
 
     def _tell(
         self, answers: list[Reply | Failure], batch: _Batch, receiver: _Member
@@ -236,17 +248,18 @@ class Crowd:
 
     def _look_back(self, together: int, took_s: float, regained_s: float) -> None:
         """Whether it does good to ask together."""
+        # A few are asked for when the others are about to come.
+        slow_s = max(together, self._together) * SLOW_S
+        slow = min(took_s / slow_s, WORST_TIMES)
+        dear = min(regained_s / DEAR_S, WORST_TIMES)
         self._together += (together - self._together) * LAST_COUNTS
-        self._took_s += (min(took_s, CHANCE_S) - self._took_s) * LAST_COUNTS
-        self._regained_s += (min(regained_s, CHANCE_S) - self._regained_s) * LAST_COUNTS
+        self._slow += (slow - self._slow) * LAST_COUNTS
+        self._dear += (dear - self._dear) * LAST_COUNTS
         self._times += 1
         self._impatient = 0
-        if (
-            self._together < TOGETHER_MIN
-            or self._took_s > SLOW_S
-            or self._regained_s > DEAR_S
-        ):
-            self._host.disperse(self, self._times >= GOOD_TIMES)
+        if self._together < TOGETHER_MIN or self._slow > 1 or self._dear > 1:
+            did_good = self._times >= GOOD_TIMES and self._slow <= 1
+            self._host.disperse(self, did_good)
 
     def _leave(self, member: _Member) -> None:
         """Let nobody wait for ``member``, which was interrupted or lost its channel."""
@@ -255,10 +268,15 @@ class Crowd:
             if member in self._waiting:
                 self._waiting.remove(member)
             batch, member.batch = member.batch, None
+            if batch is not None and batch.receiver is not member:
+                # It was interrupted when it had left the rest to another.
+                self._wake_receiver(batch)
+                batch = None
         if batch is not None:
             for each in batch.members:
                 if each is not member:
                     each.wake()
-            self._host.give_back(batch.channel)
+            if batch.channel is not None:
+                self._host.give_back(batch.channel)
         if member.leads:
             self._appoint(member)

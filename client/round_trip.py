@@ -148,14 +148,16 @@ class RoundTrip:
         """What it took to get the interpreter back; 0 if it was not let go of."""
         return max(self._regain_ns, 0) / 1e9
 
-    def __call__(self, data: bytes, is_quick: bool = False) -> bytes:
+    def __call__(
+        self, data: bytes, is_quick: bool = False, may_look: bool = True
+    ) -> bytes:
         """What came after ``data`` was sent; nothing if the peer has ended.
 
-        ``is_quick``: a server has the answer at once. Raises OSError, and what a
-        signal's handler raises.
+        ``is_quick``: a server has the answer at once. Without ``may_look`` other
+        threads run in any case. Raises OSError, and what a signal's handler raises.
         """
         look_ns = watch_ns = 0
-        if self._dear >= DEAR_TIMES:
+        if may_look and self._dear >= DEAR_TIMES:
             if self._look.is_due():
                 look_ns = LOOK_NS
         elif is_quick and self._watch.is_due():

@@ -415,6 +415,14 @@ def test_once_it_was_dear_twice_answers_are_looked_for(exchanges, trip):
     ]
 
 
+def test_who_must_not_look_lets_go_even_then(exchanges, trip):
+    looked(exchanges, trip, DEAR, DEAR)
+    exchanges.looks.clear()
+    trip(REQUEST, may_look=False)
+    assert exchanges.looks == [0]
+    assert looked(exchanges, trip, FOUND) == [True]
+
+
 def test_that_ends_when_it_was_cheap_again(exchanges, trip):
     looked(exchanges, trip, DEAR, DEAR)
     assert looked(exchanges, trip, FOUND, CHEAP, 0, DEAR) == [True, True, False, False]

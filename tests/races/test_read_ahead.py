@@ -50,6 +50,10 @@ class Counting(ClientStorage):
         self.calls[method] += 1
         return super().call(method, *args)
 
+    def _load(self, oid: bytes, tid: bytes) -> Any:
+        self.calls["load"] += 1
+        return super()._load(oid, tid)
+
 
 @contextmanager
 def counting(
