@@ -23,7 +23,7 @@ from zeolith.client.errors import ChannelLost, ClientDisconnected
 from zeolith.client.round_trip import RECEIVE_BYTES, RoundTrip
 from zeolith.protocol import errors
 from zeolith.protocol.connection import Connection
-from zeolith.protocol.messages import Failure, Message, Reply
+from zeolith.protocol.messages import Failure, Reply
 
 _SILENT = (errno.EAGAIN, errno.EWOULDBLOCK)
 
@@ -116,7 +116,8 @@ class Channel:
                 for message in connection.receive_data(received, _monotonic()):
                     if type(message) is Reply:
                         return message.value
-                    self._look_at(message)
+                    if type(message) is Failure:
+                        return value_of(message)
                 if connection.is_closed:
                     break
                 received = self._socket.recv(RECEIVE_BYTES)
@@ -146,8 +147,8 @@ class Channel:
             if not expected:
                 return
             while expected[0] not in came:
-                for reply in self._replies():
-                    came[reply.id] = reply.value
+                for answer in self.more_answers():
+                    came[answer.id] = value_of(answer)
             yield came.pop(expected.popleft())
 
     def requests(
@@ -218,27 +219,8 @@ class Channel:
     def answer(self) -> Any:
         """What was asked for; raises as ``call`` does."""
         while True:
-            for reply in self._replies():
-                return reply.value
-
-    def _replies(self) -> list[Reply]:
-        """What comes next, which may be nothing; raises as ``call`` does."""
-        connection = self._connection
-        if connection.is_closed:
-            raise self._lost(connection.error)
-        try:
-            received = self._socket.recv(RECEIVE_BYTES)
-        except OSError as error:
-            raise self._lost(error) from error
-        if not received:
-            raise self._lost(connection.error)
-        replies = []
-        for message in connection.receive_data(received, _monotonic()):
-            if isinstance(message, Reply):
-                replies.append(message)
-            else:
-                self._look_at(message)
-        return replies
+            for answer in self.more_answers():
+                return value_of(answer)
 
     def send(self, data: bytes) -> None:
         """Send a message that is not answered; raises ChannelLost."""
@@ -280,10 +262,6 @@ class Channel:
         """Let go of the socket; by its owner, or when it has none."""
         self.is_lost = True
         self._socket.close()
-
-    def _look_at(self, message: Message) -> None:
-        if isinstance(message, Failure):
-            value_of(message)
 
     def _lost(self, error: Exception | None) -> Exception:
         """The error for whoever called: the channel is of no more use."""

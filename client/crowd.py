@@ -6,7 +6,7 @@ again for the interpreter, which another one has meanwhile. In a crowd one threa
 *leads*: it asks for what all the others want who have come since the last one led, in
 one send, and wakes each of them with its answer. The server reads the requests at once,
 and answers in one write. (Flat combining: Hendler et al., SPAA 2010.) Sixteen threads
-load a third more that way, and the server takes half of its time for a load.
+load a fifth more that way, and the server takes half of its time for a load.
 
 Any thread calls ``load``. The invariants:
 
@@ -83,7 +83,7 @@ class Host(Protocol):
 
 
 class _Member:
-    """A thread that loads; all but its load is changed under the crowd's lock."""
+    """A thread that loads; what it is to do is noted here before it is woken."""
 
     __slots__ = ("answer", "batch", "is_gone", "leads", "load", "turn")
 

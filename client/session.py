@@ -29,8 +29,6 @@ from zeolith.protocol.roles import AccessRole
 
 logger = logging.getLogger(__name__)
 
-clock = time.monotonic
-
 
 class Session:
     """A stream and the channels that belong to it."""
@@ -128,11 +126,11 @@ class Session:
             self._crowd_pause_s = (
                 0 if did_good else min(max(2 * pause_s, PAUSE_MIN_S), PAUSE_MAX_S)
             )
-            self._no_crowd_before = clock() + self._crowd_pause_s
+            self._no_crowd_before = time.monotonic() + self._crowd_pause_s
             self._crowd = None
 
     def _gather(self) -> Crowd | None:
-        if clock() < self._no_crowd_before:
+        if time.monotonic() < self._no_crowd_before:
             return None
         self._crowd = crowd = Crowd(self)
         return crowd

@@ -35,8 +35,8 @@ from zeolith.storage.tids import following
 # How often changes are announced while others are on their way to the disk; one that a
 # follower was told a moment ago lets it wait for the next time.
 ANNOUNCE_WAIT_S = 0.005
-# More followers than this are many, and this is how long they wait.
-MANY = 50
+# More followers than these few wait so long in any case.
+FEW_MAX = 50
 MANY_WAIT_S = 0.001
 
 _since = attrgetter("since")
@@ -190,7 +190,7 @@ class Served:
         self._unannounced += changes
         if more_soon:
             self._announce_in(ANNOUNCE_WAIT_S, self._announce_overdue)
-        elif len(self.followers) > MANY:
+        elif len(self.followers) > FEW_MAX:
             self._announce_in(MANY_WAIT_S, self._announce_all)
         else:
             self._announce_all()

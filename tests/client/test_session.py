@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,7 +212,8 @@ def test_a_crowd_ends_with_its_session(server, session, monkeypatch):
 
 def test_after_a_crowd_that_did_no_good_there_is_none_for_a_while(session, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(session_module, "clock", lambda: now)
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(session_module, "time", clock)
     pauses = []
     for _ in range(12):
         session.disperse(session._gather(), False)

@@ -421,7 +421,7 @@ async def test_changes_are_told_with_those_after_which_none_come_soon(served):
 
 async def test_many_are_told_when_the_committer_has_had_its_answer(served, monkeypatch):
     monkeypatch.setattr(served_module, "MANY_WAIT_S", 0)
-    many = [Listener() for _ in range(served_module.MANY + 1)]
+    many = [Listener() for _ in range(served_module.FEW_MAX + 1)]
     for each in many[1:]:
         served.follow(each)
     served.announce([served.append(number(6), [], None)])
