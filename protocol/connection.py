@@ -442,6 +442,11 @@ class Connection:
         self.open_requests.discard(number)
         return sent
 
+    def answered(self, number: int, now: float) -> None:
+        """Server: the owner has sent what it encoded as the reply to ``number``."""
+        self.sent_at = now
+        self.open_requests.discard(number)
+
     def failure(self, number: int, error: BaseException, now: float) -> bytes:
         """Server: the error of request ``number``."""
         sent = self._send(Failure(number, *errors.failure_of(error)), now)

@@ -23,7 +23,9 @@ Invariants:
 2. Nothing is announced before the writer thread said that it is on disk; and then, in
    one callback and in the order of tids, changes are appended, locks released and
    committers answered, so nobody can see a part of it. Everybody is told at once if
-   the disk is idle then, else soon and of several together (served).
+   the disk is idle then, else soon and of several together (served). Who is alone may
+   have its answer before that (delivery): so whoever looks at what has come calls
+   ``catch_up`` first, if there is anything ``on_disk``.
 3. A commit whose channel is gone while a thread works for it is only marked
    (``is_abandoned``); the callback of that step aborts it. A commit that is being
    finished is never aborted.
@@ -46,6 +48,7 @@ from typing import TYPE_CHECKING, Any
 from ZODB.POSException import ConflictError, StorageSystemError, StorageTransactionError
 
 from zeolith.protocol.errors import ShuttingDown, TransactionTimeout
+from zeolith.server.delivery import Delivery
 from zeolith.server.patience import Patience
 from zeolith.storage.database import (
     BrokenDatabase,
@@ -108,6 +111,8 @@ class Commit:
         self.ended_by: Exception | None = None
         # Whoever waits for the step under way.
         self.answer: Answer | None = None
+        # Lets another thread send the answer to finish, if it can.
+        self.offer: Callable[[], Delivery | None] | None = None
         # Whoever wants to know when it has ended.
         self.when_ended: list[Callable[[], None]] = []
 
@@ -127,7 +132,9 @@ class Committer:
         self._is_starting = False
         # The next group, which waits for the disk.
         self._finishing: list[Commit] = []
-        self._is_appending = False
+        # The one that the writer has; and what became of it, from the writer.
+        self._appending: list[Commit] = []
+        self.on_disk: _Outcomes | None = None
         self._broken: BrokenDatabase | None = None
         # Their ids, the oldest first.
         self._given_up: dict[bytes, None] = {}
@@ -376,19 +383,43 @@ class Committer:
 
     def _append_next(self) -> None:
         """Hand all that wait for the disk to the writer, when it is free."""
-        if self._is_appending or not self._finishing:
+        if self._appending or not self._finishing:
             return
         group, self._finishing = self._finishing, []
-        self._is_appending = True
+        self._appending = group
         prepared = [commit.prepared for commit in group if commit.prepared]
-        appending = self._workers.write(self._database.append, prepared)
-        appending.add_done_callback(lambda done: self._appended(group, done))
+        # With several the loop is awake anyway, and each answer tells of the others.
+        offer = group[0].offer if len(group) == 1 else None
+        delivery = None if offer is None else offer()
+        appending = self._workers.write(self._append, prepared, delivery)
+        appending.add_done_callback(lambda done: self._has_appended(group, done))
 
-    def _appended(self, group: list[Commit], done: "asyncio.Future[_Outcomes]") -> None:
-        self._is_appending = False
-        outcomes = [] if done.exception() else done.result()
+    def _append(self, group: list[Prepared], delivery: Delivery | None) -> None:
+        """In the writer thread."""
+        outcomes = self._database.append(group)
+        self.on_disk = outcomes
+        if delivery is not None and isinstance(outcomes[0], Finished):
+            delivery.send(outcomes[0].tid)
+
+    def _has_appended(self, group: list[Commit], done: "asyncio.Future[None]") -> None:
+        error = done.exception()
+        if error is None:
+            # The next group may be there as well by now.
+            self.catch_up()
+        else:
+            self._appending = []
+            self._break(error, group)
+
+    def catch_up(self) -> None:
+        """Let everybody see what the writer has on the disk."""
+        outcomes, self.on_disk = self.on_disk, None
+        if outcomes is not None:
+            group, self._appending = self._appending, []
+            self._appended(group, outcomes)
+
+    def _appended(self, group: list[Commit], outcomes: _Outcomes) -> None:
         finished = [each for each in outcomes if isinstance(each, Finished)]
-        error = done.exception() or self._disorder(finished)
+        error = self._disorder(finished)
         if error is not None:
             self._break(error, group)
             return
@@ -412,7 +443,7 @@ class Committer:
             else:
                 self._fail(commit, outcome)
         if changes:
-            served.announce(changes, more_soon=self._is_appending)
+            served.announce(changes, more_soon=bool(self._appending))
 
     def _fail(self, commit: Commit, error: Exception) -> None:
         """A finish of which nothing was committed."""

@@ -7,12 +7,14 @@ one place where everything that hung on the socket is let go.
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from zeolith.protocol.connection import Answer, Connection, Role, State
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request, Response
 from zeolith.server.access import NOBODY, Identity
+from zeolith.server.delivery import Delivery, Fate
 from zeolith.server.origins import Origin, origin_of
 from zeolith.server.secured import Protected
 from zeolith.server.sessions import ChannelTransactions, Session
@@ -61,6 +63,10 @@ class Peer(Protected):
         self._next_turns = b""
         # What is taken of the server's time is charged to it; None: to nobody.
         self.account: Account | None = None
+        # The socket's, if what is written to it is what the peer gets.
+        self._fd: int | None = None
+        # An answer that another thread may send.
+        self._delivery: Delivery | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is accepted."""
@@ -72,12 +78,21 @@ class Peer(Protected):
         )
         self.origin = origin_of(transport)
         self.address = self.origin.address
+        sock = transport.get_extra_info("socket")
+        if sock is not None and self.tls is None:
+            self._fd = sock.fileno()
         self.account = self._service.turns.arrive(self.origin.source)
         self._service.peers.add(self)
         self._service.admission.arrive(self)
 
     def data_received(self, data: bytes) -> None:
         """Some bytes have come."""
+        session = self.session
+        if session is None:
+            self._service.catch_up()
+        elif session.served.committer.on_disk is not None:
+            # Some client may know already that it is.
+            session.served.committer.catch_up()
         connection = self.connection
         now = self._now()
         if self.answer is not None:
@@ -190,6 +205,8 @@ class Peer(Protected):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone, for whatever reason."""
+        if self._delivery is not None:
+            self._delivery.take_back()
         self._transport = None
         self._service.lost(self)
 
@@ -240,6 +257,34 @@ class Peer(Protected):
             if self._batch_bytes > self._limits.batch_bytes_max:
                 # From here on each is written, and the bound for output is heeded.
                 self._flush()
+
+    def offer(
+        self, after_tid: bytes, make: Callable[[bytes], bytes]
+    ) -> Delivery | None:
+        """An answer that the writer thread may send, or None; see Delivery.
+
+        ``was_delivered`` must follow.
+        """
+        transport, fd = self._transport, self._fd
+        if (
+            transport is None
+            or fd is None
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+        ):
+            return None
+        self._delivery = Delivery(fd, after_tid, make, self._limits.frame_bytes_max)
+        return self._delivery
+
+    def was_delivered(self, number: int) -> bool:
+        """Whether the answer to request ``number`` need not be sent any more."""
+        delivery, self._delivery = self._delivery, None
+        fate = Fate.UNSENT if delivery is None else delivery.take_back()
+        if fate is Fate.TORN:
+            self.cut_off()
+        elif fate is Fate.SENT:
+            self.connection.answered(number, self._now())
+        return fate in (Fate.SENT, Fate.TORN)
 
     def send_shared(self, data: bytes) -> None:
         """Send bytes that were made once for many peers."""
@@ -359,6 +404,8 @@ class Peer(Protected):
         transport = self._transport
         if transport is None or transport.is_closing() or not data:
             return
+        if self._delivery is not None:
+            self._delivery.take_back()
         if (
             self.is_lagging
             and transport.get_write_buffer_size() > self._limits.output_bytes_max

@@ -20,15 +20,17 @@ from ZODB.POSException import (
     StorageTransactionError,
 )
 
+from zeolith.protocol.codec import encode
 from zeolith.protocol.errors import Forbidden, LocalProtocolError, ZeolithError
 from zeolith.protocol.limits import Limits
-from zeolith.protocol.messages import Notice, Request
+from zeolith.protocol.messages import Notice, Reply, Request
 from zeolith.protocol.methods import METHODS
 from zeolith.server import blobs, staging
 from zeolith.server.access import OPEN, Access, permit
 from zeolith.server.admission import Admission
 from zeolith.server.answering import load_shortly
 from zeolith.server.committer import Commit, Phase
+from zeolith.server.delivery import Delivery
 from zeolith.server.greeting import Greeting
 from zeolith.server.iteration import Iteration
 from zeolith.server.loading import (
@@ -136,6 +138,11 @@ class Service:
             text = f"{notice.method}: {error}"
             peer.complain(f"is disconnected: {text}")
             peer.hang_up("protocol", text)
+
+    def catch_up(self) -> None:
+        """Let everybody see what is on the disk, of all databases."""
+        for served in self.databases.values():
+            served.committer.catch_up()
 
     def lost(self, peer: Peer) -> None:
         """A socket is gone: let go of everything that hung on it."""
@@ -511,22 +518,37 @@ class Service:
         """Finish, and answer with ``then(tid, other changes since position)``."""
         served = _session(peer).served
 
+        def offer() -> Delivery | None:
+            changes = served.changes
+            others = changes.since(position)
+            if others is None:
+                return None
+            return peer.offer(
+                changes.last_tid,
+                lambda tid: encode(Reply(number, then(tid, others))),
+            )
+
         def finished(result: Finished | None, error: BaseException | None) -> None:
+            was_delivered = peer.was_delivered(number)
             if result is None:
                 assert error is not None
                 self._fail(peer, number, "finish", error)
                 return
-            others = served.changes.others_since(position, result.tid)
-            try:
-                peer.reply(number, then(result.tid, others))
-            except LocalProtocolError:
-                # More than a frame holds: it comes over the stream.
-                others = None
-                peer.reply(number, then(result.tid, others))
-            if peer.is_there and others is not None:
+            tells_all = was_delivered
+            if not was_delivered:
+                others = served.changes.others_since(position, result.tid)
+                tells_all = others is not None
+                try:
+                    peer.reply(number, then(result.tid, others))
+                except LocalProtocolError:
+                    # More than a frame holds: it comes over the stream.
+                    tells_all = False
+                    peer.reply(number, then(result.tid, None))
+            if peer.is_there and tells_all:
                 # What this answer tells, the stream need not tell again.
                 _session(peer).stream.told_tid = served.changes.last_tid
 
+        commit.offer = offer
         served.committer.finish(commit, finished)
 
     def _abort(self, peer: Peer, number: int, transaction_id: bytes) -> object:

@@ -59,7 +59,12 @@ class HeldAnswers:
         def hold(number: int, value: Any) -> None:
             self._held.append((number, value))
 
-        self._server.on_loop(lambda: setattr(self._peer, "reply", hold))
+        def begin() -> None:
+            self._peer.reply = hold
+            # Nor may another thread send one.
+            self._peer.offer = lambda *_args: None
+
+        self._server.on_loop(begin)
 
     def wait_for_one(self) -> None:
         wait_until(lambda: self._held, "an answer to hold")

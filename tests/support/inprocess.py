@@ -123,9 +123,13 @@ class InProcessServer:
         self.start()
 
     def on_loop(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What ``function`` returns on the server's loop."""
+        """What ``function`` returns on the server's loop.
+
+        As for whatever comes from a client, all that was answered before is seen there.
+        """
 
         async def call() -> Any:
+            self.service.catch_up()
             return function(*args)
 
         calling = asyncio.run_coroutine_threadsafe(call(), self._loop)

@@ -7,8 +7,9 @@ the loop. What the other end does not read stays in the buffer.
 """
 
 import asyncio
-from collections.abc import Callable
+import socket
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from zeolith.protocol.connection import Connection, Role
@@ -37,8 +38,13 @@ UNHURRIED = replace(DEFAULT, turn_s=3600.0, guest_burst_s=3600.0)
 class MemoryTransport(asyncio.Transport):
     """The server's end of a socket of which the other end is a list."""
 
-    def __init__(self, protocol: asyncio.Protocol, address: Any):
-        super().__init__({"peername": address})
+    def __init__(
+        self,
+        protocol: asyncio.Protocol,
+        address: Any,
+        sock: socket.socket | None = None,
+    ):
+        super().__init__({"peername": address, "socket": sock})
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
         self._arrived: list[bytes] = []
@@ -144,10 +150,11 @@ class MemoryClient:
         service: Service,
         limits: Limits = UNHURRIED,
         address: Any = ("192.0.2.7", 4567),
+        sock: socket.socket | None = None,
     ):
         self._loop = asyncio.get_running_loop()
         self.peer = Peer(service, limits)
-        self.transport = MemoryTransport(self.peer, address)
+        self.transport = MemoryTransport(self.peer, address, sock)
         self.connection = Connection(Role.CLIENT, self._loop.time(), UNBOUNDED)
         # Everything that came and was not taken.
         self._received: list[Message] = []
@@ -257,17 +264,15 @@ class MemorySession:
     """A stream that was welcomed, and channels that join it."""
 
     def __init__(self, service: Service, limits: Limits = UNHURRIED, **fields: Any):
-        self._new_client: Callable[[], MemoryClient] = lambda: MemoryClient(
-            service, limits
-        )
+        self._new_client = partial(MemoryClient, service, limits)
         self.stream = self._new_client()
         welcome = self.stream.hello(**fields)
         assert isinstance(welcome, Welcome), welcome
         self.welcome = welcome.fields
 
-    def channel(self) -> MemoryClient:
-        """One more channel of the session."""
-        channel = self._new_client()
+    def channel(self, sock: socket.socket | None = None) -> MemoryClient:
+        """One more channel; ``sock`` is where other threads than the loop write."""
+        channel = self._new_client(sock=sock)
         welcome = channel.hello(kind="channel", session=self.welcome["session"])
         assert isinstance(welcome, Welcome), welcome
         return channel

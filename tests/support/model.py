@@ -433,6 +433,10 @@ class HandWorkers(Workers):
         """The writer does its next step, and the loop hears of it."""
         await self._do(self._writes)
 
+    def write_unheard(self) -> None:
+        """The writer does its next step; the loop hears of it at its own next one."""
+        self._take(self._writes)
+
     async def read_step(self) -> None:
         """A reader does its next step, and the loop hears of it."""
         await self._do(self._reads)
@@ -463,13 +467,17 @@ class HandWorkers(Workers):
     async def _do(
         self, queue: "deque[tuple[Callable[[], Any], asyncio.Future[Any]]]"
     ) -> None:
+        self._take(queue)
+        # Callbacks run in the next step of the loop.
+        await asyncio.sleep(0)
+
+    @staticmethod
+    def _take(queue: "deque[tuple[Callable[[], Any], asyncio.Future[Any]]]") -> None:
         step, future = queue.popleft()
         try:
             future.set_result(step())
         except Exception as error:
             future.set_exception(error)
-        # Callbacks run in the next step of the loop.
-        await asyncio.sleep(0)
 
 
 class ModelServer:

@@ -1,0 +1,426 @@
+"""Answers to commits that the writer thread sends itself."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from zeolith.protocol.messages import Message, Reply, Welcome
+from zeolith.server import delivery as delivery_module
+from zeolith.server import peer as peer_module
+from zeolith.server.delivery import BYTES_MAX, Delivery, Fate
+from zeolith.storage.database import NotCommitted
+
+from ..support.certificates import Authority, context_of
+from ..support.gates import Background
+from ..support.ids import number, transaction_id
+from ..support.inprocess import client_of, serving
+from ..support.memory import MemoryClient, MemorySession
+from ..support.model import ModelServer
+from ..support.records import commit, seen
+
+METADATA: list[Any] = [b"user", b"description", b"", None, " "]
+LATEST = b"\x7f" + b"\xff" * 7
+OID = number(100)
+
+
+class Socket:
+    """What the writer thread writes to, and what has come out at the other end."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        for end in (self.ours, self.theirs):
+            end.setblocking(False)
+
+    def fill(self) -> None:
+        """Until no byte more goes into it."""
+        for size in (4096, 1):
+            with suppress(BlockingIOError):
+                while self.ours.send(bytes(size)):
+                    continue
+
+    def take(self) -> bytes:
+        try:
+            return self.theirs.recv(BYTES_MAX)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def sock() -> Iterator[Socket]:
+    made = Socket()
+    yield made
+    made.close()
+
+
+# What is sent, and by whom
+
+
+def answer(tid: bytes) -> bytes:
+    return b"committed " + tid
+
+
+def offered(sock: Socket, bytes_max: int = BYTES_MAX) -> Delivery:
+    return Delivery(sock.ours.fileno(), number(1), answer, bytes_max)
+
+
+def test_the_writer_sends_it_once(sock):
+    delivery = offered(sock)
+    delivery.send(number(2))
+    delivery.send(number(2))
+    assert sock.take() == answer(number(2))
+    assert delivery.take_back() is Fate.SENT
+
+
+def test_what_was_taken_back_is_not_sent(sock):
+    delivery = offered(sock)
+    assert delivery.take_back() is Fate.UNSENT
+    delivery.send(number(2))
+    assert not sock.take()
+    assert delivery.take_back() is Fate.UNSENT
+
+
+def test_who_takes_it_back_waits_for_the_end_of_the_send(sock, monkeypatch):
+    delivery = offered(sock)
+    taking: list[Background] = []
+
+    def write(fd: int, data: bytes) -> int:
+        taking.append(Background(delivery.take_back))
+        assert not taking[0].returns_soon()
+        return os.write(fd, data)
+
+    monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=write))
+    delivery.send(number(2))
+    assert taking[0].result() is Fate.SENT
+    assert sock.take() == answer(number(2))
+
+
+def test_only_a_tid_after_the_last_one_is_told(sock):
+    delivery = offered(sock)
+    delivery.send(number(1))
+    assert not sock.take()
+    assert delivery.take_back() is Fate.UNSENT
+
+
+def test_what_is_too_long_is_the_loops(sock):
+    delivery = offered(sock, len(answer(number(2))) - 1)
+    delivery.send(number(2))
+    assert not sock.take()
+    assert delivery.take_back() is Fate.UNSENT
+
+
+def test_what_the_buffers_do_not_take_is_the_loops(sock):
+    sock.fill()
+    delivery = offered(sock)
+    delivery.send(number(2))
+    assert delivery.take_back() is Fate.UNSENT
+
+
+def test_a_client_that_is_gone_is_the_loops_affair(sock):
+    sock.theirs.close()
+    delivery = offered(sock)
+    delivery.send(number(2))
+    assert delivery.take_back() is Fate.UNSENT
+
+
+def half(fd: int, data: bytes) -> int:
+    return os.write(fd, data[: len(data) // 2])
+
+
+def test_half_of_it_is_worse_than_nothing(sock, monkeypatch):
+    monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=half))
+    delivery = offered(sock)
+    delivery.send(number(2))
+    assert delivery.take_back() is Fate.TORN
+
+
+# A server whose loop has not heard of the disk yet
+
+
+@pytest.fixture
+async def server() -> ModelServer:
+    server = ModelServer()
+    server.database.side_by_side = True
+    server.commit(OID, b"old")
+    return server
+
+
+@pytest.fixture
+async def session(server: ModelServer) -> MemorySession:
+    return MemorySession(server.service)
+
+
+@pytest.fixture
+async def channel(session: MemorySession, sock: Socket) -> MemoryClient:
+    return session.channel(sock.ours)
+
+
+def ask(channel: MemoryClient, id_: int = 1, position: bytes = number(1)) -> int:
+    """Commit a change of the object; the number of the request."""
+    store = ["store", number(100 + id_), number(0), b"new"]
+    return channel.ask("commit", transaction_id(id_), METADATA, [store], position)
+
+
+def delivered(channel: MemoryClient, sock: Socket) -> list[Message]:
+    return list(channel.connection.receive_data(sock.take(), 0))
+
+
+async def test_a_commit_is_answered_before_the_loop_has_heard(
+    server, session, channel, sock
+):
+    request = ask(channel)
+    server.workers.write_unheard()
+    (told,) = delivered(channel, sock)
+    assert told == Reply(request, ["committed", number(2), [], []])
+    assert server.served.changes.last_tid == number(1)
+    await asyncio.sleep(0)
+    assert server.served.changes.last_tid == number(2)
+    assert server.served.counters.commits == 1
+    assert not server.committer.holders
+    assert not channel.peer.connection.open_requests
+    # Nothing is told twice, and the stream need not tell what the answer has told.
+    assert not channel.received()
+    assert not sock.take()
+    assert not session.stream.received()
+
+
+async def test_so_is_the_finish_of_two_steps(server, channel, sock):
+    vote = channel.ask("vote", transaction_id(1), METADATA, [])
+    assert channel.value(vote) == ["voted", None, []]
+    finish = channel.ask("finish", transaction_id(1), number(1))
+    server.workers.write_unheard()
+    assert delivered(channel, sock) == [Reply(finish, [number(2), []])]
+
+
+async def test_the_next_one_of_the_same_channel_is_answered_as_well(
+    server, channel, sock
+):
+    for id_ in (1, 2, 3):
+        request = ask(channel, id_, number(id_))
+        server.workers.write_unheard()
+        value = ["committed", number(id_ + 1), [], []]
+        assert delivered(channel, sock) == [Reply(request, value)]
+
+
+async def test_the_answer_tells_what_others_have_changed(server, channel, sock):
+    server.commit(number(5), b"others")
+    request = ask(channel)
+    server.workers.write_unheard()
+    (told,) = delivered(channel, sock)
+    change = [number(1), number(2), [number(5)], None]
+    assert told == Reply(request, ["committed", number(3), [], [change]])
+
+
+def load(server: ModelServer, session: MemorySession) -> None:
+    other = session.channel()
+    request = other.ask("load", number(101), LATEST)
+    assert other.value(request) == [b"new", number(2), None, number(2)]
+
+
+def outcome(server: ModelServer, session: MemorySession) -> None:
+    other = session.channel()
+    request = other.ask("outcome", transaction_id(1), None, number(1))
+    assert other.value(request) == ["committed", number(2)]
+
+
+def changes_since(server: ModelServer, session: MemorySession) -> None:
+    other = session.channel()
+    request = other.ask("changes_since", number(1))
+    change = [number(1), number(2), [number(101)], transaction_id(1)]
+    assert other.value(request) == [number(2), [change]]
+
+
+def hello(server: ModelServer, session: MemorySession) -> None:
+    welcome = MemoryClient(server.service).hello()
+    assert isinstance(welcome, Welcome)
+    assert welcome.fields["last_tid"] == number(2)
+
+
+def vote(server: ModelServer, session: MemorySession) -> None:
+    other = session.channel()
+    store = ["store", number(101), number(2), b"newer"]
+    request = other.ask("vote", transaction_id(2), METADATA, [store])
+    assert other.value(request) == ["voted", None, []]
+
+
+@pytest.mark.parametrize("look", [load, outcome, changes_since, hello, vote])
+async def test_whatever_comes_after_the_answer_finds_it_committed(
+    server, session, channel, sock, look
+):
+    """Whoever was told may have told others, who ask on sockets of their own."""
+    ask(channel)
+    server.workers.write_unheard()
+    assert delivered(channel, sock)
+    look(server, session)
+
+
+async def test_a_socket_that_was_there_before_finds_it_committed(
+    server, session, channel, sock
+):
+    other = session.channel()
+    ask(channel)
+    server.workers.write_unheard()
+    request = other.ask("load", number(101), LATEST)
+    assert other.value(request)[0] == b"new"
+
+
+async def test_the_next_group_may_be_on_the_disk_before_the_loop_hears_of_the_first(
+    server, session, channel, sock
+):
+    first = ask(channel)
+    other = session.channel()
+    second = ask(other, 2)
+    server.workers.write_unheard()
+    # It lets the loop catch up, which hands over the second one.
+    assert session.channel().answer(1) is None
+    server.workers.write_unheard()
+    await asyncio.sleep(0)
+    assert delivered(channel, sock) == [Reply(first, ["committed", number(2), [], []])]
+    change = [number(1), number(2), [number(101)], transaction_id(1)]
+    assert other.value(second) == ["committed", number(3), [], [change]]
+    assert server.served.changes.last_tid == number(3)
+
+
+# Where the loop answers
+
+
+async def answered(server: ModelServer, channel: MemoryClient, number_: int) -> Any:
+    """The one answer, from the loop."""
+    await server.workers.work()
+    return channel.value(number_)
+
+
+async def test_several_are_answered_by_the_loop(server, session, channel, sock):
+    """Each of them is told of the others, and the loop is awake anyway."""
+    ask(session.channel())
+    requests = [ask(channel, 2)]
+    others = session.channel(sock.ours)
+    requests.append(ask(others, 3))
+    value = await answered(server, channel, requests[0])
+    assert value[:2] == ["committed", number(3)]
+    assert others.value(requests[1])[:2] == ["committed", number(4)]
+    assert not sock.take()
+
+
+async def test_what_is_too_long_ago_is_not_told_by_anybody(server, channel, sock):
+    request = ask(channel, position=number(77))
+    value = await answered(server, channel, request)
+    assert value[:2] == ["committed", number(2)]
+    assert not sock.take()
+
+
+async def test_nothing_overtakes_what_waits_for_the_client(server, channel, sock):
+    channel.transport.stop_reading()
+    ping = channel.ask("ping")
+    request = ask(channel)
+    await server.workers.work()
+    assert not sock.take()
+    channel.transport.read_on()
+    assert channel.value(ping) is None
+    assert channel.value(request)[:2] == ["committed", number(2)]
+
+
+async def test_a_heartbeat_goes_first_and_leaves_the_answer_to_the_loop(
+    server, channel, sock
+):
+    """The disk is slow, and the client wants to know that the server is there."""
+    request = ask(channel)
+    now = asyncio.get_running_loop().time()
+    writes = channel.transport.writes
+    channel.peer.tick(now + server.limits.heartbeat_interval_s)
+    assert channel.transport.writes == writes + 1
+    server.workers.write_unheard()
+    assert not sock.take()
+    await asyncio.sleep(0)
+    assert channel.value(request)[0] == "committed"
+
+
+async def test_after_the_last_words_nothing_is_sent(server, session, channel, sock):
+    ask(channel)
+    channel.peer.hang_up("shutdown", "the server stops")
+    server.workers.write_unheard()
+    assert not sock.take()
+    await server.workers.work()
+    assert channel.goodbye().reason == "shutdown"
+
+
+async def test_nothing_is_written_to_a_descriptor_that_may_be_anothers(
+    server, session, channel, sock
+):
+    ask(channel)
+    await channel.lose()
+    server.workers.write_unheard()
+    assert not sock.take()
+    await asyncio.sleep(0)
+    assert server.served.changes.last_tid == number(2)
+
+
+async def test_of_half_an_answer_the_client_hears_by_losing_the_channel(
+    server, session, channel, sock, monkeypatch
+):
+    monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=half))
+    ask(channel)
+    await server.workers.work()
+    await asyncio.sleep(0)
+    assert channel.transport.is_lost
+    outcome(server, session)
+
+
+async def test_a_commit_that_fails_is_told_by_the_loop(server, channel, sock):
+    server.database.append_errors[0] = NotCommitted("the disk is full")
+    request = ask(channel)
+    await server.workers.work()
+    assert channel.failure(request).name == "StorageError"
+    assert not sock.take()
+    server.database.append_errors.clear()
+    request = ask(channel, 2)
+    server.workers.write_unheard()
+    assert len(delivered(channel, sock)) == 1
+
+
+async def test_a_disaster_is_told_by_the_loop(server, channel, sock):
+    request = ask(channel)
+    # A clock that was set back, say.
+    server.database.last_tid = number(0)
+    await server.workers.work()
+    assert channel.failure(request).name == "StorageSystemError"
+    assert not sock.take()
+    assert server.committer.broken
+
+
+# A real one
+
+
+@pytest.mark.parametrize("is_secured", [False, True])
+def test_a_server_does_so_unless_it_encrypts(tmp_path, monkeypatch, is_secured):
+    fates = {}
+
+    class Watched(Delivery):
+        def take_back(self) -> Fate:
+            # A second time, if the client is gone by then.
+            fates[self] = super().take_back()
+            return fates[self]
+
+    monkeypatch.setattr(peer_module, "Delivery", Watched)
+    of_server, of_client = {}, {}
+    if is_secured:
+        authority = Authority(tmp_path)
+        of_server["tls"] = context_of(authority.sign())
+        of_client["tls_ca"] = authority.ca
+    with (
+        serving(tmp_path / "Data.fs", **of_server) as server,
+        client_of(server, **of_client) as storage,
+    ):
+        for n in range(3):
+            commit(storage, x=b"%d" % n)
+            assert seen(storage, "x") == b"%d" % n
+    assert list(fates.values()) == ([] if is_secured else [Fate.SENT] * 3)
