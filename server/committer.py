@@ -78,6 +78,8 @@ _GIVEN_UP = StorageTransactionError("its client gave the transaction up")
 
 # Called once with a value, or with an error.
 Answer = Callable[[Any, BaseException | None], None]
+# Makes an answer that another thread may send; None if the loop must.
+Offer = Callable[[], Delivery | None]
 _Outcomes = list[Finished | Exception]
 
 
@@ -111,8 +113,8 @@ class Commit:
         self.ended_by: Exception | None = None
         # Whoever waits for the step under way.
         self.answer: Answer | None = None
-        # Lets another thread send the answer to finish, if it can.
-        self.offer: Callable[[], Delivery | None] | None = None
+        # Lets another thread send the answer to finish.
+        self.offer: Offer | None = None
         # Whoever wants to know when it has ended.
         self.when_ended: list[Callable[[], None]] = []
 
@@ -178,10 +180,16 @@ class Committer:
                 voting = self._workers.vote(commit.prepared.vote, resolutions)
             voting.add_done_callback(lambda done: self._voted(commit, done))
 
-    def finish(self, commit: Commit, answer: Answer) -> None:
-        """Commit for good; the answer is the Finished."""
+    def finish(
+        self, commit: Commit, answer: Answer, offer: Offer | None = None
+    ) -> None:
+        """Commit for good; the answer is the Finished.
+
+        ``offer`` is called if another thread may send the answer.
+        """
         if not self._expect(commit, Phase.VOTED, answer):
             return
+        commit.offer = offer
         self._step(commit, Phase.FINISHING, answer)
         if commit.prepared is not None:
             self._finishing.append(commit)
@@ -412,10 +420,13 @@ class Committer:
 
     def catch_up(self) -> None:
         """Let everybody see what the writer has on the disk."""
-        outcomes, self.on_disk = self.on_disk, None
-        if outcomes is not None:
-            group, self._appending = self._appending, []
-            self._appended(group, outcomes)
+        outcomes = self.on_disk
+        if outcomes is None:
+            return
+        # The writer does not touch it before it has the next group.
+        self.on_disk = None
+        group, self._appending = self._appending, []
+        self._appended(group, outcomes)
 
     def _appended(self, group: list[Commit], outcomes: _Outcomes) -> None:
         finished = [each for each in outcomes if isinstance(each, Finished)]
@@ -547,7 +558,7 @@ class Committer:
             commit.prepared.end()
         # The channel keeps the commit until its next one; not the records.
         commit.transaction.operations = []
-        commit.prepared, commit.claim = None, ALONE
+        commit.prepared, commit.claim, commit.offer = None, ALONE, None
         self._commits.pop(commit, None)
         self._ready.extend(self._locks.leave(commit))
         if self._is_stopping and not self._commits:

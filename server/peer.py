@@ -14,7 +14,7 @@ from zeolith.protocol.connection import Answer, Connection, Role, State
 from zeolith.protocol.limits import Limits
 from zeolith.protocol.messages import Hello, Message, Notice, Request, Response
 from zeolith.server.access import NOBODY, Identity
-from zeolith.server.delivery import Delivery, Fate
+from zeolith.server.delivery import Delivery
 from zeolith.server.origins import Origin, origin_of
 from zeolith.server.secured import Protected
 from zeolith.server.sessions import ChannelTransactions, Session
@@ -259,7 +259,7 @@ class Peer(Protected):
                 self._flush()
 
     def offer(
-        self, after_tid: bytes, make: Callable[[bytes], bytes]
+        self, number: int, after_tid: bytes, make: Callable[[bytes], bytes]
     ) -> Delivery | None:
         """An answer that the writer thread may send, or None; see Delivery.
 
@@ -273,18 +273,27 @@ class Peer(Protected):
             or transport.get_write_buffer_size()
         ):
             return None
-        self._delivery = Delivery(fd, after_tid, make, self._limits.frame_bytes_max)
+        self._delivery = Delivery(
+            number, fd, after_tid, make, self._limits.frame_bytes_max
+        )
         return self._delivery
 
     def was_delivered(self, number: int) -> bool:
         """Whether the answer to request ``number`` need not be sent any more."""
-        delivery, self._delivery = self._delivery, None
-        fate = Fate.UNSENT if delivery is None else delivery.take_back()
-        if fate is Fate.TORN:
-            self.cut_off()
-        elif fate is Fate.SENT:
+        delivery = self._delivery
+        if delivery is None or delivery.number != number:
+            return False
+        self._take_back(delivery)
+        self._delivery = None
+        if delivery.was_sent:
             self.connection.answered(number, self._now())
-        return fate in (Fate.SENT, Fate.TORN)
+        return delivery.was_sent
+
+    def _take_back(self, delivery: Delivery) -> None:
+        rest = delivery.take_back()
+        transport = self._transport
+        if rest and transport is not None and not transport.is_closing():
+            transport.write(rest)
 
     def send_shared(self, data: bytes) -> None:
         """Send bytes that were made once for many peers."""
@@ -405,7 +414,7 @@ class Peer(Protected):
         if transport is None or transport.is_closing() or not data:
             return
         if self._delivery is not None:
-            self._delivery.take_back()
+            self._take_back(self._delivery)
         if (
             self.is_lagging
             and transport.get_write_buffer_size() > self._limits.output_bytes_max

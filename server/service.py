@@ -30,7 +30,7 @@ from zeolith.server.access import OPEN, Access, permit
 from zeolith.server.admission import Admission
 from zeolith.server.answering import load_shortly
 from zeolith.server.committer import Commit, Phase
-from zeolith.server.delivery import Delivery
+from zeolith.server.delivery import CHANGES_MAX, Delivery
 from zeolith.server.greeting import Greeting
 from zeolith.server.iteration import Iteration
 from zeolith.server.loading import (
@@ -521,9 +521,10 @@ class Service:
         def offer() -> Delivery | None:
             changes = served.changes
             others = changes.since(position)
-            if others is None:
+            if others is None or len(others) > CHANGES_MAX:
                 return None
             return peer.offer(
+                number,
                 changes.last_tid,
                 lambda tid: encode(Reply(number, then(tid, others))),
             )
@@ -548,8 +549,7 @@ class Service:
                 # What this answer tells, the stream need not tell again.
                 _session(peer).stream.told_tid = served.changes.last_tid
 
-        commit.offer = offer
-        served.committer.finish(commit, finished)
+        served.committer.finish(commit, finished, offer)
 
     def _abort(self, peer: Peer, number: int, transaction_id: bytes) -> object:
         commit = peer.transactions.commit

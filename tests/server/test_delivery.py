@@ -1,8 +1,10 @@
 """Answers to commits that the writer thread sends itself."""
 
 import asyncio
+import gc
 import os
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from types import SimpleNamespace
@@ -10,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from zeolith.protocol.messages import Message, Reply, Welcome
+from zeolith.protocol.codec import encode
+from zeolith.protocol.messages import Heartbeat, Message, Reply, Welcome
 from zeolith.server import delivery as delivery_module
 from zeolith.server import peer as peer_module
-from zeolith.server.delivery import BYTES_MAX, Delivery, Fate
+from zeolith.server import service as service_module
+from zeolith.server.delivery import BYTES_MAX, CHANGES_MAX, Delivery
 from zeolith.storage.database import NotCommitted
 
 from ..support.certificates import Authority, context_of
@@ -70,7 +74,11 @@ def answer(tid: bytes) -> bytes:
 
 
 def offered(sock: Socket, bytes_max: int = BYTES_MAX) -> Delivery:
-    return Delivery(sock.ours.fileno(), number(1), answer, bytes_max)
+    return Delivery(7, sock.ours.fileno(), number(1), answer, bytes_max)
+
+
+def half(fd: int, data: bytes) -> int:
+    return os.write(fd, data[: len(data) // 2])
 
 
 def test_the_writer_sends_it_once(sock):
@@ -78,15 +86,16 @@ def test_the_writer_sends_it_once(sock):
     delivery.send(number(2))
     delivery.send(number(2))
     assert sock.take() == answer(number(2))
-    assert delivery.take_back() is Fate.SENT
+    assert not delivery.take_back()
+    assert delivery.was_sent
 
 
 def test_what_was_taken_back_is_not_sent(sock):
     delivery = offered(sock)
-    assert delivery.take_back() is Fate.UNSENT
+    assert not delivery.take_back()
     delivery.send(number(2))
     assert not sock.take()
-    assert delivery.take_back() is Fate.UNSENT
+    assert not delivery.was_sent
 
 
 def test_who_takes_it_back_waits_for_the_end_of_the_send(sock, monkeypatch):
@@ -96,51 +105,60 @@ def test_who_takes_it_back_waits_for_the_end_of_the_send(sock, monkeypatch):
     def write(fd: int, data: bytes) -> int:
         taking.append(Background(delivery.take_back))
         assert not taking[0].returns_soon()
-        return os.write(fd, data)
+        return half(fd, data)
 
     monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=write))
     delivery.send(number(2))
-    assert taking[0].result() is Fate.SENT
-    assert sock.take() == answer(number(2))
+    assert sock.take() + taking[0].result() == answer(number(2))
+    assert delivery.was_sent
 
 
 def test_only_a_tid_after_the_last_one_is_told(sock):
     delivery = offered(sock)
     delivery.send(number(1))
     assert not sock.take()
-    assert delivery.take_back() is Fate.UNSENT
+    assert not delivery.was_sent
 
 
 def test_what_is_too_long_is_the_loops(sock):
     delivery = offered(sock, len(answer(number(2))) - 1)
     delivery.send(number(2))
     assert not sock.take()
-    assert delivery.take_back() is Fate.UNSENT
+    assert not delivery.was_sent
 
 
 def test_what_the_buffers_do_not_take_is_the_loops(sock):
     sock.fill()
     delivery = offered(sock)
     delivery.send(number(2))
-    assert delivery.take_back() is Fate.UNSENT
+    assert not delivery.was_sent
+    assert not delivery.take_back()
 
 
 def test_a_client_that_is_gone_is_the_loops_affair(sock):
     sock.theirs.close()
     delivery = offered(sock)
     delivery.send(number(2))
-    assert delivery.take_back() is Fate.UNSENT
+    assert not delivery.was_sent
+    assert not delivery.take_back()
 
 
-def half(fd: int, data: bytes) -> int:
-    return os.write(fd, data[: len(data) // 2])
-
-
-def test_half_of_it_is_worse_than_nothing(sock, monkeypatch):
+def test_the_rest_of_what_was_begun_is_the_loops(sock, monkeypatch):
     monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=half))
     delivery = offered(sock)
     delivery.send(number(2))
-    assert delivery.take_back() is Fate.TORN
+    assert delivery.was_sent
+    assert sock.take() + delivery.take_back() == answer(number(2))
+    assert not delivery.take_back()
+
+
+def test_an_answer_that_cannot_be_made_is_the_loops(sock):
+    def fail(_tid: bytes) -> bytes:
+        raise MemoryError
+
+    delivery = Delivery(7, sock.ours.fileno(), number(1), fail)
+    delivery.send(number(2))
+    assert not delivery.was_sent
 
 
 # A server whose loop has not heard of the disk yet
@@ -191,6 +209,20 @@ async def test_a_commit_is_answered_before_the_loop_has_heard(
     assert not channel.received()
     assert not sock.take()
     assert not session.stream.received()
+
+
+async def test_what_it_is_seen_by_is_there_before_the_answer(
+    server, channel, monkeypatch
+):
+    def write(_fd: int, data: bytes) -> int:
+        assert server.committer.on_disk is not None
+        return len(data)
+
+    monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=write))
+    ask(channel)
+    await server.workers.work()
+    assert not server.committer.broken
+    assert not channel.received()
 
 
 async def test_so_is_the_finish_of_two_steps(server, channel, sock):
@@ -364,15 +396,125 @@ async def test_nothing_is_written_to_a_descriptor_that_may_be_anothers(
     assert server.served.changes.last_tid == number(2)
 
 
-async def test_of_half_an_answer_the_client_hears_by_losing_the_channel(
-    server, session, channel, sock, monkeypatch
+@pytest.mark.parametrize("is_first", [False, True], ids=["answer", "heartbeat"])
+async def test_the_rest_of_an_answer_comes_before_anything_else(
+    server, channel, sock, monkeypatch, is_first
 ):
     monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=half))
+    request = ask(channel)
+    server.workers.write_unheard()
+    if is_first:
+        now = asyncio.get_running_loop().time()
+        channel.peer.tick(now + server.limits.heartbeat_interval_s)
+    await asyncio.sleep(0)
+    came = sock.take() + channel.transport.take()
+    told = Reply(request, ["committed", number(2), [], []])
+    assert (
+        channel.connection.receive_data(came, 0) == [told, Heartbeat()][: 1 + is_first]
+    )
+
+
+async def test_who_hung_up_is_not_sent_the_rest(server, channel, sock, monkeypatch):
+    monkeypatch.setattr(delivery_module, "os", SimpleNamespace(write=half))
     ask(channel)
+    server.workers.write_unheard()
+    channel.peer.cut_off()
+    await asyncio.sleep(0)
+    assert not channel.transport.take()
+    assert server.served.changes.last_tid == number(2)
+    assert not channel.peer.connection.open_requests
+
+
+async def test_an_answer_that_the_writer_cannot_make_is_no_disaster(
+    server, session, channel, sock, monkeypatch
+):
+    failing = [True]
+
+    def fail_once(message: Message) -> bytes:
+        if failing.pop():
+            raise MemoryError
+        return encode(message)
+
+    monkeypatch.setattr(service_module, "encode", fail_once)
+    request = ask(channel)
+    assert (await answered(server, channel, request))[0] == "committed"
+    assert not sock.take()
+    assert not server.committer.broken
+
+
+@pytest.mark.parametrize("first", ["finish", "commit"])
+async def test_an_answer_is_that_to_the_request_that_committed(
+    server, session, channel, sock, first, monkeypatch
+):
+    """Whoever asks twice is told that the second time was wrong."""
+    store = ["store", number(101), number(0), b"new"]
+    other = session.channel()
+    ask(other, 2)
+    if first == "finish":
+        vote = channel.ask("vote", transaction_id(1), METADATA, [store])
+        assert channel.value(vote) == ["voted", None, []]
+        asked = channel.ask("finish", transaction_id(1), number(1))
+    else:
+        asked = ask(channel)
+    again = channel.ask("finish", transaction_id(1), number(1))
+    assert channel.failure(again).name == "StorageTransactionError"
+    # The other one is on the disk.
+    await server.workers.write_step()
+    # While the server looks at the next one, it is sent.
+    was_delivered = channel.peer.was_delivered
+
+    def too_late(number_: int) -> bool:
+        if server.workers.writes_waiting:
+            server.workers.write_unheard()
+        return was_delivered(number_)
+
+    monkeypatch.setattr(channel.peer, "was_delivered", too_late)
+    last = channel.ask("finish", transaction_id(1), number(1))
+    assert channel.failure(last).name == "StorageTransactionError"
     await server.workers.work()
     await asyncio.sleep(0)
-    assert channel.transport.is_lost
-    outcome(server, session)
+    came = [*delivered(channel, sock), *channel.received()]
+    assert [type(each) for each in came] == [Reply]
+    assert came[0].id == asked
+    assert channel.connection.is_open
+
+
+async def test_a_status_says_what_was_answered_before(server, session, channel, sock):
+    other = MemoryClient(server.service)
+    other.hello(kind="channel", storage=None)
+    ask(channel)
+    server.workers.write_unheard()
+    request = other.ask("status")
+    await asyncio.sleep(0)
+    await server.workers.read_step()
+    status = other.value(request)
+    assert status["storages"]["1"]["last_tid"] == number(2).hex()
+
+
+async def test_who_is_far_behind_is_told_by_the_loop(server, channel, sock):
+    for n in range(CHANGES_MAX + 1):
+        server.commit(number(1000 + n), b"others")
+    request = ask(channel)
+    value = await answered(server, channel, request)
+    assert len(value[3]) == CHANGES_MAX + 1
+    assert not sock.take()
+
+
+async def test_nothing_is_kept_of_a_channel_that_has_committed(
+    server, session, channel, sock
+):
+    ask(channel)
+    await server.workers.work()
+    peer = weakref.ref(channel.peer)
+    gc.collect()
+    gc.disable()
+    try:
+        await channel.lose()
+        channel.transport = None
+        del channel.peer
+        assert peer() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_commit_that_fails_is_told_by_the_loop(server, channel, sock):
@@ -402,13 +544,12 @@ async def test_a_disaster_is_told_by_the_loop(server, channel, sock):
 
 @pytest.mark.parametrize("is_secured", [False, True])
 def test_a_server_does_so_unless_it_encrypts(tmp_path, monkeypatch, is_secured):
-    fates = {}
+    made = []
 
     class Watched(Delivery):
-        def take_back(self) -> Fate:
-            # A second time, if the client is gone by then.
-            fates[self] = super().take_back()
-            return fates[self]
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            made.append(self)
 
     monkeypatch.setattr(peer_module, "Delivery", Watched)
     of_server, of_client = {}, {}
@@ -423,4 +564,4 @@ def test_a_server_does_so_unless_it_encrypts(tmp_path, monkeypatch, is_secured):
         for n in range(3):
             commit(storage, x=b"%d" % n)
             assert seen(storage, "x") == b"%d" % n
-    assert list(fates.values()) == ([] if is_secured else [Fate.SENT] * 3)
+    assert [each.was_sent for each in made] == ([] if is_secured else [True] * 3)
