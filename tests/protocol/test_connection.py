@@ -632,6 +632,14 @@ def test_both_ends_of_a_stream_beat_when_they_had_nothing_to_say(role):
     ]
 
 
+def test_a_reply_that_the_owner_encoded_is_an_answer_like_any():
+    server = in_state(Role.SERVER, State.CHANNEL, SMALL)
+    server.receive_data(encode(Request(1, "ping", [])), 1.0)
+    server.answered(1, 2.0)
+    assert not server.open_requests
+    assert server.sent_at == 2.0
+
+
 def test_whatever_is_said_counts_as_a_heartbeat():
     server = in_state(Role.SERVER, State.STREAM, SMALL)
     server.notice("changes", [[]], 2.0)
