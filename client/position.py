@@ -359,7 +359,9 @@ class Position:
         return self._tid
 
     def _merge(self, changes: Iterable[Change]) -> None:
-        at, pending = self._at(), self._pending
+        pending = self._pending
+        # What is cached may turn out to be good only up to before the position.
+        at = Z64 if self._is_verifying else self._at()
         known = {change.tid for change in pending} if pending else ()
         pending += [
             change for change in changes if change.tid > at and change.tid not in known

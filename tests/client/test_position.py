@@ -888,6 +888,25 @@ def test_a_sync_of_a_session_that_was_replaced_brings_nothing():
     assert told.log == []
 
 
+def test_a_verification_that_ends_before_the_position_goes_on_from_there():
+    """An answer of the session before moved it while the welcome was on its way."""
+    position, told, feed = at(T1)
+    position.begin_finish(b"own")
+    position.leave(feed)
+    # The welcome of the next one stands at T2.
+    changes = [change(T1, T2, A), change(T2, T3, B)]
+    position.finished(feed, own(T3, T4, C), changes, lambda _tid: None)
+    assert position.tid == T4
+    verified = Feed()
+    position.await_verification(verified)
+    position.receive(verified, [change(T2, T3, B)])
+    position.verified(verified, T2, [])
+    position.receive(verified, [own(T3, T4, C), change(T4, T5, A)])
+    assert not verified.closed
+    assert told.tids()[-3:] == [T3, T4, T5]
+    assert position.tid == T5
+
+
 # All of it at once
 
 
@@ -970,12 +989,16 @@ class Clients(RuleBasedStateMachine):
         self.is_told_everything = True
 
     def hear(self, tid: bytes, way: str) -> None:
-        self.told.setdefault(tid, []).append(way)
+        at = self.position._tid
+        assert at is not None
         if self.is_told_everything:
-            self.told_everything(tid)
-        assert self.position._tid is not None
+            if way == "stream":
+                self.go_back(at)
+            else:
+                self.told_everything(tid)
+        self.told.setdefault(tid, []).append(way)
         if way == "stream":
-            assert self.position._tid < tid
+            assert at < tid
         untold = [
             each.tid
             for each in self.log
@@ -1238,11 +1261,15 @@ class Clients(RuleBasedStateMachine):
     def go_on_from(self, tid: bytes) -> None:
         if self.is_told_everything:
             self.told_everything(tid)
-            # The position may have gone back; what lies after it is told again.
             if self.position.tid == tid:
-                for each in [each for each in self.told if each > tid]:
-                    del self.told[each]
-                self.everything_told_at = tid
+                self.go_back(tid)
+
+    def go_back(self, tid: bytes) -> None:
+        """The position may have been further; what lies after it is told again."""
+        self.is_told_everything = False
+        for each in [each for each in self.told if each > tid]:
+            del self.told[each]
+        self.everything_told_at = tid
 
     @precondition(lambda self: self.verifying is not None)
     @rule()
