@@ -19,11 +19,12 @@ the cache's own lock for a moment; ``apply``, ``forget_all``, ``verified`` and
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+from zeolith.client.changes import Change
 from zeolith.client.tids import SPARSE_MAX, Z64, following, sparse
 
 DEFAULT_CACHE_BYTES = 20 * 1024 * 1024
@@ -83,8 +84,8 @@ class Cache(Protocol):
     ) -> None:
         """Keep what transaction ``tid`` has just written; else as ``store``."""
 
-    def apply(self, tid: bytes, oids: list[bytes]) -> None:
-        """The change ``(tid, oids)``, the next one after ``valid_through``."""
+    def apply(self, changes: Sequence[Change]) -> None:
+        """The next changes after ``valid_through``, at least one."""
 
     def forget(self, oid: bytes) -> None:
         """Drop an object whose revisions turned out to be of no use."""
@@ -263,17 +264,17 @@ class MemoryCache:
         else:
             self._by_oid[oid] = self._with(have, entry)
 
-    def apply(self, tid: bytes, oids: list[bytes]) -> None:
+    def apply(self, changes: Sequence[Change]) -> None:
         """See Cache.apply."""
+        by_oid = self._by_oid
         with self._lock:
-            by_oid = self._by_oid
-            for oid in oids:
-                if oid in by_oid:
-                    for entry in by_oid[oid]:
-                        if entry.end is None and entry.tid < tid:
-                            entry.end = tid
-            self._remember(tid, oids)
-            self._note_tid(tid)
+            for _since, tid, oids, _transaction in changes:
+                for oid in oids:
+                    if oid in by_oid:
+                        for entry in by_oid[oid]:
+                            if entry.end is None and entry.tid < tid:
+                                entry.end = tid
+            self._remember(changes)
             self.valid_through = tid
             if self._ahead:
                 self._ahead = {
@@ -378,19 +379,25 @@ class MemoryCache:
                     self._remove(entry)
 
     def _note_tid(self, tid: bytes) -> None:
-        tids = self._tids
-        tids.append(tid)
-        if len(tids) > 3 * SPARSE_MAX:
-            self._tids = sparse(tids)[::-1]
+        self._tids.append(tid)
+        self._thin_out()
 
-    def _remember(self, tid: bytes, oids: list[bytes]) -> None:
-        recent, count = self._recent, len(oids)
-        if len(recent) + count > RECENT_OIDS_MAX:
-            recent.clear()
-            self._recent_since = tid
-        if count <= RECENT_OIDS_MAX:
-            for oid in oids:
-                recent[oid] = tid
+    def _thin_out(self) -> None:
+        if len(self._tids) > 3 * SPARSE_MAX:
+            self._tids = sparse(self._tids)[::-1]
+
+    def _remember(self, changes: Sequence[Change]) -> None:
+        recent, tids = self._recent, self._tids
+        for _since, tid, oids, _transaction in changes:
+            count = len(oids)
+            if len(recent) + count > RECENT_OIDS_MAX:
+                recent.clear()
+                self._recent_since = tid
+            if count <= RECENT_OIDS_MAX:
+                for oid in oids:
+                    recent[oid] = tid
+            tids.append(tid)
+        self._thin_out()
 
     def _evict(self) -> None:
         """Make room: first in, first out, but what was read gets a second round."""

@@ -56,7 +56,7 @@ import secrets
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from struct import Struct
@@ -64,6 +64,7 @@ from time import monotonic_ns, time_ns
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from zeolith.client.cache import ENTRY_BYTES, Cache
+from zeolith.client.changes import Change
 from zeolith.client.tids import Z64
 
 logger = logging.getLogger(__name__)
@@ -388,11 +389,12 @@ class TracedCache:
             self._note(WRITE, oid, tid, len(data))
         self._cache.store_committed(tid, records, *rest)
 
-    def apply(self, tid: bytes, oids: list[bytes]) -> None:
+    def apply(self, changes: Sequence[Change]) -> None:
         """See Cache.apply."""
-        for oid in oids:
-            self._note(INVALIDATE, oid, tid, 0)
-        self._cache.apply(tid, oids)
+        for _since, tid, oids, _transaction in changes:
+            for oid in oids:
+                self._note(INVALIDATE, oid, tid, 0)
+        self._cache.apply(changes)
 
     def forget(self, oid: bytes) -> None:
         """See Cache.forget."""

@@ -41,7 +41,7 @@ is written is written by the writer thread: another process may keep the file lo
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from mmap import PAGESIZE
 from pathlib import Path
@@ -339,17 +339,18 @@ class DiskCache:
 
     # Changes
 
-    def apply(self, tid: bytes, oids: list[bytes]) -> None:
+    def apply(self, changes: Sequence[Change]) -> None:
         """See Cache.apply."""
         with self._lock:
             aside = self._aside
             if aside is not None:
-                aside.apply(tid, oids)
-                self.valid_through = tid
+                aside.apply(changes)
+                self.valid_through = changes[-1].tid
                 return
             backlog = self._backlog
-            backlog.add_change(Change(self.valid_through, tid, oids, None))
-            self.valid_through = tid
+            for _since, tid, oids, _transaction in changes:
+                backlog.add_change(Change(self.valid_through, tid, oids, None))
+                self.valid_through = tid
             is_too_much = len(backlog.changed) > CHANGED_OIDS_MAX
         if is_too_much:
             self._go_aside("it cannot be written to")

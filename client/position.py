@@ -7,7 +7,8 @@ here, under one lock, and are applied in tid order without a gap:
 1. The position moves over contiguous changes only; what comes too early waits.
 2. It reaches T only after the cache and the registered database have been told T, or,
    for an own transaction, after its tpc_finish callback has returned. Readers of
-   ``tid`` who take the lock never see it earlier.
+   ``tid`` who take the lock never see it earlier. Several changes that are there at
+   once are one step.
 3. A change of an own transaction that a thread is finishing is left to that thread;
    the changes after it wait for it. If that thread loses its channel it gives the
    change up (``give_up``), and it is applied like anybody's. What is missing before a
@@ -28,6 +29,8 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
+
+from ZODB.mvccadapter import MVCCAdapter
 
 from zeolith.client.cache import Cache
 from zeolith.client.changes import Change
@@ -279,7 +282,7 @@ class Position:
                 source, change, others
             )
             if is_in_place:
-                self._cache.apply(change.tid, change.oids)
+                self._cache.apply((change,))
             elif self._at() < change.tid and self._listener is not None:
                 self._listener.invalidateCache()
             self.in_place = change.tid if is_in_place else None
@@ -376,26 +379,49 @@ class Position:
         pending = self._pending
         if not pending:
             return
+        ready: list[Change] = []
         done = 0
+        gap: Change | None = None
         at = self._at()
         for change in pending:
-            since, tid, oids, transaction = change
+            since, tid, _oids, transaction = change
             if tid > at:
                 if since != at:
-                    if self._unanswered and since > at:
-                        break
-                    # Something is missing; or what we have applied is not in the
-                    # history of this server, which then was restored.
-                    self._leave_gap(change)
-                    return
+                    if not self._unanswered or since < at:
+                        # Something is missing; or what we have applied is not in the
+                        # history of this server, which then was restored.
+                        gap = change
+                    break
                 if transaction in self._finishing:
                     break
-                self._cache.apply(tid, oids)
-                if self._listener is not None:
-                    self._listener.invalidate(tid, oids)
-                self._tid = at = tid
+                ready.append(change)
+                at = tid
             done += 1
+        if ready:
+            self._apply(ready)
+        if gap is not None:
+            self._leave_gap(gap)
+            return
         del pending[:done]
+
+    def _apply(self, changes: list[Change]) -> None:
+        """Tell the cache and the database of the next ``changes``, and go there.
+
+        To hear of many takes each connection of ZODB's adapter no longer than to hear
+        of one, and nobody sees what is between them. Any other listener may count on a
+        call for each transaction.
+        """
+        listener = self._listener
+        is_adapter = type(listener) is MVCCAdapter
+        for piece in [changes] if is_adapter else [[each] for each in changes]:
+            self._cache.apply(piece)
+            tid = piece[-1].tid
+            if listener is not None:
+                oids = piece[0].oids
+                if len(piece) > 1:
+                    oids = [oid for each in piece for oid in each.oids]
+                listener.invalidate(tid, oids)
+            self._tid = tid
 
     def _leave_gap(self, change: Change) -> None:
         source, self._source = self._source, None

@@ -20,8 +20,10 @@ from ZODB.utils import p64
 
 from zeolith.client import cache as cache_module
 from zeolith.client.cache import ENTRY_BYTES, REVISIONS_MAX, MemoryCache
+from zeolith.client.changes import Change
 from zeolith.client.tids import MAX_TID, Z64
 
+from ..support.changes import one_change
 from ..support.gates import Background
 
 A, B, C = p64(1), p64(2), p64(3)
@@ -91,11 +93,15 @@ class CacheAgainstTruth(RuleBasedStateMachine):
 
     @precondition(lambda self: self.applied < len(self.truth.changes))
     @precondition(lambda self: self.verifying is None)
-    @rule()
-    def apply(self) -> None:
-        tid, oids = self.truth.changes[self.applied]
-        self.cache.apply(p64(tid), [p64(oid) for oid in oids])
-        self.applied += 1
+    @rule(count=st.integers(1, 4))
+    def apply(self, count: int = 1) -> None:
+        """The next changes, or as many of them as there are."""
+        changes = [
+            Change(Z64, p64(tid), [p64(oid) for oid in oids], None)
+            for tid, oids in self.truth.changes[self.applied : self.applied + count]
+        ]
+        self.cache.apply(changes)
+        self.applied += len(changes)
 
     @precondition(lambda self: self.verifying is None)
     @rule(target=answers, oid=some_oid, back=st.integers(-1, 8))
@@ -273,7 +279,7 @@ def test_what_came_after_the_cut_is_gone_and_what_it_ended_too():
     cache.store(A, T1, None, b"a", T1)
     cache.store(B, T1, None, b"b", T1)
     for tid in (T2, T3, T4):
-        cache.apply(tid, [B] if tid == T4 else [])
+        cache.apply(one_change(tid, [B] if tid == T4 else []))
     cache.store(B, T4, None, b"new b", T4)
     cache.store(C, Z64, T2, b"ended before", T4)
     cache.cut_back(T3)
@@ -286,10 +292,35 @@ def test_what_came_after_the_cut_is_gone_and_what_it_ended_too():
     assert cache.known_tids() == [T3, T2, T1]
 
 
+def test_several_changes_at_once_are_each_remembered():
+    cache = cache_at(T1)
+    for oid in (A, B, C):
+        cache.store(oid, T1, None, b"first", T1)
+    cache.apply(
+        [
+            Change(T1, T2, [A], None),
+            Change(T2, T3, [B, A], None),
+            Change(T3, T4, [], None),
+        ]
+    )
+    assert cache.valid_through == T4
+    assert cache.known_tids() == [T4, T3, T2, T1]
+    assert cache.load(A, T3) is None
+    assert cache.load(A, T2) == (b"first", T1, T2)
+    assert cache.load(B, T3) == (b"first", T1, T3)
+    assert cache.load(C, T5) == (b"first", T1, None)
+    # True as of T2 and of T3: later changes, and these only, are known to touch them.
+    cache.store(B, T2, None, b"late", T2)
+    cache.store(A, T2, None, b"late", T2)
+    cache.store(A, T3, None, b"current", T3)
+    assert cache.load(B, T4) is None
+    assert cache.load(A, T5) == (b"current", T3, None)
+
+
 def test_tids_of_long_ago_are_remembered_sparsely():
     cache = cache_at(T1)
     for number in range(2, 2001):
-        cache.apply(p64(number), [])
+        cache.apply(one_change(p64(number), []))
     tids = [int.from_bytes(tid, "big") for tid in cache.known_tids()]
     assert tids[:20] == list(range(2000, 1980, -1))
     assert tids[-1] == 1
@@ -308,14 +339,14 @@ def test_an_open_revision_is_good_up_to_the_last_applied_change():
     assert cache.load(A, T4) == (b"data", T1, None)
     assert cache.load(A, T5) is None
     assert cache.load(A, MAX_TID) is None
-    cache.apply(T4, [B])
+    cache.apply(one_change(T4, [B]))
     assert cache.load(A, T5) == (b"data", T1, None)
 
 
 def test_a_change_closes_the_revision_before_it():
     cache = cache_at(T2)
     cache.store(A, T1, None, b"data", T2)
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
     assert cache.load(A, T3) == (b"data", T1, T3)
     assert cache.load(A, T4) is None
 
@@ -338,14 +369,14 @@ def test_several_revisions_answer_for_their_own_snapshots():
 
 def test_an_old_answer_is_kept_open_if_nothing_touched_the_object_since():
     cache = cache_at(T2)
-    cache.apply(T3, [B])
+    cache.apply(one_change(T3, [B]))
     cache.store(A, T1, None, b"data", T2)
     assert cache.load(A, T4) == (b"data", T1, None)
 
 
 def test_an_old_answer_is_not_kept_if_the_object_changed_since():
     cache = cache_at(T2)
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
     cache.store(A, T1, None, b"old", T2)
     assert cache.load(A, T4) is None
     assert len(cache) == 0
@@ -362,9 +393,9 @@ def test_an_answer_from_before_all_memory_is_not_kept():
 def test_a_lower_last_change_is_a_start_like_any_other():
     """The server was restored from a backup; its tids are smaller now."""
     cache = cache_at(T3)
-    cache.apply(T5, [A])
+    cache.apply(one_change(T5, [A]))
     cache.forget_all(T2)
-    cache.apply(T3, [B])
+    cache.apply(one_change(T3, [B]))
     cache.store(A, T1, None, b"data", T2)
     assert cache.load(A, T4) == (b"data", T1, None)
 
@@ -374,8 +405,8 @@ def test_an_answer_that_is_ahead_waits_for_the_changes_to_catch_up():
     cache.store(A, T4, None, b"new", T4)
     assert cache.load(A, T3) is None
     assert cache.load(A, T5) is None
-    cache.apply(T3, [])
-    cache.apply(T4, [A])
+    cache.apply(one_change(T3, []))
+    cache.apply(one_change(T4, [A]))
     assert cache.load(A, T5) == (b"new", T4, None)
 
 
@@ -383,15 +414,15 @@ def test_the_change_that_made_a_revision_does_not_close_it():
     """Its answer may come before the news of it."""
     cache = cache_at(T1)
     cache.store(A, T2, None, b"data", T2)
-    cache.apply(T2, [A])
-    cache.apply(T3, [B])
+    cache.apply(one_change(T2, [A]))
+    cache.apply(one_change(T3, [B]))
     assert cache.load(A, T4) == (b"data", T2, None)
 
 
 def test_what_we_have_committed_is_there_at_once():
     cache = cache_at(T1)
     cache.store(A, T1, None, b"old", T1)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     cache.store(A, T2, None, b"new", T2)
     assert cache.load(A, T2) == (b"old", T1, T2)
     assert cache.load(A, T3) == (b"new", T2, None)
@@ -400,21 +431,21 @@ def test_what_we_have_committed_is_there_at_once():
 def test_what_a_transaction_has_written_is_kept_together():
     cache = cache_at(T1)
     cache.store(A, T1, None, b"old", T1)
-    cache.apply(T2, [A, B])
+    cache.apply(one_change(T2, [A, B]))
     cache.store_committed(T2, {A: b"new", B: b"first"}, cache.history)
     assert cache.load(A, T2) == (b"old", T1, T2)
     assert cache.load(A, T3) == (b"new", T2, None)
     assert cache.load(B, T3) == (b"first", T2, None)
     # And a change closes it like anything else.
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
     assert cache.load(A, T4) is None
     assert cache.load(B, T4) == (b"first", T2, None)
 
 
 def test_what_others_have_changed_since_it_was_written_is_not_kept():
     cache = cache_at(T1)
-    cache.apply(T2, [A, B])
-    cache.apply(T3, [A])
+    cache.apply(one_change(T2, [A, B]))
+    cache.apply(one_change(T3, [A]))
     cache.store_committed(T2, {A: b"too late", B: b"mine"}, cache.history)
     assert cache.load(A, T4) is None
     assert cache.load(B, T4) == (b"mine", T2, None)
@@ -425,18 +456,18 @@ def test_what_was_written_to_a_history_that_was_given_up_is_not_kept():
     history = cache.history
     cache.forget_all(T2)
     cache.store_committed(T3, {A: b"lost"}, history)
-    cache.apply(T3, [B])
+    cache.apply(one_change(T3, [B]))
     assert cache.load(A, T4) is None
 
 
 def test_of_what_was_written_only_what_is_not_too_large_is_kept():
     cache = cache_at(T1, cache_bytes=10_000)
-    cache.apply(T2, [A, B])
+    cache.apply(one_change(T2, [A, B]))
     cache.store_committed(T2, {A: b"x" * 3000, B: b"x"}, cache.history)
     assert cache.load(A, T3) is None
     assert cache.load(B, T3) == (b"x", T2, None)
     many = {p64(number): b"x" for number in range(100)}
-    cache.apply(T3, list(many))
+    cache.apply(one_change(T3, list(many)))
     cache.store_committed(T3, many, cache.history)
     assert cache.used_bytes <= 10_000
 
@@ -444,7 +475,7 @@ def test_of_what_was_written_only_what_is_not_too_large_is_kept():
 def test_an_object_that_is_twice_in_a_change_is_changed_once():
     cache = cache_at(T1)
     cache.store(A, T1, None, b"old", T1)
-    cache.apply(T2, [A, A])
+    cache.apply(one_change(T2, [A, A]))
     cache.store(A, T2, None, b"new", T2)
     assert cache.load(A, T3) == (b"new", T2, None)
     assert cache.load(A, T2) == (b"old", T1, T2)
@@ -463,7 +494,7 @@ def test_the_same_revision_is_kept_once():
 def test_a_closed_revision_stays_closed_when_an_open_one_comes_late():
     cache = cache_at(T1)
     cache.store(A, T1, None, b"data", T1)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     cache.store(A, T1, None, b"data", T1)
     assert cache.load(A, T3) is None
 
@@ -493,7 +524,7 @@ def test_an_answer_from_a_history_that_was_given_up_is_not_kept():
     late_answer = (A, T3, None, b"from the lost history", T3, cache.history)
     cache.forget_all(T2)
     cache.store(*late_answer)
-    cache.apply(T4, [B])
+    cache.apply(one_change(T4, [B]))
     assert cache.load(A, T5) is None
 
 
@@ -533,7 +564,7 @@ def test_an_object_that_changes_with_every_commit_does_not_fill_the_cache():
     cache = cache_at(T1)
     last = 10 * REVISIONS_MAX
     for number in range(2, last + 1):
-        cache.apply(p64(number), [A])
+        cache.apply(one_change(p64(number), [A]))
         cache.store(A, p64(number), None, b"data", p64(number))
     assert len(cache) == REVISIONS_MAX
     assert cache.used_bytes == REVISIONS_MAX * (4 + ENTRY_BYTES)
@@ -559,10 +590,10 @@ def test_a_cache_of_no_bytes_keeps_nothing():
 def test_the_memory_for_changes_is_bounded(monkeypatch):
     monkeypatch.setattr(cache_module, "RECENT_OIDS_MAX", 3)
     cache = cache_at(T1)
-    cache.apply(T2, [A, B])
-    cache.apply(T3, [C, p64(4)])
+    cache.apply(one_change(T2, [A, B]))
+    cache.apply(one_change(T3, [C, p64(4)]))
     assert len(cache._recent) <= 3
-    cache.apply(T4, [p64(number) for number in range(10, 20)])
+    cache.apply(one_change(T4, [p64(number) for number in range(10, 20)]))
     assert len(cache._recent) <= 3
     # What was forgotten is not guessed.
     cache.store(A, T1, None, b"old", T1)
@@ -617,22 +648,22 @@ def with_switch(switch: Switch, function: Callable[..., Any], *args: Any) -> Any
 
 
 def change(cache: MemoryCache) -> None:
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
 
 
 def change_by_us(cache: MemoryCache) -> None:
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
     cache.store(A, T3, None, b"new", T3)
 
 
 def other_change_and_late_answer(cache: MemoryCache) -> None:
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
     cache.store(A, T1, None, b"old", T2)
 
 
 def change_after_eviction(cache: MemoryCache) -> None:
     cache.forget(A)
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
     cache.store(A, T3, None, b"new", T3)
 
 
@@ -723,8 +754,8 @@ def test_what_one_session_told_ahead_of_its_changes_ends_with_it():
     assert not cache.identify(b"database", 1)
     cache.store(A, T3, None, b"lost, and late", T3, history)
     cache.store_committed(T3, {A: b"lost, too"}, history)
-    cache.apply(T2, [])
-    cache.apply(T4, [])
+    cache.apply(one_change(T2, []))
+    cache.apply(one_change(T4, []))
     assert cache.load(A, T5) is None
     assert cache.load(B, T2) is None
     assert cache.load(C, T5) == (b"data", T1, None)
@@ -734,6 +765,6 @@ def test_what_one_session_told_ahead_of_its_changes_ends_with_it():
 def test_what_was_ahead_and_is_not_any_more_outlives_its_session():
     cache = cache_at(T1)
     cache.store(A, T2, None, b"data", T2)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     cache.identify(b"database", 1)
     assert cache.load(A, T3) == (b"data", T2, None)

@@ -33,6 +33,7 @@ from zeolith.client.cache_trace import (
 from zeolith.client.disk_cache import DiskCache
 
 from ..support.cache_files import opened, revision
+from ..support.changes import one_change
 
 T1 = p64(1)
 Event = tuple[int, int, int]
@@ -86,7 +87,7 @@ def test_the_recorded_size_gives_the_recorded_hits(
             current[oid] = now
             if action < 0.95:
                 cache.store_committed(p64(now), {p64(oid): record(oid, now)}, 1)
-            cache.apply(p64(now), [p64(oid)])
+            cache.apply(one_change(p64(now), [p64(oid)]))
     cache.close()
     recorded = workload(blocks(path))
     assert recorded.loads == cache.hits + cache.misses

@@ -35,6 +35,7 @@ from zeolith.client.disk_cache import RECORD_PART, DiskCache
 from zeolith.client.storage import ClientStorage
 from zeolith.client.tids import Z64
 
+from ..support.changes import one_change
 from ..support.gates import Gate
 from ..support.script import ScriptedServer
 from ..support.waiting import wait_until
@@ -88,7 +89,7 @@ def test_every_call_is_noted_and_passed_on(cache, path):
     cache.store(A, T1, None, b"data", T1, cache.history)
     assert cache.load(A, T2) == (b"data", T1, None)
     cache.store_committed(T2, {B: b"larger data"}, cache.history)
-    cache.apply(T2, [A, B])
+    cache.apply(one_change(T2, [A, B]))
     assert cache.load(A, T3) is None
     assert len(cache) == 2
     cache.forget(B)

@@ -18,6 +18,7 @@ from zeolith.client.changes import Change
 from zeolith.client.disk_cache import DiskCache
 from zeolith.client.tids import MAX_TID, Z64, following
 
+from ..support.changes import one_change
 from ..support.waiting import wait_until
 
 A, B, C = map(p64, (101, 102, 103))
@@ -92,10 +93,10 @@ def test_a_change_ends_what_it_touches_written_or_not(opened, flushes):
         cache.store(oid, T1, None, b"data", T1)
     if flushes & 1:
         flush(cache)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     if flushes & 2:
         flush(cache)
-    cache.apply(T3, [A])
+    cache.apply(one_change(T3, [A]))
     if flushes & 4:
         flush(cache)
     assert read(cache, A, T2) == (T1, T2)
@@ -106,7 +107,7 @@ def test_a_change_ends_what_it_touches_written_or_not(opened, flushes):
 @pytest.mark.parametrize("is_flushed", [False, True])
 def test_an_answer_that_is_older_than_a_change_is_good_until_then(opened, is_flushed):
     cache = started(opened)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     if is_flushed:
         flush(cache)
     cache.store(A, T1, None, b"data", T1)
@@ -121,7 +122,7 @@ def test_an_answer_that_is_older_than_a_change_is_good_until_then(opened, is_flu
 def test_an_own_commit_is_there_at_once(opened):
     cache = started(opened)
     cache.store(A, T1, None, b"old", T1)
-    cache.apply(T2, [A, B])
+    cache.apply(one_change(T2, [A, B]))
     cache.store_committed(T2, {A: b"new", B: b"other"}, cache.history)
     for _ in range(2):
         assert cache.load(A, T3) == (b"new", T2, None)
@@ -187,7 +188,7 @@ def test_what_is_too_large_to_be_worth_it_is_not_kept(opened):
 def test_what_was_written_is_there_for_the_next_process(opened):
     cache = started(opened)
     cache.store(A, T1, None, b"data", T1)
-    cache.apply(T2, [B])
+    cache.apply(one_change(T2, [B]))
     cache.close()
     assert cache.load(A, T2) is None, "it is closed"
     again = opened(database_id=None)
@@ -200,7 +201,7 @@ def test_what_was_written_is_there_for_the_next_process(opened):
 def test_changes_that_others_have_written_are_not_written_again(opened, monkeypatch):
     first, second = started(opened), opened(database_id=None)
     for cache in (first, second):
-        cache.apply(T2, [A])
+        cache.apply(one_change(T2, [A]))
     writes: list[bytes] = []
     extend = CacheFile.extend
 
@@ -222,8 +223,8 @@ def test_changes_that_others_have_written_are_not_written_again(opened, monkeypa
 
 def test_who_goes_another_way_is_told_although_he_writes_nothing(opened):
     first, second = started(opened), opened(database_id=None)
-    first.apply(T3, [A])
-    second.apply(T2, [A])
+    first.apply(one_change(T3, [A]))
+    second.apply(one_change(T2, [A]))
     for cache in (first, second):
         flush(cache)
     assert second.is_aside
@@ -236,8 +237,8 @@ def test_it_asks_for_the_changes_since_the_file_and_applies_them(opened):
         cache.store(oid, T1, None, b"data", T1)
     cache.close()
     again = opened(database_id=None)
-    again.apply(T2, [A])
-    again.apply(T3, [C])
+    again.apply(one_change(T2, [A]))
+    again.apply(one_change(T3, [C]))
     assert read(again, A, T4) is None
     assert read(again, B, T4) == (T1, None)
 
@@ -288,9 +289,9 @@ def test_who_is_behind_and_who_is_ahead_read_what_is_right_for_them(opened, firs
     for oid in (A, B):
         one.store(oid, T1, None, b"old", T1)
     flush(one)
-    one.apply(T2, [A])
-    one.apply(T3, [B])
-    two.apply(T2, [A])
+    one.apply(one_change(T2, [A]))
+    one.apply(one_change(T3, [B]))
+    two.apply(one_change(T2, [A]))
     if first:
         one.store_committed(T3, {B: b"new"}, one.history)
     flush(one)
@@ -299,7 +300,7 @@ def test_who_is_behind_and_who_is_ahead_read_what_is_right_for_them(opened, firs
     assert read(two, B, T3) in ((T1, None), (T1, T3))
     assert read(one, B, T3) == (T1, T3)
     flush(two)
-    two.apply(T3, [B])
+    two.apply(one_change(T3, [B]))
     assert read(two, B, T4) == ((T3, None) if first else None)
     assert read(two, B, T3) == (T1, T3)
 
@@ -307,12 +308,12 @@ def test_who_is_behind_and_who_is_ahead_read_what_is_right_for_them(opened, firs
 def test_what_one_has_not_applied_yet_is_not_open_for_the_other(opened):
     """R1 with two processes: the answer of one, the change of the other."""
     one, two = started(opened), opened()
-    one.apply(T2, [A])
+    one.apply(one_change(T2, [A]))
     flush(one)
     two.store(A, T1, None, b"old", T1)
     flush(two)
     assert read(one, A, T3) is None
-    two.apply(T2, [A])
+    two.apply(one_change(T2, [A]))
     assert read(two, A, T3) is None
 
 
@@ -321,13 +322,13 @@ def test_an_answer_that_is_ahead_of_who_asked_is_written_when_he_comes_there(ope
     one, two = started(opened), opened()
     two.store(A, T3, None, b"new", T3)
     flush(two)
-    one.apply(T2, [A])
-    one.apply(T3, [A])
+    one.apply(one_change(T2, [A]))
+    one.apply(one_change(T3, [A]))
     flush(one)
     assert one.load(A, T4) is None
     assert two.load(A, T2) is None
-    two.apply(T2, [A])
-    two.apply(T3, [A])
+    two.apply(one_change(T2, [A]))
+    two.apply(one_change(T3, [A]))
     assert two.load(A, T4) == (b"new", T3, None)
     flush(two)
     assert one.load(A, T4) == (b"new", T3, None)
@@ -342,8 +343,8 @@ def test_what_one_session_told_ahead_of_its_changes_ends_with_it(opened):
     cache.store(C, T1, None, b"data", T1, history)
     assert not cache.identify(SHOP, 1)
     cache.store(A, T3, None, b"lost, and late", T3, history)
-    cache.apply(T2, [])
-    cache.apply(T4, [])
+    cache.apply(one_change(T2, []))
+    cache.apply(one_change(T4, []))
     assert read(cache, A, T5) is None
     assert read(cache, B, T2) is None
     assert read(cache, C, T5) == (T1, None)
@@ -368,7 +369,7 @@ def test_who_comes_to_a_file_that_is_behind_fetches_what_it_lacks(opened):
         one.store(oid, T1, None, b"data", T1)
     flush(one)
     two = standing_at(opened(ask), T3)
-    two.apply(T4, [B])
+    two.apply(one_change(T4, [B]))
     assert two.load(C, T4) is None, "the file is behind it"
     flush(two)
     assert asked == [T1]
@@ -399,7 +400,7 @@ def test_a_file_that_is_begun_anew_while_it_is_written_to_is_looked_at_again(
 ):
     """Two processes come to an empty database at once: each begins its cache."""
     one = started(opened, Z64)
-    one.apply(T1, [A])
+    one.apply(one_change(T1, [A]))
     if has_loaded:
         one.store(B, T1, None, b"data", T1)
     two = opened(lambda _position: [Change(Z64, T1, [A], None)])
@@ -415,7 +416,7 @@ def test_a_file_that_is_begun_anew_while_it_is_written_to_is_looked_at_again(
     monkeypatch.setattr(CacheFile, "state", look)
     flush(one)
     assert not one.is_aside
-    two.apply(T1, [A])
+    two.apply(one_change(T1, [A]))
     flush(two)
     assert not two.is_aside
     assert (read(two, B, following(T1)) is not None) == has_loaded
@@ -466,11 +467,11 @@ def test_a_server_that_tells_something_else_is_not_believed(opened):
 def test_who_goes_another_way_than_the_file_does_without_it(opened, caplog):
     one, two = started(opened), opened()
     one.store(A, T1, None, b"data", T1)
-    one.apply(T3, [B])
+    one.apply(one_change(T3, [B]))
     flush(one)
-    two.apply(T2, [A])
+    two.apply(one_change(T2, [A]))
     assert two.load(A, T3) is None
-    two.apply(T4, [C])
+    two.apply(one_change(T4, [C]))
     assert two.load(A, T3) is None, "the file has been where it never was"
     flush(two)
     assert two.is_aside
@@ -484,9 +485,9 @@ def test_who_went_aside_tries_again_with_the_next_session(opened):
     one, two = started(opened), opened()
     two._go_aside("for a test")
     one.store(A, T1, None, b"data", T1)
-    one.apply(T2, [B])
+    one.apply(one_change(T2, [B]))
     flush(one)
-    two.apply(T2, [B])
+    two.apply(one_change(T2, [B]))
     assert two.load(A, T3) is None
     assert not two.identify(SHOP, 1)
     assert not two.is_aside
@@ -499,8 +500,8 @@ def test_who_went_aside_tries_again_with_the_next_session(opened):
 def test_what_was_cut_back_is_gone_for_everybody(opened):
     one, two = started(opened), opened()
     for cache in (one, two):
-        cache.apply(T2, [A])
-        cache.apply(T3, [A])
+        cache.apply(one_change(T2, [A]))
+        cache.apply(one_change(T3, [A]))
     one.store(A, T3, None, b"lost", T3)
     one.store(B, T1, None, b"data", T3)
     flush(one)
@@ -509,11 +510,11 @@ def test_what_was_cut_back_is_gone_for_everybody(opened):
     assert (one.valid_through, one.load(A, T3)) == (T2, None)
     assert one.load(B, T3) == (b"data", T1, None)
     assert two.load(A, T4) is None, "the file is another one now"
-    one.apply(T5, [B])
+    one.apply(one_change(T5, [B]))
     flush(one)
     two.cut_back(T2)
     assert not two.is_aside
-    two.apply(T5, [B])
+    two.apply(one_change(T5, [B]))
     assert two.load(B, T5) == (b"data", T1, T5)
     assert two.load(A, T6) is None
 
@@ -601,14 +602,14 @@ def test_what_cannot_be_written_is_no_ones_harm(opened, monkeypatch, error):
     with monkeypatch.context() as failing:
         failing.setattr(cache._file, "extend", fail)
         cache.store(B, T1, None, b"data", T1)
-        cache.apply(T2, [A])
+        cache.apply(one_change(T2, [A]))
         flush(cache)
         assert read(cache, A, T3) is None
         assert read(cache, A, T2) == (T1, T2)
     assert cache.errors == 1
     assert not cache.is_aside
     flush(cache)
-    other.apply(T2, [A])
+    other.apply(one_change(T2, [A]))
     assert read(other, A, T3) is None
 
 
@@ -616,8 +617,8 @@ def test_who_cannot_write_for_long_does_without_the_file(opened, monkeypatch):
     monkeypatch.setattr(disk_cache, "CHANGED_OIDS_MAX", 3)
     cache = started(opened)
     cache.store(A, T1, None, b"data", T1)
-    cache.apply(T2, [B])
-    cache.apply(T3, [p64(1), p64(2), p64(3)])
+    cache.apply(one_change(T2, [B]))
+    cache.apply(one_change(T3, [p64(1), p64(2), p64(3)]))
     assert cache.is_aside
     assert cache.valid_through == T3
     assert cache.load(A, T4) is None
@@ -632,7 +633,7 @@ def test_a_mistake_of_ours_ends_the_use_of_the_file_only(opened, monkeypatch, ca
         raise ZeroDivisionError
 
     monkeypatch.setattr(cache._file, "extend", fail)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     flush(cache)
     assert cache.is_aside
     assert "ZeroDivisionError" in caplog.text
@@ -654,7 +655,7 @@ def test_nobody_waits_for_a_process_that_keeps_the_file_locked(opened, monkeypat
     holder = threading.Thread(target=hold)
     holder.start()
     assert locked.wait(30)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     assert read(cache, A, T2) == (T1, T2)
     cache.forget_all(T3)
     assert cache.is_aside
@@ -685,7 +686,7 @@ def test_a_forked_child_has_the_file_and_all_changes(opened, is_flushed):
     for oid in (A, B):
         cache.store(oid, T1, None, b"data", T1)
     flush(cache)
-    cache.apply(T2, [A])
+    cache.apply(one_change(T2, [A]))
     if is_flushed:
         flush(cache)
     pid = os.fork()
@@ -694,7 +695,7 @@ def test_a_forked_child_has_the_file_and_all_changes(opened, is_flushed):
         try:
             cache.reset(T2)
             seen = [read(cache, A, T3), read(cache, B, T3), read(cache, A, T2)]
-            cache.apply(T3, [B])
+            cache.apply(one_change(T3, [B]))
             cache.close()
             code = 0 if seen == [None, (T1, None), (T1, T2)] else 2
         finally:
@@ -702,7 +703,7 @@ def test_a_forked_child_has_the_file_and_all_changes(opened, is_flushed):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert read(cache, B, T3) in ((T1, None), (T1, T3))
     assert read(cache, A, T3) is None
-    cache.apply(T3, [B])
+    cache.apply(one_change(T3, [B]))
     assert read(cache, B, T4) is None
 
 

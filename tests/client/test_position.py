@@ -1,14 +1,16 @@
 """The one applier: every change once, in order, told before it is seen."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from ZODB.mvccadapter import MVCCAdapter
 from ZODB.utils import p64
 
 from zeolith.client.cache import MemoryCache
@@ -220,6 +222,61 @@ def test_a_database_that_raises_leaves_the_position_where_it_is():
     told.error = None
     position.receive(feed, [change(T2, T3, B)])
     assert told.log == [(T2, [A]), (T2, [A]), (T3, [B])]
+
+
+def test_the_adapter_of_zodb_hears_of_several_changes_at_once():
+    position, _told, feed = at(T1)
+    cache = position._cache
+    adapter = MVCCAdapter(SimpleNamespace(lastTransaction=lambda: position.tid))
+    instance = adapter.new_instance()
+    calls: list[bytes] = []
+
+    def invalidate(tid: bytes, oids: Iterable[bytes]) -> None:
+        assert (position.tid, cache.valid_through) == (calls[-1] if calls else T1, tid)
+        calls.append(tid)
+        MVCCAdapter.invalidate(adapter, tid, oids)
+
+    adapter.invalidate = invalidate
+    position.register(adapter)
+    cache.store(A, T1, None, b"a", T1)
+    cache.store(B, T1, None, b"b", T1)
+    position.receive(
+        feed, [change(T1, T2, A), change(T2, T3), change(T3, T4, B, A), change(T4, T5)]
+    )
+    position.receive(feed, [change(T5, T6, C)])
+    assert calls == [T5, T6]
+    assert position.tid == T6
+    assert sorted(instance.poll_invalidations()) == [A, B, C]
+    assert instance._start == p64(7)
+    assert cache.load(A, T6) is None
+    assert cache.load(A, T2) == (b"a", T1, T2)
+    assert cache.load(B, T4) == (b"b", T1, T4)
+
+
+def test_the_adapter_hears_of_nothing_behind_what_an_own_thread_finishes():
+    position, _told, feed = at(T1)
+    adapter = MVCCAdapter(SimpleNamespace(lastTransaction=lambda: position.tid))
+    instance = adapter.new_instance()
+    position.register(adapter)
+    position.begin_finish(b"own")
+    position.receive(
+        feed,
+        [change(T1, T2, A), change(T2, T3, B), own(T3, T4), change(T4, T5, C)],
+    )
+    assert position.tid == T3
+    assert sorted(instance.poll_invalidations()) == [A, B]
+    position.finished(feed, own(T3, T4), [], lambda _tid: None)
+    assert position.tid == T5
+    assert instance.poll_invalidations() == [C]
+
+
+def test_what_comes_before_a_gap_is_told():
+    position, told, feed = at(T1)
+    position.receive(feed, [change(T1, T2, A), change(T2, T3, B), change(T4, T5, C)])
+    assert told.log == [(T2, [A]), (T3, [B])]
+    assert position.tid == T3
+    assert "are missing" in feed.closed[0]
+    assert position._pending == []
 
 
 # A session begins
@@ -948,7 +1005,7 @@ class Clients(RuleBasedStateMachine):
         self.position._condition = self.steps
         # Those of the steps are not counted; somebody may always be there.
         self.position._waiting = 1
-        self.position.register(self)
+        self.register()
         # The server: its log, and what it still knows of it.
         self.log: list[Change] = [change(Z64, T1)]
         # Whatever was committed, and may be lost.
@@ -979,6 +1036,9 @@ class Clients(RuleBasedStateMachine):
         self.adopt()
 
     # What the position tells
+
+    def register(self) -> None:
+        self.position.register(self)
 
     def invalidate(self, tid: bytes, oids: list[bytes]) -> None:
         self.hear(tid, "stream")
@@ -1386,5 +1446,28 @@ class Clients(RuleBasedStateMachine):
             assert self.position.tid == self.log[-1].tid
 
 
+class ClientsOfZodb(Clients):
+    """The same behind ZODB's own adapter, which is told of several changes at once."""
+
+    def register(self) -> None:
+        adapter = MVCCAdapter(SimpleNamespace())
+        adapter.invalidate = self.invalidate_all
+        adapter.invalidateCache = self.invalidateCache
+        self.position.register(adapter)
+
+    def invalidate_all(self, tid: bytes, oids: Iterable[bytes]) -> None:
+        at = self.position._tid
+        changes = [self.change_at(tid)]
+        while changes[0].since != at:
+            changes.insert(0, self.change_at(changes[0].since))
+        assert list(oids) == [oid for each in changes for oid in each.oids]
+        for each in changes:
+            self.hear(each.tid, "stream")
+
+
 TestClients = Clients.TestCase
+TestClientsOfZodb = ClientsOfZodb.TestCase
+TestClientsOfZodb.settings = settings(
+    max_examples=200, stateful_step_count=50, deadline=None
+)
 TestClients.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

@@ -17,6 +17,7 @@ from zeolith.client.read_ahead import AHEAD_BYTES, ReadAhead
 from zeolith.client.tids import MAX_TID, following
 from zeolith.client.trails import WINDOW_MIN
 
+from ..support.changes import one_change
 from ..support.ids import number
 from .test_trails import bucket
 
@@ -136,7 +137,7 @@ class Client:
     def learn(self, oid: bytes, tid: bytes) -> None:
         """A change is announced."""
         self.server.change(oid, tid)
-        self.cache.apply(tid, [oid])
+        self.cache.apply(one_change(tid, [oid]))
 
 
 @pytest.fixture
@@ -500,7 +501,7 @@ def test_whatever_happens_every_snapshot_is_what_the_server_has(steps):
                 name = "hear"
         if name == "hear":
             for change, oid in unheard:
-                client.cache.apply(change, [oid])
+                client.cache.apply(one_change(change, [oid]))
             del unheard[:]
             heard = tid
         if name in ("load", "walk"):

@@ -158,7 +158,11 @@ def test_a_lost_race_is_not_lost_for_ever(reader, writer, monkeypatch):
     wait_for_position(reader, old)
     assert seen(reader, "x") == b"old"
     apply = reader.cache.apply
-    monkeypatch.setattr(reader.cache, "apply", lambda tid, _oids: apply(tid, []))
+    monkeypatch.setattr(
+        reader.cache,
+        "apply",
+        lambda changes: apply([each._replace(oids=[]) for each in changes]),
+    )
     new = commit(writer, x=b"new")
     wait_for_position(reader, new)
     assert seen(reader, "x") == b"old"

@@ -279,8 +279,9 @@ class World:
         """The next changes arrive."""
         if view.server is None or view.listed is not None:
             return
-        for change in (self.changes(view.server, view.position) or [])[:count]:
-            view.cache.apply(change.tid, change.oids)
+        changes = (self.changes(view.server, view.position) or [])[:count]
+        if changes:
+            view.cache.apply(changes)
 
     def ask(self, view: View, oid: bytes, back: int) -> None:
         """Load something for a snapshot; the answer is on its way now."""
