@@ -12,9 +12,9 @@ writer thread does next; each step's end comes back to the loop as a callback.
        `-----------error---------------+--abandon--> ABORTING ------------> ENDED
 
 A transaction that shares no object with another never waits for it between vote and
-finish. Those that finish while the disk is busy wait for it together and are the next
-group. A transaction that is *alone* (an undo, say; storage.preparing) begins when all
-before it have ended, and those after it wait for its end.
+finish. Those that finish before the writer is free and awake are its next group. A
+transaction that is *alone* (an undo, say; storage.preparing) begins when all before it
+have ended, and those after it wait for its end.
 
 Invariants:
 
@@ -132,9 +132,11 @@ class Committer:
         # Those whose objects are free, and who have not begun to vote.
         self._ready: deque[Commit] = deque()
         self._is_starting = False
-        # The next group, which waits for the disk.
-        self._finishing: list[Commit] = []
-        # The one that the writer has; and what became of it, from the writer.
+        # Those who wait for the disk: the loop appends, the writer takes them.
+        self._finishing: deque[Commit] = deque()
+        # From the call of the writer until all see what it has done.
+        self._is_appending = False
+        # The group that the writer has taken; and what became of it, from the writer.
         self._appending: list[Commit] = []
         self.on_disk: _Outcomes | None = None
         self._broken: BrokenDatabase | None = None
@@ -183,10 +185,7 @@ class Committer:
     def finish(
         self, commit: Commit, answer: Answer, offer: Offer | None = None
     ) -> None:
-        """Commit for good; the answer is the Finished.
-
-        ``offer`` is called if another thread may send the answer.
-        """
+        """Commit for good; the answer is the Finished. ``offer``: see delivery."""
         if not self._expect(commit, Phase.VOTED, answer):
             return
         commit.offer = offer
@@ -390,33 +389,34 @@ class Committer:
     # Finishing in groups
 
     def _append_next(self) -> None:
-        """Hand all that wait for the disk to the writer, when it is free."""
-        if self._appending or not self._finishing:
+        """Call the writer to those who wait for the disk, when it is free."""
+        if self._is_appending or not self._finishing:
             return
-        group, self._finishing = self._finishing, []
-        self._appending = group
-        prepared = [commit.prepared for commit in group if commit.prepared]
+        self._is_appending = True
         # With several the loop is awake anyway, and each answer tells of the others.
-        offer = group[0].offer if len(group) == 1 else None
+        offer = self._finishing[0].offer if len(self._finishing) == 1 else None
         delivery = None if offer is None else offer()
-        appending = self._workers.write(self._append, prepared, delivery)
-        appending.add_done_callback(lambda done: self._has_appended(group, done))
+        appending = self._workers.write(self._append, delivery)
+        appending.add_done_callback(self._has_appended)
 
-    def _append(self, group: list[Prepared], delivery: Delivery | None) -> None:
-        """In the writer thread."""
-        outcomes = self._database.append(group)
+    def _append(self, delivery: Delivery | None) -> None:
+        """In the writer thread: whoever has come until it is awake is in the group."""
+        waiting = self._finishing
+        group = self._appending = [waiting.popleft() for _ in range(len(waiting))]
+        outcomes = self._database.append([c.prepared for c in group if c.prepared])
         self.on_disk = outcomes
-        if delivery is not None and isinstance(outcomes[0], Finished):
-            delivery.send(outcomes[0].tid)
+        outcome = outcomes[0]
+        if delivery is not None and len(group) == 1 and isinstance(outcome, Finished):
+            delivery.send(outcome.tid)
 
-    def _has_appended(self, group: list[Commit], done: "asyncio.Future[None]") -> None:
+    def _has_appended(self, done: "asyncio.Future[None]") -> None:
         error = done.exception()
         if error is None:
             # The next group may be there as well by now.
             self.catch_up()
         else:
-            self._appending = []
-            self._break(error, group)
+            # It is never free again.
+            self._break(error, self._appending)
 
     def catch_up(self) -> None:
         """Let everybody see what the writer has on the disk."""
@@ -425,6 +425,7 @@ class Committer:
             return
         # The writer does not touch it before it has the next group.
         self.on_disk = None
+        self._is_appending = False
         group, self._appending = self._appending, []
         self._appended(group, outcomes)
 
@@ -454,7 +455,7 @@ class Committer:
             else:
                 self._fail(commit, outcome)
         if changes:
-            served.announce(changes, more_soon=bool(self._appending))
+            served.announce(changes, more_soon=self._is_appending)
 
     def _fail(self, commit: Commit, error: Exception) -> None:
         """A finish of which nothing was committed."""
@@ -517,7 +518,7 @@ class Committer:
             self._release(commit, _ENDED)
             self._answer(commit, None, StorageSystemError(str(error)))
         # The disk has never heard of these.
-        behind, self._finishing = self._finishing, []
+        behind, self._finishing = self._finishing, deque()
         for commit in behind:
             self._release(commit, _ENDED)
             self._fail(commit, NotCommitted(_given_up(error)))
@@ -570,11 +571,8 @@ class Committer:
     def _expect(self, commit: Commit, phase: Phase, answer: Answer) -> bool:
         if commit.phase is phase:
             return True
-        answer(
-            None,
-            commit.ended_by
-            or StorageTransactionError(f"the transaction is {commit.phase.value}"),
-        )
+        error = StorageTransactionError(f"the transaction is {commit.phase.value}")
+        answer(None, commit.ended_by or error)
         return False
 
     def _step(self, commit: Commit, phase: Phase, answer: Answer) -> None:

@@ -85,6 +85,12 @@ def clients(server: ModelServer, *operations: list[list[Any]]) -> list[Client]:
     return made
 
 
+def finish_meanwhile(server: ModelServer, first: Client, *others: Client) -> None:
+    """``first`` finishes, and the others while it is written."""
+    first.finish()
+    server.database.meanwhile = [each.finish for each in others]
+
+
 def phases(those: list[Client]) -> list[Phase]:
     return [client.phase for client in those]
 
@@ -305,8 +311,7 @@ async def test_those_who_finish_while_the_disk_is_busy_are_the_next_group(server
     told = Told()
     server.served.follow(told)
     several = clients(server, *(store(oid) for oid in (A, B, C, number(104))))
-    for client in several:
-        client.finish()
+    finish_meanwhile(server, *several)
     assert server.workers.writes_waiting == 1
     await server.workers.write_step()
     assert phases(several) == [Phase.ENDED, *[Phase.FINISHING] * 3]
@@ -319,6 +324,18 @@ async def test_those_who_finish_while_the_disk_is_busy_are_the_next_group(server
     ]
     assert server.served.counters.commits == 4
     assert all(each.has_ended for each in server.database.prepared)
+
+
+async def test_who_finishes_while_the_writer_is_not_awake_goes_with_the_group(server):
+    """It takes whoever is there when it begins, not when it was called."""
+    several = clients(server, store(A), store(B), store(C))
+    for client in several:
+        client.finish()
+    assert server.workers.writes_waiting == 1
+    await server.workers.write_step()
+    assert not server.workers.writes_waiting
+    assert server.database.steps[3:] == ["append 3"]
+    assert tids(several) == [number(1), number(2), number(3)]
 
 
 async def test_a_group_is_seen_as_a_whole_by_whoever_hears_of_it_first(server):
@@ -338,8 +355,7 @@ async def test_a_group_is_seen_as_a_whole_by_whoever_hears_of_it_first(server):
     for client in several:
         server.committer.finish(client.commit, look)
     await server.workers.write_step()
-    await server.workers.write_step()
-    assert seen == [(1, number(1)), *[(3, number(3))] * 3]
+    assert seen == [(3, number(3))] * 4
 
 
 async def test_the_next_group_is_on_its_way_before_the_last_one_is_told(server):
@@ -349,7 +365,7 @@ async def test_the_next_group_is_on_its_way_before_the_last_one_is_told(server):
         first.commit,
         lambda _value, _error: waiting.append(server.workers.writes_waiting),
     )
-    second.finish()
+    server.database.meanwhile = [second.finish]
     await server.workers.write_step()
     assert waiting == [1]
 
@@ -365,11 +381,10 @@ async def test_who_is_lost_while_it_waits_for_the_disk_is_committed(server):
 
 async def test_settling_waits_for_the_disk(server):
     first, second = clients(server, store(A), store(B))
-    first.finish()
-    second.finish()
+    finish_meanwhile(server, first, second)
     settled: list[bool] = []
-    server.committer.settle(transaction_id(2), lambda: settled.append(True))
     await server.workers.write_step()
+    server.committer.settle(transaction_id(2), lambda: settled.append(True))
     assert not settled
     await server.workers.write_step()
     assert settled
@@ -379,8 +394,7 @@ async def test_what_the_disk_does_not_take_is_told_and_the_others_go_on(server, 
     refused = NotCommitted("the disk is full; nothing was committed")
     server.database.append_errors = {1: refused}
     zeroth, *group = clients(server, *(store(number(n)) for n in range(4)))
-    for client in (zeroth, *group):
-        client.finish()
+    finish_meanwhile(server, zeroth, *group)
     await server.workers.work()
     assert group[1].answers[-1] is refused
     assert tids([zeroth, group[0], group[2]]) == [number(1), number(2), number(3)]
@@ -395,8 +409,7 @@ async def test_a_disaster_is_told_to_each_as_it_is_for_it(server, caplog):
     server.database.finish_error = OSError(5, "Input/output error")
     several = clients(server, store(A), store(B), store(C), store(C))
     group, behind, holder, waiting = several
-    group.finish()
-    behind.finish()
+    finish_meanwhile(server, group, behind)
     await server.workers.write_step()
     assert isinstance(group.answers[-1], StorageSystemError)
     assert isinstance(behind.answers[-1], NotCommitted)

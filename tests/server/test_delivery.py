@@ -309,11 +309,10 @@ async def test_the_next_group_may_be_on_the_disk_before_the_loop_hears_of_the_fi
     server, session, channel, sock
 ):
     first = ask(channel)
+    server.workers.write_unheard()
+    # It lets the loop catch up before it looks at the second one.
     other = session.channel()
     second = ask(other, 2)
-    server.workers.write_unheard()
-    # It lets the loop catch up, which hands over the second one.
-    assert session.channel().answer(1) is None
     server.workers.write_unheard()
     await asyncio.sleep(0)
     assert delivered(channel, sock) == [Reply(first, ["committed", number(2), [], []])]
@@ -333,13 +332,12 @@ async def answered(server: ModelServer, channel: MemoryClient, number_: int) -> 
 
 async def test_several_are_answered_by_the_loop(server, session, channel, sock):
     """Each of them is told of the others, and the loop is awake anyway."""
-    ask(session.channel())
-    requests = [ask(channel, 2)]
+    requests = [ask(channel)]
     others = session.channel(sock.ours)
-    requests.append(ask(others, 3))
+    requests.append(ask(others, 2))
     value = await answered(server, channel, requests[0])
-    assert value[:2] == ["committed", number(3)]
-    assert others.value(requests[1])[:2] == ["committed", number(4)]
+    assert value[:2] == ["committed", number(2)]
+    assert others.value(requests[1])[:2] == ["committed", number(3)]
     assert not sock.take()
 
 

@@ -152,6 +152,8 @@ class ModelDatabase:
         self.prepared: list[ModelPrepared] = []
         # By the number of the member, what of the next groups fails.
         self.append_errors: dict[int, Exception] = {}
+        # What happens elsewhere while the next group is written.
+        self.meanwhile: list[Callable[[], None]] = []
         # Whether loads must be made by a reader.
         self.would_block = False
         self._next_oid = 1
@@ -353,6 +355,9 @@ class ModelDatabase:
 
     def append(self, group: Sequence[Prepared]) -> list[Finished | Exception]:
         self.steps.append(f"append {len(group)}")
+        meanwhile, self.meanwhile = self.meanwhile, []
+        for happens in meanwhile:
+            happens()
         if self.finish_error is not None:
             raise BrokenDatabase(str(self.finish_error))
         outcomes: list[Finished | Exception] = []
