@@ -38,6 +38,8 @@ REVISIONS_MAX = 8
 RECENT_OIDS_MAX = 20_000
 # How many revisions are looked at together when they are verified.
 BATCH_MAX = 1000
+# How many tids of changes are remembered until they are thinned out.
+TIDS_MAX = 3 * SPARSE_MAX
 
 
 class Cache(Protocol):
@@ -380,11 +382,11 @@ class MemoryCache:
 
     def _note_tid(self, tid: bytes) -> None:
         self._tids.append(tid)
-        self._thin_out()
+        if len(self._tids) > TIDS_MAX:
+            self._thin_out()
 
     def _thin_out(self) -> None:
-        if len(self._tids) > 3 * SPARSE_MAX:
-            self._tids = sparse(self._tids)[::-1]
+        self._tids = sparse(self._tids)[::-1]
 
     def _remember(self, changes: Sequence[Change]) -> None:
         recent, tids = self._recent, self._tids
@@ -397,7 +399,8 @@ class MemoryCache:
                 for oid in oids:
                     recent[oid] = tid
             tids.append(tid)
-        self._thin_out()
+        if len(tids) > TIDS_MAX:
+            self._thin_out()
 
     def _evict(self) -> None:
         """Make room: first in, first out, but what was read gets a second round."""

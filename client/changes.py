@@ -1,7 +1,8 @@
 """What a client hears of, or asks for: which objects a transaction has changed."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 
 class Change(NamedTuple):
@@ -13,6 +14,22 @@ class Change(NamedTuple):
     # The id its client chose; None where the server does not know it any more.
     transaction: bytes | None
 
+
+_FIELDS = {len(Change._fields)}
+
+
+def changes_of(rows: Sequence[Sequence[Any]]) -> list[Change]:
+    """The changes that a message has as arrays; raises TypeError for others.
+
+    What ``_make`` does for each, without a call for each: whoever commits beside many
+    is told of as many with every answer.
+    """
+    if rows and set(map(len, rows)) != _FIELDS:
+        raise TypeError(f"a change has {len(Change._fields)} fields")
+    return list(map(_new_change, rows))
+
+
+_new_change = partial(tuple.__new__, Change)
 
 # The next changes after a tid, perhaps not all; None if nobody knows them any more.
 # Raises if there is no server.

@@ -26,7 +26,7 @@ from ZODB.POSException import (
     UndoError,
 )
 
-from zeolith.client.changes import Change
+from zeolith.client.changes import Change, changes_of
 from zeolith.client.channel import Channel
 from zeolith.client.errors import ChannelLost, ClientDisconnected, CommitOutcomeUnknown
 from zeolith.client.session import Session
@@ -102,7 +102,8 @@ class Commit:
         if storage.is_relayed:
             # Its own client may ask what became of it, of us or of anybody.
             self.stores.id = getattr(metadata, "transaction_id", self.stores.id)
-        self.uploads = Uploads(storage.blobs, self.stores.id)
+        # If it has blobs.
+        self._uploads: Uploads | None = None
         self.phase = Phase.BEGUN
         # Borrowed for the first blob, or for the vote.
         self._channel: Channel | None = None
@@ -116,25 +117,30 @@ class Commit:
 
     def store_blob(self, oid: bytes, serial: bytes, data: bytes, path: str) -> None:
         """Take over the file at ``path``, and send it unless the server can see it."""
-        number = self.uploads.take(oid, path)
-        if self.uploads.is_shared:
-            self.stores.store_blob(oid, serial, data, self.uploads.name(number))
+        uploads, number = self._take(oid, path)
+        if uploads.is_shared:
+            self.stores.store_blob(oid, serial, data, uploads.name(number))
         else:
             self.stores.store_blob(oid, serial, data, number)
-            self._upload(number)
+            self._upload(uploads, number)
 
     def restore_blob(
         self, oid: bytes, tid: bytes, data: bytes, previous: bytes | None, path: str
     ) -> None:
         """Like ``store_blob``, for a transaction that is copied; always sent."""
-        number = self.uploads.take(oid, path)
+        uploads, number = self._take(oid, path)
         self.stores.restore_blob(oid, tid, data, previous, number)
-        self._upload(number)
+        self._upload(uploads, number)
 
-    def _upload(self, number: int) -> None:
+    def _take(self, oid: bytes, path: str) -> tuple[Uploads, int]:
+        if self._uploads is None:
+            self._uploads = Uploads(self._storage.blobs, self.stores.id)
+        return self._uploads, self._uploads.take(oid, path)
+
+    def _upload(self, uploads: Uploads, number: int) -> None:
         try:
             channel = self._take_channel()
-            self.uploads.send(number, channel, self._storage.limits)
+            uploads.send(number, channel, self._storage.limits)
         except ChannelLost as error:
             self.end()
             cause = self._session.lost(error)
@@ -264,7 +270,8 @@ class Commit:
 
         def apply(tid: bytes) -> None:
             self._fill_cache(tid, history)
-            self.uploads.adopt(tid)
+            if self._uploads is not None:
+                self._uploads.adopt(tid)
             callback(tid)
 
         try:
@@ -307,7 +314,7 @@ class Commit:
                 _committed, tid, self.resolved, others = answer
             else:
                 tid, others = answer
-            changes = None if others is None else list(map(Change._make, others))
+            changes = None if others is None else changes_of(others)
             self._note_committed(tid, changes, sent_at, history)
         except ChannelLost as error:
             cause = self._session.lost(error)
@@ -336,8 +343,10 @@ class Commit:
         self, tid: bytes, changes: list[Change] | None, sent_at: bytes, history: int
     ) -> None:
         """The server has committed; ``finish`` lets it be seen."""
-        before = [each.tid for each in changes or () if each.tid < tid]
-        since = before[-1] if before else sent_at
+        since = sent_at
+        for each in changes or ():
+            if each.tid < tid:
+                since = each.tid
         oids = list({*self.stores.oids, *self.resolved})
         change = Change(since, tid, oids, self.stores.id)
         self._committed = _Committed(change, changes, history)
@@ -437,5 +446,6 @@ class Commit:
         if channel is not None:
             self._session.give_back(channel)
         self.stores.close()
-        self.uploads.close()
+        if self._uploads is not None:
+            self._uploads.close()
         self._storage.forget_commit(self)

@@ -33,9 +33,11 @@ def is_alone(storage: Any, metadata: Any) -> bool:
     except KeyError:
         # It is not this transaction that is being committed.
         return False
-    if not is_its_own or any(
-        getattr(type(connection), phase, None) is not getattr(Connection, phase)
-        for phase in ("tpc_vote", "tpc_finish")
+    kind = type(connection)
+    if (
+        not is_its_own
+        or getattr(kind, "tpc_vote", None) is not Connection.tpc_vote
+        or getattr(kind, "tpc_finish", None) is not Connection.tpc_finish
     ):
         return False
     outermost = connection.db().storage

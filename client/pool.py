@@ -95,18 +95,19 @@ class Pool:
             self.serve()
         return channel
 
-    def give_back(self, channel: Channel) -> None:
-        """The calling thread needs ``channel`` no more."""
+    def give_back(self, channel: Channel) -> bool:
+        """The calling thread needs ``channel`` no more; whether it is of use."""
         if channel.is_lost or channel.is_busy:
             # An interrupted call left an answer behind, which the next one would get.
             self._drop(channel)
-            return
+            return False
         self._lent.discard(channel)
         self.idle.append(channel)
         if self.waiting:
             self.serve()
         if self._ended is not None:
             self.drop_idle()
+        return True
 
     def serve(self) -> None:
         """Let those go on for whom there is a channel, or room for one."""

@@ -251,7 +251,8 @@ class Position:
         with self._lock:
             self._finishing.add(transaction)
             self._unanswered.add(transaction)
-            return self._at()
+            assert self._tid is not None, "no session was ever adopted"
+            return self._tid
 
     def give_up(self, transaction: bytes) -> None:
         """The thread that was finishing ``transaction`` has lost its channel."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
-from zeolith.client.changes import Change
+from zeolith.client.changes import changes_of
 from zeolith.client.channel import Channel, is_silence, limit_silence, shut_down
 from zeolith.client.crowd import CROWD_MIN, PAUSE_MAX_S, PAUSE_MIN_S, Crowd
 from zeolith.client.dial import Reached, dial_channel, has_no_place, has_none_left
@@ -46,7 +46,7 @@ class Session:
         # The changes that its welcome brought; None: it cannot say which were missed.
         # Until they are adopted, for they may be many.
         changes = reached.welcome.pop("changes")
-        self.missed = None if changes is None else list(map(Change._make, changes))
+        self.missed = None if changes is None else changes_of(changes)
         # Whether the rest of them is still to come, on the stream.
         self.is_incomplete = bool(changes) and (
             changes[-1][1] < reached.welcome["last_tid"]
@@ -97,9 +97,8 @@ class Session:
 
     def give_back(self, channel: Channel) -> None:
         """The calling thread needs ``channel`` no more."""
-        if not (channel.is_lost or channel.is_busy):
+        if self._pool.give_back(channel):
             self.has_answered = True
-        self._pool.give_back(channel)
 
     def load(self, oid: bytes, before: bytes) -> Any:
         """A load, together with those of other threads if there are many."""
@@ -233,7 +232,7 @@ class Session:
 
     def _heed(self, message: Message, position: Position) -> None:
         if isinstance(message, Notice):
-            changes = list(map(Change._make, message.args[0]))
+            changes = changes_of(message.args[0])
             position.receive(self, changes)
             if self.is_incomplete:
                 self.replayed += len(changes)

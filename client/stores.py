@@ -8,7 +8,7 @@ memory. Belongs to the thread that commits.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from ZODB.POSException import StorageError
@@ -45,9 +45,27 @@ class Stores:
         self._kept_bytes = 0
         self._spill: IO[bytes] | None = None
 
-    def store(self, oid: bytes, serial: bytes, data: bytes) -> None:
-        """Add a record; raises StorageError if it is too large for the wire."""
-        self._add_record("store", oid, serial, data)
+    def store(
+        self,
+        oid: bytes,
+        serial: bytes,
+        data: bytes,
+        operation: str = "store",
+        rest: Sequence[Any] = (),
+    ) -> None:
+        """Add a record; raises StorageError if it is too large for the wire.
+
+        ``operation`` and the ``rest`` of what it takes: of one with a blob.
+        """
+        data = self._measured(data)
+        size = len(data)
+        self._add([operation, oid, serial, data, *rest], size)
+        self.oids.add(oid)
+        self._kept_bytes += size
+        if self._kept_bytes <= KEPT_BYTES_MAX:
+            self.kept[oid] = data
+        else:
+            self.kept.clear()
 
     def restore(
         self, oid: bytes, tid: bytes, data: bytes | None, data_tid: bytes | None
@@ -69,25 +87,13 @@ class Stores:
         """Add a blob: its record, and the number that its upload has, or its file."""
         shared = isinstance(name, str)
         operation = "store_shared_blob" if shared else "store_blob"
-        self._add_record(operation, oid, serial, data, name)
+        self.store(oid, serial, data, operation, (name,))
 
     def restore_blob(
         self, oid: bytes, tid: bytes, data: bytes, previous: bytes | None, number: int
     ) -> None:
         """Add a blob of a transaction that is copied."""
-        self._add_record("restore_blob", oid, tid, data, previous, number)
-
-    def _add_record(
-        self, operation: str, oid: bytes, serial: bytes, data: bytes, *rest: Any
-    ) -> None:
-        data = self._measured(data)
-        self._add([operation, oid, serial, data, *rest], len(data))
-        self.oids.add(oid)
-        self._kept_bytes += len(data)
-        if self._kept_bytes <= KEPT_BYTES_MAX:
-            self.kept[oid] = data
-        else:
-            self.kept.clear()
+        self.store(oid, tid, data, "restore_blob", (previous, number))
 
     def _gone(self, oid: bytes) -> None:
         """What the server will have of ``oid`` is not what was stored before."""

@@ -7,6 +7,7 @@ so nothing that arrives can be more than None, bool, int, float, str, bytes, lis
 dict. The arguments of methods are checked later, by ``methods``. Pure; any thread.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -32,6 +33,7 @@ _FIELDS: dict[type[Message], tuple[type, ...]] = {
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _DECODING = tuple((kind, _FIELDS[kind]) for kind in KINDS)
 _unpack = msgpack.unpackb
+_new: Callable[[type[Message], list[Any]], Message] = tuple.__new__
 _Packer = msgpack.Packer
 # The heads of arrays for which msgpack makes a list of thousands at once.
 _ARRAY_16, _ARRAY_32 = b"\xdc", b"\xdd"
@@ -95,7 +97,8 @@ def decode(payload: bytes, items_max: int = -1) -> Message:
         is_right = tuple(map(type, array)) == classes
     if not is_right:
         _check_fields(kind, classes, array)
-    return kind._make(array)
+    # As _make does it: how many there are was just seen.
+    return _new(kind, array)
 
 
 def _check_is_whole(payload: bytes) -> None:

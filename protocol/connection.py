@@ -202,7 +202,7 @@ class Connection:
                 message = decode(payload, self._items_max)
                 self._accept(message)
                 received.append(message)
-                if self.is_closed:
+                if self.state is State.CLOSED:
                     break
         except RemoteProtocolError as error:
             self._fail(error)
@@ -277,7 +277,8 @@ class Connection:
         elif kind is Goodbye:
             self.goodbye_rcvd = message  # type: ignore[assignment]
             self.error = RemoteProtocolError(f"{message.reason}: {message.text}")  # type: ignore[union-attr]
-        self._enter(state)
+        if state is not self.state:
+            self._enter(state)
 
     def _accept_known(self, message: Request | Reply, size: int) -> bool:
         """Accept a frame that was recognised; false if it must be looked at again.
@@ -370,8 +371,7 @@ class Connection:
             self._reader.bound(self.limits.frame_bytes_max, "frame_bytes_max")
             if self.role is Role.SERVER:
                 self._items_max = self.limits.array_items_max
-        if state is not self.state:
-            self._turn_to(state)
+        self._turn_to(state)
 
     def _fail(self, error: Exception) -> None:
         self.error = error
@@ -485,7 +485,8 @@ class Connection:
                 f"a message of {len(data)} bytes is too large for the wire"
                 f" (frame_bytes_max is {self.limits.frame_bytes_max})"
             )
-        self._enter(state)
+        if state is not self.state:
+            self._enter(state)
         self.sent_at = now
         return data
 

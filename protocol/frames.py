@@ -67,6 +67,13 @@ class FrameReader:
             data = b"".join(self._fragments)
             self._fragments.clear()
             self.have_bytes = 0
+        size = len(data)
+        if size > PREFIX_BYTES:
+            (length,) = _unpack_length(data)
+            if PREFIX_BYTES + length == size and length <= self.frame_bytes_max:
+                # One frame and nothing else, as nearly always.
+                self._need_bytes = PREFIX_BYTES
+                return [data[PREFIX_BYTES:]]
         return self._cut(data)
 
     def frame_end(self, data: bytes, start: int = 0) -> int:
@@ -85,12 +92,6 @@ class FrameReader:
 
     def _cut(self, data: bytes) -> list[bytes]:
         start, end = 0, len(data)
-        if end > PREFIX_BYTES:
-            (length,) = _unpack_length(data)
-            if PREFIX_BYTES + length == end and length <= self.frame_bytes_max:
-                # One frame and nothing else, as nearly always.
-                self._need_bytes = PREFIX_BYTES
-                return [data[PREFIX_BYTES:]]
         payloads = []
         while True:
             body = start + PREFIX_BYTES

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from zeolith.protocol.connection import Answer, Connection, Role, State
 from zeolith.protocol.limits import Limits
+from zeolith.protocol.loads import REQUEST_BYTES_MAX
 from zeolith.protocol.messages import Hello, Message, Notice, Request, Response
 from zeolith.server.access import NOBODY, Identity
 from zeolith.server.delivery import Delivery
@@ -95,7 +96,7 @@ class Peer(Protected):
             session.served.committer.catch_up()
         connection = self.connection
         now = self._now()
-        if self.answer is not None:
+        if self.answer is not None and len(data) <= REQUEST_BYTES_MAX:
             answered = connection.answer_at_once(data, now, self.answer)
             if answered is not None:
                 self._write(answered)

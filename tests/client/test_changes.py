@@ -1,9 +1,11 @@
 """Changes are asked for piece by piece, as long as they lead where they should."""
 
+from typing import Any
+
 import pytest
 from ZODB.utils import p64
 
-from zeolith.client.changes import Change, UnknownWay, changes_between
+from zeolith.client.changes import Change, UnknownWay, changes_between, changes_of
 
 T1, T2, T3, T4 = map(p64, range(1, 5))
 
@@ -41,3 +43,23 @@ def test_what_nobody_knows_is_said():
         changes_between(lambda _after: None, T1, T2)
     with pytest.raises(UnknownWay):
         changes_between(None, T1, T2)
+
+
+def test_what_a_message_has_are_changes():
+    rows: list[Any] = [
+        [b"1" * 8, b"2" * 8, [b"3" * 8], None],
+        [b"2" * 8, b"4" * 8, [], b"5" * 16],
+    ]
+    changes = changes_of(rows)
+    assert changes == [Change(*row) for row in rows]
+    assert [type(change) for change in changes] == [Change, Change]
+    assert changes[1].transaction == b"5" * 16
+    assert changes_of([]) == []
+
+
+@pytest.mark.parametrize(
+    "row", [[b"1" * 8, b"2" * 8, []], [b"", b"", [], None, 1], b"1"]
+)
+def test_what_is_none_is_told_before_it_is_used(row: Any):
+    with pytest.raises(TypeError, match="4 fields"):
+        changes_of([[b"1" * 8, b"2" * 8, [], None], row])
