@@ -15,21 +15,21 @@ class Change(NamedTuple):
     transaction: bytes | None
 
 
-_FIELDS = {len(Change._fields)}
+# As Change._make makes one, but whatever the number of fields.
+_new_change = partial(tuple.__new__, Change)
+_LENGTHS = {len(Change._fields)}
 
 
 def changes_of(rows: Sequence[Sequence[Any]]) -> list[Change]:
     """The changes that a message has as arrays; raises TypeError for others.
 
-    What ``_make`` does for each, without a call for each: whoever commits beside many
-    is told of as many with every answer.
+    Without a call of a Python function for each: whoever commits beside many is told of
+    as many with every answer.
     """
-    if rows and set(map(len, rows)) != _FIELDS:
+    if rows and set(map(len, rows)) != _LENGTHS:
         raise TypeError(f"a change has {len(Change._fields)} fields")
     return list(map(_new_change, rows))
 
-
-_new_change = partial(tuple.__new__, Change)
 
 # The next changes after a tid, perhaps not all; None if nobody knows them any more.
 # Raises if there is no server.

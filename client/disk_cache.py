@@ -348,9 +348,9 @@ class DiskCache:
                 self.valid_through = changes[-1].tid
                 return
             backlog = self._backlog
-            for _since, tid, oids, _transaction in changes:
-                backlog.add_change(Change(self.valid_through, tid, oids, None))
-                self.valid_through = tid
+            for change in changes:
+                backlog.add_change(change)
+            self.valid_through = changes[-1].tid
             is_too_much = len(backlog.changed) > CHANGED_OIDS_MAX
         if is_too_much:
             self._go_aside("it cannot be written to")

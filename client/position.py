@@ -251,8 +251,7 @@ class Position:
         with self._lock:
             self._finishing.add(transaction)
             self._unanswered.add(transaction)
-            assert self._tid is not None, "no session was ever adopted"
-            return self._tid
+            return self._at()
 
     def give_up(self, transaction: bytes) -> None:
         """The thread that was finishing ``transaction`` has lost its channel."""

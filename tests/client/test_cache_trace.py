@@ -89,7 +89,7 @@ def test_every_call_is_noted_and_passed_on(cache, path):
     cache.store(A, T1, None, b"data", T1, cache.history)
     assert cache.load(A, T2) == (b"data", T1, None)
     cache.store_committed(T2, {B: b"larger data"}, cache.history)
-    cache.apply(one_change(T2, [A, B]))
+    cache.apply([*one_change(T2, [A, B]), *one_change(T3, [p64(3)])])
     assert cache.load(A, T3) is None
     assert len(cache) == 2
     cache.forget(B)
@@ -103,10 +103,11 @@ def test_every_call_is_noted_and_passed_on(cache, path):
         (WRITE, B, T2, 11),
         (INVALIDATE, A, T2, 0),
         (INVALIDATE, B, T2, 0),
+        (INVALIDATE, p64(3), T3, 0),
         (MISS, A, T3, 0),
         (FORGET, B, Z64, 0),
     ]
-    assert (cache.hits, cache.misses, cache.valid_through) == (1, 2, T2)
+    assert (cache.hits, cache.misses, cache.valid_through) == (1, 2, T3)
 
 
 def test_it_has_all_that_a_cache_has(cache):

@@ -203,6 +203,22 @@ class Refusing(Connection):
             raise ValueError("it is refused")
 
 
+class Telling(Connection):
+    """A connection with a finish of its own."""
+
+    def tpc_finish(self, of: Any) -> None:
+        super().tpc_finish(of)
+
+
+def test_a_connection_that_finishes_itself_is_not_alone(storage, monkeypatch):
+    monkeypatch.setattr(DB, "klass", Telling)
+    with opened(storage) as db:
+        storage.judgements.clear()
+        changed(db)
+        transaction.commit()
+    assert storage.judgements == [False]
+
+
 def test_a_connection_that_votes_itself_is_not_alone(storage, monkeypatch):
     monkeypatch.setattr(DB, "klass", Refusing)
     with opened(storage) as db:

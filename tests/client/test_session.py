@@ -345,6 +345,11 @@ def test_a_lost_channel_is_not_taken_back(server, session):
     session.give_back(channel)
     assert session._idle == []
     assert session._pool.channels == set()
+    assert not session.has_answered
+    other = session.borrow()
+    session.give_back(other)
+    assert session._idle == [other]
+    assert session.has_answered
 
 
 def test_a_server_that_knows_the_session_no_more_ends_it(server, session):

@@ -591,6 +591,7 @@ def test_nothing_is_received_behind_a_goodbye():
     client = in_state(Role.CLIENT, State.STREAM)
     data = encode(Goodbye("stopping", "")) + HEARTBEAT
     assert client.receive_data(data, LATER) == [Goodbye("stopping", "")]
+    assert str(client.error) == "stopping: "
 
 
 @every_state
