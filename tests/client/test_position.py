@@ -1467,7 +1467,6 @@ class ClientsOfZodb(Clients):
 
 TestClients = Clients.TestCase
 TestClientsOfZodb = ClientsOfZodb.TestCase
-TestClientsOfZodb.settings = settings(
+TestClients.settings = TestClientsOfZodb.settings = settings(
     max_examples=200, stateful_step_count=50, deadline=None
 )
-TestClients.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
